@@ -1,0 +1,65 @@
+"""Batches of LLM conversations, answered by Anthropic or OpenAI: nothing lost, nothing paid twice, all accounted for.
+
+    summary = await pipeline.run_batch(["questions.jsonl"], output="answers.jsonl")
+    async for result in pipeline.stream(requests): ...
+
+Names are loaded when they are first used, so that `pipeline --help` need not load an HTTP client.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import Config, load
+    from pipeline.errors import (
+        AnthropicAPIError,
+        ConfigError,
+        DamagedResultsError,
+        LineError,
+        OpenAIAPIError,
+        PipelineError,
+        ProviderError,
+        StorageError,
+        TryLaterError,
+        UsageError,
+    )
+    from pipeline.job import run_batch, stream
+    from pipeline.types import Failure, Reply, Request, Result, ToolCall, Usage
+
+__all__ = [
+    "AnthropicAPIError",
+    "Config",
+    "ConfigError",
+    "DamagedResultsError",
+    "Failure",
+    "LineError",
+    "OpenAIAPIError",
+    "PipelineError",
+    "ProviderError",
+    "Reply",
+    "Request",
+    "Result",
+    "StorageError",
+    "ToolCall",
+    "TryLaterError",
+    "Usage",
+    "UsageError",
+    "load",
+    "run_batch",
+    "stream",
+]
+
+_HOMES = {
+    "pipeline.config": ("Config", "load"),
+    "pipeline.job": ("run_batch", "stream"),
+    "pipeline.types": ("Failure", "Reply", "Request", "Result", "ToolCall", "Usage"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF.get(name, "pipeline.errors")), name)

@@ -1,0 +1,433 @@
+"""config.yaml and the environment -> one frozen `Config`.
+
+The only module that reads YAML or environment variables. Every problem is reported at once, with its key, its line
+and, for a misspelt key, the nearest known one. YAML is read with aliases, tags and deep nesting refused: an alias bomb
+of 442 bytes passes a safe loader and explodes when it is walked.
+
+Keys never live here: an endpoint names the variable that holds its key, `api_key` looks it up, and nothing prints it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError, UsageError
+from pipeline.types import OutputFormat, Protocol
+
+MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_DEPTH = 20
+DEFAULT_FILE = "config.yaml"
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class Limits(Section):
+    """Caps per minute; None: no cap of the user's."""
+
+    rpm: Count | None = None
+    input_tpm: Count | None = None
+    output_tpm: Count | None = None
+
+
+class ModelLimits(Limits):
+    """Caps for every model, and for single ones under `provider/model`."""
+
+    models: dict[str, Limits] = Field(default_factory=dict)
+
+    def of(self, provider: str, model: str) -> Limits:
+        """Return the caps of one model: its own where it has some, else the common ones, field by field."""
+        own = self.models.get(f"{provider}/{model}", Limits())
+        return Limits(
+            rpm=own.rpm or self.rpm,
+            input_tpm=own.input_tpm or self.input_tpm,
+            output_tpm=own.output_tpm or self.output_tpm,
+        )
+
+
+class Endpoint(Section):
+    """A named provider: who answers, where, with which key.
+
+    Fields of the other protocol are refused by `_fits_protocol`, so a setting that does nothing cannot be written.
+    """
+
+    protocol: Literal["anthropic", "openai"]
+    base_url: str
+    path: str
+    api_key_env: str | None = None
+    api_key_header: str | None = None
+    headers: dict[str, str] = Field(default_factory=dict)
+    model: str | None = None
+    models: list[str] = Field(default_factory=list)
+    allow_plain_http: bool = False
+    # Anthropic
+    version: str | None = None
+    max_tokens: Count | None = None
+    # OpenAI
+    organization: str | None = None
+    project: str | None = None
+    max_tokens_field: Literal["auto", "max_tokens", "max_completion_tokens"] | None = None
+    store: bool | None = None
+
+    @property
+    def url(self) -> str:
+        """The address that requests are posted to."""
+        return self.base_url.rstrip("/") + "/" + self.path.lstrip("/")
+
+    @model_validator(mode="after")
+    def _has_safe_address(self) -> Self:
+        parts = urlsplit(self.base_url)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("base_url must not hold a user, password, query or fragment; use headers or api_key_env")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"base_url {self.base_url!r} is not an http(s) address")
+        if parts.scheme == "http" and not _is_loopback(parts.hostname) and not self.allow_plain_http:
+            raise ValueError(
+                f"base_url {self.base_url!r} would send key and conversations unencrypted; "
+                "use https, or set allow_plain_http: true for a network that you trust"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_protocol(self) -> Self:
+        foreign = {
+            "anthropic": ("organization", "project", "max_tokens_field", "store"),
+            "openai": ("version", "max_tokens"),
+        }[self.protocol]
+        if wrong := [name for name in foreign if getattr(self, name) is not None]:
+            raise ValueError(f"{', '.join(wrong)}: not a setting of the {self.protocol} protocol")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_keys_out(self) -> Self:
+        if self.api_key_env not in (None, _SIMULATED_KEY_ENV) and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError("api_key_env must be the name of an environment variable, never the key itself")
+        for name in self.headers:
+            if name.lower() in ("authorization", "x-api-key", "api-key", "cookie"):
+                raise ValueError(f"headers: {name} holds a secret; name its variable in api_key_env instead")
+        return self
+
+
+class RequestDefaults(Section):
+    """What native lines get that do not say themselves."""
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    system: str | None = None
+
+
+class Input(Section):
+    """How input files are read."""
+
+    max_line_bytes: Count = 16 * 1024 * 1024
+    read_ahead_bytes: Count = 16 * 1024 * 1024
+
+
+class Sending(Section):
+    """How requests are sent and tried again."""
+
+    concurrency: Annotated[int, Field(ge=1, le=20_000)] = 100
+    timeout: Seconds = 60.0
+    connect_timeout: Seconds = 10.0
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 6
+    backoff_initial: Seconds = 1.0
+    backoff_max: Seconds = 60.0
+    max_retry_after: Seconds = 120.0
+    stall_timeout: Seconds = 600.0
+    max_response_bytes: Count = 32 * 1024 * 1024
+    drain_timeout: Seconds = 60.0
+    use_env_proxy: bool = False
+    ca_file: str | None = None
+    http2: bool = False
+
+
+class Output(Section):
+    """What result lines look like and how safe they are before they count as done."""
+
+    format: Literal["native", "openai-batch", "anthropic-batch"] = "native"
+    ordered: bool = False
+    echo_request: bool = False
+    durability: Literal["full", "fast"] = "full"
+
+
+class Simulator(Section):
+    """The provider that `--simulate` starts: its limits per minute, latency and faults."""
+
+    rpm: Count | None = None
+    input_tpm: Count | None = None
+    output_tpm: Count | None = None
+    latency: Annotated[float, Field(ge=0, le=600)] = 0.05
+    faults: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    seed: int = 0
+
+
+_BUILT_IN: dict[str, dict[str, Any]] = {
+    "anthropic": {
+        "protocol": "anthropic",
+        "base_url": "https://api.anthropic.com",
+        "path": "/v1/messages",
+        "api_key_env": "ANTHROPIC_API_KEY",
+        "model": "claude-3-5-sonnet-20241022",
+        "models": ["claude-*"],
+        "version": "2023-06-01",
+        "max_tokens": 4096,
+    },
+    "openai": {
+        "protocol": "openai",
+        "base_url": "https://api.openai.com/v1",
+        "path": "/chat/completions",
+        "api_key_env": "OPENAI_API_KEY",
+        "model": "gpt-4o",
+        "models": ["gpt-*", "chatgpt-*", "o[0-9]*", "ft:*"],
+        "max_tokens_field": "auto",
+        "store": False,
+    },
+}
+_DEFAULT_PATH = {"anthropic": "/v1/messages", "openai": "/chat/completions"}
+_SIMULATED_KEY_ENV = "(simulated)"  # no variable can be called so
+_BASE_URL_VARIABLES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}
+
+
+class Config(Section):
+    """The whole configuration; the defaults are the documented ones of config.yaml, but for the models' names."""
+
+    provider: str = "anthropic"
+    providers: dict[str, Endpoint] = Field(default_factory=dict, validate_default=True)
+    request: RequestDefaults = RequestDefaults()
+    limits: ModelLimits = ModelLimits()
+    input: Input = Input()
+    sending: Sending = Sending()
+    output: Output = Output()
+    simulator: Simulator = Simulator()
+    progress: Literal["auto", "bar", "log", "none"] = "auto"
+    tags: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_built_in_providers(cls, data: Any) -> Any:
+        """Lay the user's providers over the built-in ones, so two lines of YAML can change one field."""
+        if not isinstance(data, dict) or not isinstance(data.get("providers", {}) or {}, dict):
+            return data
+        given = dict(data.get("providers") or {})
+        merged: dict[str, Any] = {name: dict(fields) for name, fields in _BUILT_IN.items()}
+        for name, fields in given.items():
+            if not isinstance(fields, dict):
+                merged[name] = fields
+                continue
+            base = merged.get(name, {})
+            if base.get("protocol") != fields.get("protocol", base.get("protocol")):
+                base = {}
+            merged[name] = {**base, **fields}
+            if default_path := _DEFAULT_PATH.get(str(merged[name].get("protocol"))):
+                merged[name].setdefault("path", default_path)
+        return {**data, "providers": merged}
+
+    @model_validator(mode="after")
+    def _knows_its_provider(self) -> Self:
+        if self.provider not in self.providers:
+            raise ValueError(f"provider {self.provider!r} is not one of {', '.join(sorted(self.providers))}")
+        return self
+
+    def with_(self, section: str, **changes: Any) -> Config:
+        """Return a copy with some fields of one section changed; values of None change nothing."""
+        kept = {name: value for name, value in changes.items() if value is not None}
+        if not kept:
+            return self
+        data = self.model_dump()
+        data[section] = {**data[section], **kept}
+        return _validated(data, path=None, lines={})
+
+    def replace(self, **changes: Any) -> Config:
+        """Return a copy with some top-level fields changed; values of None change nothing."""
+        kept = {name: value for name, value in changes.items() if value is not None}
+        return _validated({**self.model_dump(), **kept}, path=None, lines={}) if kept else self
+
+
+def load(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Read the configuration: `path`, else `PIPELINE_CONFIG`, else `./config.yaml` if present, else the defaults.
+
+    Raises `ConfigError` naming every problem. `ANTHROPIC_BASE_URL` and `OPENAI_BASE_URL` win over the file, as they do
+    in the official SDKs.
+    """
+    environ = os.environ if environ is None else environ
+    chosen = path or environ.get("PIPELINE_CONFIG") or None
+    if chosen is None and Path(DEFAULT_FILE).is_file():
+        chosen = DEFAULT_FILE
+    data, lines = _read(Path(chosen)) if chosen else ({}, {})
+    for name, variable in _BASE_URL_VARIABLES.items():
+        providers = data.get("providers") or {}
+        own = (providers.get(name) or {}) if isinstance(providers, dict) else None
+        if (url := environ.get(variable)) and isinstance(own, dict):
+            data["providers"] = {**providers, name: {**own, "base_url": url}}
+    return _validated(data, path=str(chosen) if chosen else None, lines=lines)
+
+
+def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the key of an endpoint, None if it needs none; a missing one is a `UsageError` that tells where to get it."""
+    if endpoint.api_key_env is None:
+        return None
+    if endpoint.api_key_env == _SIMULATED_KEY_ENV:
+        return "simulated"
+    environ = os.environ if environ is None else environ
+    variable = endpoint.api_key_env
+    key = (environ.get(variable) or environ.get(variable.lower()) or "").strip()
+    if not key:
+        where = {
+            "ANTHROPIC_API_KEY": "https://console.anthropic.com (Settings, API keys)",
+            "OPENAI_API_KEY": "https://platform.openai.com/api-keys",
+        }.get(variable, "the operator of this endpoint")
+        raise UsageError(
+            f"provider {name!r} needs a key, but the environment variable {variable} is not set",
+            hint=f"get a key from {where}, then: export {variable}=…  (or rehearse without one: --simulate)",
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(
+            f"the environment variable {variable} does not hold a key: it has spaces or control characters"
+        )
+    return key
+
+
+def simulated(settings: Config, url: str) -> Config:
+    """Return a configuration in which a simulator at `url` stands for every provider; no key is needed."""
+    providers = {
+        name: {
+            **endpoint.model_dump(),
+            "base_url": url if endpoint.protocol == "anthropic" else f"{url}/v1",
+            "path": _DEFAULT_PATH[endpoint.protocol],
+            "api_key_env": _SIMULATED_KEY_ENV,
+            "api_key_header": None,
+        }
+        for name, endpoint in settings.providers.items()
+    }
+    return settings.replace(providers=providers)
+
+
+def output_format(config: Config) -> OutputFormat:
+    """Return the dialect of result lines."""
+    return OutputFormat(config.output.format)
+
+
+def protocol(endpoint: Endpoint) -> Protocol:
+    """Return the wire protocol of an endpoint."""
+    return Protocol(endpoint.protocol)
+
+
+def _is_loopback(host: str) -> bool:
+    """Tell this machine's own addresses from names that only begin like one (`localhost.example.com`)."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# ── reading YAML ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with unique keys and without aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            line = event.start_mark.line + 1 if event.start_mark else 0
+            raise ConfigError(f"line {line}: aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Return the tree of a YAML file and the line of each key in it."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as exc:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {exc.strerror}") from exc
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; this is not a configuration")
+    try:
+        _refuse_depth(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        data = loader.construct_document(node) if node else {}
+        lines = dict(_lines(node, ()))
+    except (yaml.YAMLError, ValueError) as exc:
+        mark = getattr(exc, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(exc, 'problem', None) or exc}") from exc
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold settings (key: value), not {type(data).__name__}")
+    return data, lines
+
+
+def _refuse_depth(text: bytes) -> None:
+    """Stop before the recursive composer does: it raises RecursionError on deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_CONFIG_DEPTH:
+            problem = f"nested more than {MAX_CONFIG_DEPTH} deep"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
+
+
+def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the line of every key; a key given twice is an error, as YAML would silently take the last."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        name = str(key.value)
+        if name in seen:
+            problem = f"{'.'.join((*path, name))} is given twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        seen.add(name)
+        yield (*path, name), key.start_mark.line + 1
+        yield from _lines(value, (*path, name))
+
+
+def _validated(data: Mapping[str, Any], *, path: str | None, lines: Mapping[tuple[str, ...], int]) -> Config:
+    try:
+        return Config.model_validate(data)
+    except ValidationError as exc:
+        problems = [_explain(error, path, lines) for error in exc.errors(include_url=False)]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def _explain(error: Any, path: str | None, lines: Mapping[tuple[str, ...], int]) -> str:
+    """Say one problem in one line: file:line: key: what is wrong (did you mean …?)."""
+    keys = tuple(str(part) for part in error["loc"])
+    line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
+    where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
+    name = ".".join(keys) or "configuration"
+    if error["type"] != "extra_forbidden":
+        return f"{where}{name}: {error['msg'].removeprefix('Value error, ')}"
+    near = difflib.get_close_matches(keys[-1], _known_keys(keys[:-1]), n=1)
+    return f"{where}{name}: unknown setting" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _known_keys(path: tuple[str, ...]) -> list[str]:
+    """Return the settings that exist at a place in the tree."""
+    if path[:1] == ("providers",):
+        return list(Endpoint.model_fields)
+    if path[:2] == ("limits", "models"):
+        return list(Limits.model_fields)
+    section: Any = Config
+    for part in path:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

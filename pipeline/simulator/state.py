@@ -1,0 +1,51 @@
+"""What one running simulator remembers."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+
+import anyio
+
+from pipeline.simulator.options import Options
+from pipeline.simulator.statistics import Statistics
+from pipeline.simulator.types import Limits
+
+
+class State:
+    """Options, statistics, clock and counters, shared by all endpoints of an application."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.statistics = Statistics(journal=options.journal)
+        self._limits: dict[tuple[Callable[[Options], Limits], str, str], Limits] = {}
+        self._attempts: Counter[int] = Counter()
+        self._serials = count(1)
+        self._wall_offset: float | None = None
+
+    def serial(self) -> int:
+        """Return a number that no other response has."""
+        return next(self._serials)
+
+    def request_id(self) -> str:
+        """Return the id of one more response."""
+        return f"req_{self.options.seed & 0xFFFFFFFF:08x}{self.serial():016x}"
+
+    def limits(self, key: str, model: str, make: Callable[[Options], Limits]) -> Limits:
+        """Return the rate limits of a key and model, full on first use; each protocol has its own."""
+        name = (make, key, model)
+        if name not in self._limits:
+            self._limits[name] = make(self.options)
+        return self._limits[name]
+
+    def attempt(self, digest: bytes) -> int:
+        """Count how often a body has come this far, from 1."""
+        short = int.from_bytes(digest[:8])
+        self._attempts[short] += 1
+        return self._attempts[short]
+
+    def wall(self, now: float) -> float:
+        """Return the Unix time of a moment of the event loop's clock, which in tests may be virtual."""
+        if self._wall_offset is None:
+            self._wall_offset = time.time() - anyio.current_time()
+        return now + self._wall_offset

@@ -1,0 +1,166 @@
+"""The values that travel through the program: frozen, keyword-only, picklable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Protocol(StrEnum):
+    """The wire protocol that an endpoint speaks."""
+
+    ANTHROPIC = "anthropic"
+    OPENAI = "openai"
+
+
+class OutputFormat(StrEnum):
+    """The dialect of result lines."""
+
+    NATIVE = "native"
+    OPENAI_BATCH = "openai-batch"
+    ANTHROPIC_BATCH = "anthropic-batch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One conversation, ready to send.
+
+    `body` is the JSON that goes on the wire. `digest` (32 hex digits) identifies what is sent and to whom, so that a
+    changed line, model or parameter is a different request. `max_output_tokens` is the answer's upper bound where
+    the body names one. `estimated_input_tokens` is a guess from the size of the text.
+    """
+
+    custom_id: str
+    digest: str
+    source: str
+    line: int
+    provider: str
+    model: str
+    body: bytes
+    max_output_tokens: int | None = None
+    estimated_input_tokens: int = 0
+    metadata: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one answer, as the provider reported them, normalised over providers.
+
+    `input_tokens` is the whole prompt including cache reads and writes; `output_tokens` includes reasoning.
+    `cache_write_1h_tokens` is the part of `cache_write_tokens` that was written for one hour (priced differently).
+    `service_tier` is the tier of the response where it tells one (it changes the price).
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    service_tier: str | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A tool call in an answer; `arguments` is the parsed object, or the text as it came where it is not JSON."""
+
+    id: str | None
+    name: str
+    arguments: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A valid answer of a provider, decoded; `raw` is its body, byte for byte.
+
+    Only where that is not strict JSON (a lone surrogate, NaN) is `raw` encoded anew. `model` is "" where none is told.
+    `content` is the text of the answer (None when there is none: a tool call, a refusal). `usage` is None when the
+    server reported none (some compatible servers); `refusal` is the provider's explanation or category.
+    """
+
+    model: str
+    content: str | None
+    finish_reason: str | None
+    truncated: bool
+    usage: Usage | None
+    raw: bytes
+    refusal: str | None = None
+    tool_calls: Sequence[ToolCall] = ()
+    request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One failed call for a request: when (UTC, ISO 8601), what came back, how long it took."""
+
+    at: str
+    type: str
+    message: str
+    latency_s: float
+    status: int | None = None
+    code: str | None = None
+    request_id: str | None = None
+    may_be_billed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a line has no answer. `attempts` lists the calls that failed (empty for an invalid line)."""
+
+    type: str
+    message: str
+    status: int | None = None
+    code: str | None = None
+    request_id: str | None = None
+    attempts: Sequence[Attempt] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What became of one input line: exactly one of `reply` and `failure` is set.
+
+    `failed_attempts` are the calls that failed before the one that ended it. `request` is None for a line that could
+    not become a request. `completed_at` is UTC, ISO 8601; `latency_s` is that of the last attempt, in seconds.
+    """
+
+    custom_id: str
+    line: int
+    source: str
+    digest: str
+    attempts: int
+    completed_at: str
+    request: Request | None = None
+    reply: Reply | None = None
+    failure: Failure | None = None
+    failed_attempts: Sequence[Attempt] = ()
+    latency_s: float | None = None
+    lane: str = "live"
+    cost_usd: str | None = None
+    metadata: Any = None
+
+    @property
+    def success(self) -> bool:
+        return self.reply is not None
+
+    @property
+    def content(self) -> str | None:
+        return self.reply.content if self.reply else None
+
+    @property
+    def usage(self) -> Usage | None:
+        return self.reply.usage if self.reply else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """An HTTP answer: status, headers with lower-case names, and the decoded body."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""

@@ -1,0 +1,22 @@
+"""What every test stands on: no settings or keys of the person who runs them, and examples without time limits."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+from tests.virtual import creeping_clock
+
+__all__ = ["creeping_clock"]
+
+settings.register_profile("pipeline", deadline=None, database=None, max_examples=60)
+settings.load_profile("pipeline")
+
+_VARIABLES = ("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "OPENAI_BASE_URL", "PIPELINE_CONFIG")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in _VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.lower(), raising=False)

@@ -1,0 +1,1 @@
+"""Tests of the simulator: each is one rule, stated in its docstring."""
