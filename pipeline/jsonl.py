@@ -1,0 +1,117 @@
+"""JSON Lines, exactly: bytes to lines and values and back, with nothing changed in silence.
+
+orjson is fast and strict (it refuses NaN, lone surrogates, invalid UTF-8), but it turns integers beyond 64 bits into
+floats and keeps the last of two equal keys without a word. Both are rare, so a cheap look at the bytes decides
+whether the exact, slow parser of the standard library has to be asked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import orjson
+
+from pipeline.errors import LineError
+
+MAX_DEPTH = 200
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_KEY = re.compile(rb'"\s*:')
+_BLOCK_BYTES = 256 * 1024
+
+
+def loads(data: bytes) -> Any:
+    """Parse one JSON text; `LineError` says what is wrong with it, or what would be lost by reading it."""
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as exc:
+        raise LineError(f"not valid JSON: {exc}") from exc
+    keys, depth = _measure(value, 1)
+    if depth > MAX_DEPTH:
+        raise LineError(f"nested more than {MAX_DEPTH} deep")
+    if _LONG_NUMBER.search(data) or len(_KEY.findall(data)) != keys:
+        return _loads_exactly(data)
+    return value
+
+
+def dumps(value: Any) -> bytes:
+    """Encode as compact JSON; integers of any size stay exact."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def one_line(raw: bytes) -> bytes:
+    """Return a valid JSON text without line ends: there they can only stand between tokens."""
+    return raw.replace(b"\n", b" ") if b"\n" in raw else raw
+
+
+def _measure(value: Any, depth: int) -> tuple[int, int]:
+    """Return the number of object keys in a value and how deep it is nested; stops looking beyond `MAX_DEPTH`."""
+    keys, deepest = 0, depth
+    if depth > MAX_DEPTH:
+        return 0, depth
+    if type(value) is dict:
+        keys = len(value)
+        children: Iterable[Any] = value.values()
+    elif type(value) is list:
+        children = value
+    else:
+        return 0, depth - 1
+    for child in children:
+        if type(child) is dict or type(child) is list:
+            more, below = _measure(child, depth + 1)
+            keys += more
+            deepest = max(deepest, below)
+    return keys, deepest
+
+
+def _loads_exactly(data: bytes) -> Any:
+    return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise LineError(f"the key {twice!r} is given twice in one object")
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise LineError(f"{name} is not JSON")
+
+
+class Source(Protocol):
+    """What lines are read from: `read1` returns what is there (at most so many bytes), b"" at the end."""
+
+    def read1(self, size: int = -1, /) -> bytes: ...
+
+
+def lines(file: Source, max_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """Yield each line without its `\\n`, split on `\\n` only, with its full length in bytes.
+
+    Never holds more than `max_bytes` and a block: of a longer line only the first `max_bytes` are kept, and the length
+    tells. A last line without `\\n` is a line; an empty one after the last `\\n` is not.
+    """
+    kept = bytearray()
+    length = 0
+    while block := file.read1(_BLOCK_BYTES):
+        start = 0
+        while (end := block.find(b"\n", start)) >= 0:
+            if length:
+                kept += block[start : min(end, start + max(0, max_bytes - len(kept)))]
+                yield bytes(kept), length + end - start
+                kept.clear()
+                length = 0
+            else:
+                yield block[start : min(end, start + max_bytes)], end - start
+            start = end + 1
+        kept += block[start : start + max(0, max_bytes - len(kept))]
+        length += len(block) - start
+    if length:
+        yield bytes(kept), length

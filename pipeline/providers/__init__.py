@@ -1,0 +1,36 @@
+"""Providers: two codecs, and what can be told from a model's name alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from pipeline.config import Config
+from pipeline.providers.anthropic import AnthropicCodec
+from pipeline.providers.base import USER_AGENT, Provider
+from pipeline.providers.openai import OpenAICodec
+from pipeline.providers.retired import retirement
+from pipeline.providers.tokens import estimate_input_tokens
+from pipeline.types import Protocol
+
+__all__ = ["USER_AGENT", "Provider", "codec", "estimate_input_tokens", "provider_of", "retirement"]
+
+_CODECS: Mapping[Protocol, Provider] = {Protocol.ANTHROPIC: AnthropicCodec(), Protocol.OPENAI: OpenAICodec()}
+_BUILT_IN = tuple(Protocol)
+
+
+def codec(protocol: Protocol) -> Provider:
+    """Return the codec of a protocol: stateless, one for all."""
+    return _CODECS[protocol]
+
+
+def provider_of(model: str, config: Config) -> str | None:
+    """Return the name of the provider whose `models` patterns match, None if none does.
+
+    The user's own come before the built-in ones (`anthropic`, `openai`), in the order of the file.
+    """
+    own_first = sorted(config.providers, key=lambda name: name in _BUILT_IN)
+    for name in own_first:
+        if any(fnmatchcase(model, pattern) for pattern in config.providers[name].models):
+            return name
+    return None

@@ -1,0 +1,142 @@
+"""The Anthropic Messages protocol (`POST /v1/messages`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config import Endpoint, RequestDefaults
+from pipeline.errors import AnthropicAPIError, ProviderError, Reach, TransportError
+from pipeline.providers import answers, base, checks, to_anthropic
+from pipeline.providers.answers import Malformed
+from pipeline.providers.complaints import Rule
+from pipeline.types import Answer, Reply, ToolCall, Usage
+
+DEFAULT_VERSION = "2023-06-01"
+DEFAULT_MAX_TOKENS = 4096
+MAX_TEMPERATURE = 1.0
+ROLES = ("user", "assistant", "system", "developer", "tool")
+_CUT = ("max_tokens", "model_context_window_exceeded")
+
+RULES = (
+    # Spending limits and accounts on hold: nothing will succeed until somebody acts.
+    Rule(codes=("enforced_spend_limit_reached", "contract_spend_limit_reached"), reach=Reach.RUN),
+    Rule(
+        codes=("linked_organization_billing_unavailable", "linked_organization_spend_limit_reached"),
+        reach=Reach.RUN,
+    ),
+    Rule(codes=("organization_on_hold", "cmek_key_disabled"), reach=Reach.RUN),
+    Rule(statuses=(400,), says=r"^You have reached your specified", reach=Reach.RUN),
+    Rule(statuses=(400,), says=r"^Your credit balance is too low", reach=Reach.RUN),
+    Rule(types=("authentication_error", "billing_error", "permission_error"), reach=Reach.RUN),
+    # One line names a file that is gone; any other 404 is about the model.
+    Rule(types=("not_found_error",), says=r"\b[Ff]ile", reach=Reach.REQUEST),
+    Rule(types=("not_found_error",), reach=Reach.MODEL),
+)
+
+
+class AnthropicCodec:
+    """`Provider` for every endpoint that speaks Anthropic's protocol."""
+
+    def headers(self, endpoint: Endpoint, key: str | None) -> base.Headers:
+        own = {"anthropic-version": endpoint.version or DEFAULT_VERSION}
+        return base.headers(endpoint, key, "x-api-key", own)
+
+    def body(
+        self, fields: Mapping[str, Any], endpoint: Endpoint, defaults: RequestDefaults, model: str
+    ) -> dict[str, Any]:
+        checks.check_model(model)
+        line = checks.completed(fields, defaults)
+        checks.check_line(line, ROLES, MAX_TEMPERATURE)
+        body = to_anthropic.translate(line, model)
+        body.setdefault("max_tokens", endpoint.max_tokens or DEFAULT_MAX_TOKENS)
+        return body
+
+    def check_body(self, body: Mapping[str, Any]) -> None:
+        checks.check_own_body(body)
+
+    def max_output_tokens(self, body: Mapping[str, Any]) -> int | None:
+        limit = body.get("max_tokens")
+        return limit if type(limit) is int else None
+
+    def decode(self, answer: Answer) -> Reply:
+        message, raw = answers.accepted(answer, AnthropicAPIError, RULES)
+        try:
+            return _reply(message, raw, answers.request_id(answer.headers))
+        except Malformed as exc:
+            raise answers.invalid_response(answer, AnthropicAPIError, str(exc)) from exc
+
+    def lost(self, error: TransportError) -> ProviderError:
+        return answers.lost(error, AnthropicAPIError)
+
+
+def _reply(message: Mapping[str, Any], raw: bytes, request_id: str | None) -> Reply:
+    if message.get("type") != "message":
+        raise Malformed("its type is not 'message'")
+    blocks = _blocks(message.get("content"))
+    texts = [_text(block) for block in blocks if block.get("type") == "text"]
+    model, finish_reason = message.get("model"), message.get("stop_reason")
+    return Reply(
+        model=model if isinstance(model, str) else "",
+        content="".join(texts) if texts else None,
+        finish_reason=finish_reason if isinstance(finish_reason, str) else None,
+        truncated=finish_reason in _CUT,
+        usage=_usage(message),
+        raw=raw,
+        refusal=_refusal(message) if finish_reason == "refusal" else None,
+        tool_calls=tuple(_tool_call(block) for block in blocks if block.get("type") == "tool_use"),
+        request_id=request_id,
+    )
+
+
+def _blocks(content: Any) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
+        raise Malformed("its content is not a list of blocks")
+    return content
+
+
+def _text(block: Mapping[str, Any]) -> str:
+    text = block.get("text")
+    if not isinstance(text, str):
+        raise Malformed("a text block without a text")
+    return text
+
+
+def _tool_call(block: Mapping[str, Any]) -> ToolCall:
+    id, name = block.get("id"), block.get("name")
+    if not isinstance(name, str):
+        raise Malformed("a tool_use block without a name")
+    return ToolCall(id=id if isinstance(id, str) else None, name=name, arguments=block.get("input"))
+
+
+def _refusal(message: Mapping[str, Any]) -> str:
+    details = answers.optional_object(message, "stop_details")
+    said = (details.get("category"), details.get("explanation"))
+    return ": ".join(text for text in said if isinstance(text, str) and text) or "refusal"
+
+
+def _usage(message: Mapping[str, Any]) -> Usage | None:
+    """Add the cached tokens to the input, which Anthropic tells without them; None where no usage is told."""
+    usage = answers.optional_object(message, "usage")
+    uncached, output = answers.count(usage, "input_tokens"), answers.count(usage, "output_tokens")
+    if uncached is None or output is None:
+        return None
+    read = answers.count(usage, "cache_read_input_tokens") or 0
+    split = answers.optional_object(usage, "cache_creation")
+    written_1h = answers.count(split, "ephemeral_1h_input_tokens") or 0
+    written = answers.count(usage, "cache_creation_input_tokens")
+    if written is None:
+        written = written_1h + (answers.count(split, "ephemeral_5m_input_tokens") or 0)
+    if written_1h > written:
+        raise Malformed("usage has more tokens written for 1h than written at all")
+    reasoning = answers.count(answers.optional_object(usage, "output_tokens_details"), "thinking_tokens") or 0
+    tier = "fast" if usage.get("speed") == "fast" else usage.get("service_tier")
+    return Usage(
+        input_tokens=uncached + written + read,
+        output_tokens=output,
+        cache_read_tokens=read,
+        cache_write_tokens=written,
+        cache_write_1h_tokens=written_1h,
+        reasoning_tokens=reasoning,
+        service_tier=tier if isinstance(tier, str) else None,
+    )

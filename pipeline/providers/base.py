@@ -1,0 +1,66 @@
+"""What a provider is to the rest of the program: a codec, without I/O, clock or retry."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config import Endpoint, RequestDefaults
+from pipeline.errors import ProviderError, TransportError
+from pipeline.types import Answer, Reply
+
+USER_AGENT = "pipeline-batch"
+Headers = tuple[tuple[str, str], ...]
+
+
+class Provider(typing.Protocol):
+    """One wire protocol: requests to bodies, answers to replies or errors."""
+
+    def headers(self, endpoint: Endpoint, key: str | None) -> Headers:
+        """Return every header of a request, names in lower case, but for host and content-length."""
+        ...
+
+    def body(
+        self, fields: Mapping[str, Any], endpoint: Endpoint, defaults: RequestDefaults, model: str
+    ) -> dict[str, Any]:
+        """Translate a portable line, without our own keys, to the provider's dialect.
+
+        Leaves `fields` as it is, but shares parts with it. Raises `LineError` for what is wrong, and for what
+        has no counterpart in this dialect: nothing is dropped in silence. A null field counts as absent.
+        """
+        ...
+
+    def check_body(self, body: Mapping[str, Any]) -> None:
+        """Check the shape of a body in the provider's own dialect, no more; raises `LineError`."""
+        ...
+
+    def max_output_tokens(self, body: Mapping[str, Any]) -> int | None:
+        """Return how many tokens the answer to a body can have at most, where the body says so."""
+        ...
+
+    def decode(self, answer: Answer) -> Reply:
+        """Return the reply in a valid 200; everything else raises the provider's `ProviderError`.
+
+        `Reply.model` is "" where the answer names none.
+        """
+        ...
+
+    def lost(self, error: TransportError) -> ProviderError:
+        """Return the provider's error for an answer that never came."""
+        ...
+
+
+def headers(endpoint: Endpoint, key: str | None, key_header: str, own: Mapping[str, str | None]) -> Headers:
+    """Return the headers of an endpoint: the common ones, the protocol's `own` that have a value, the user's.
+
+    The key goes into the endpoint's `api_key_header`, else into `key_header`: as it is, but `authorization`
+    wants `Bearer KEY`.
+    """
+    name = (endpoint.api_key_header or key_header).lower()
+    result = {"content-type": "application/json", "accept": "application/json", "user-agent": USER_AGENT}
+    if key is not None:
+        result[name] = f"Bearer {key}" if name == "authorization" else key
+    result.update((name, value) for name, value in own.items() if value is not None)
+    result.update((name.lower(), value) for name, value in endpoint.headers.items())
+    return tuple(result.items())

@@ -1,0 +1,179 @@
+"""The OpenAI Chat Completions protocol (`POST /v1/chat/completions`), which many servers speak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.config import Endpoint, RequestDefaults
+from pipeline.errors import OpenAIAPIError, ProviderError, Reach, TransportError
+from pipeline.providers import answers, base, checks, to_openai
+from pipeline.providers.answers import Malformed
+from pipeline.providers.complaints import Rule
+from pipeline.types import Answer, Reply, ToolCall, Usage
+
+MAX_TEMPERATURE = 2.0
+ROLES = ("user", "assistant", "system", "developer", "tool", "function")
+_HOST = "api.openai.com"
+
+RULES = (
+    # Quotas and spending limits: they come as 429, but no retry passes them.
+    Rule(types=("insufficient_quota",), reach=Reach.RUN),
+    Rule(
+        codes=("insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached"),
+        reach=Reach.RUN,
+    ),
+    Rule(codes=("organization_spend_limit_exceeded", "project_spend_limit_exceeded"), reach=Reach.RUN),
+    Rule(codes=("organization_usage_limit_exceeded", "invalid_api_key"), reach=Reach.RUN),
+    Rule(codes=("model_not_found", "model_not_available", "DeploymentNotFound"), reach=Reach.MODEL),
+    # A request that alone is larger than the limit per minute never fits.
+    Rule(statuses=(429,), says=r"^Request too large .*tokens per min", reach=Reach.REQUEST),
+    # OpenRouter's word on a conversation, not on the key.
+    Rule(statuses=(403,), says=r"(?i)moderation|flagged", reach=Reach.REQUEST),
+)
+
+
+class OpenAICodec:
+    """`Provider` for every endpoint that speaks OpenAI's protocol."""
+
+    def headers(self, endpoint: Endpoint, key: str | None) -> base.Headers:
+        own = {"openai-organization": endpoint.organization, "openai-project": endpoint.project}
+        return base.headers(endpoint, key, "authorization", own)
+
+    def body(
+        self, fields: Mapping[str, Any], endpoint: Endpoint, defaults: RequestDefaults, model: str
+    ) -> dict[str, Any]:
+        checks.check_model(model)
+        line = checks.completed(fields, defaults)
+        checks.check_line(line, ROLES, MAX_TEMPERATURE)
+        is_own, is_reasoning = _is_own_host(endpoint), to_openai.is_reasoning(model)
+        limit_field = endpoint.max_tokens_field
+        if limit_field in (None, "auto"):
+            limit_field = "max_completion_tokens" if is_reasoning else None
+        system_role = "developer" if is_own and is_reasoning else "system"
+        body = to_openai.translate(line, model, limit_field=limit_field, system_role=system_role)
+        if is_own and endpoint.store is not None:
+            body.setdefault("store", endpoint.store)
+        return body
+
+    def check_body(self, body: Mapping[str, Any]) -> None:
+        checks.check_own_body(body)
+
+    def max_output_tokens(self, body: Mapping[str, Any]) -> int | None:
+        """Return the limit of one answer times the number of answers asked for."""
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        choices = body.get("n")
+        if type(limit) is not int:
+            return None
+        return limit * choices if type(choices) is int and choices > 1 else limit
+
+    def decode(self, answer: Answer) -> Reply:
+        completion, raw = answers.accepted(answer, OpenAIAPIError, RULES)
+        try:
+            choice = _first_choice(completion)
+            if choice.get("error"):  # OpenRouter, when the model's server failed halfway
+                raise answers.refused(answer, choice, OpenAIAPIError, RULES)
+            return _reply(completion, choice, raw, answers.request_id(answer.headers))
+        except Malformed as exc:
+            raise answers.invalid_response(answer, OpenAIAPIError, str(exc)) from exc
+
+    def lost(self, error: TransportError) -> ProviderError:
+        return answers.lost(error, OpenAIAPIError)
+
+
+def _is_own_host(endpoint: Endpoint) -> bool:
+    """Tell OpenAI's own servers (regional ones too) from compatible ones, which may refuse unknown fields."""
+    host = urlsplit(endpoint.base_url).hostname or ""
+    return host == _HOST or host.endswith("." + _HOST)
+
+
+def _first_choice(completion: Mapping[str, Any]) -> Mapping[str, Any]:
+    choices = completion.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise Malformed("its choices are not a non-empty list of objects")
+    choice: Mapping[str, Any] = choices[0]
+    return choice
+
+
+def _reply(completion: Mapping[str, Any], choice: Mapping[str, Any], raw: bytes, request_id: str | None) -> Reply:
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise Malformed("its first choice has no message")
+    model, finish_reason = completion.get("model"), choice.get("finish_reason")
+    return Reply(
+        model=model if isinstance(model, str) else "",
+        content=_content(message.get("content")),
+        finish_reason=finish_reason if isinstance(finish_reason, str) else None,
+        truncated=finish_reason == "length",
+        usage=_usage(completion),
+        raw=raw,
+        refusal=_refusal(message, finish_reason),
+        tool_calls=_tool_calls(message),
+        request_id=request_id,
+    )
+
+
+def _content(content: Any) -> str | None:
+    """Return the text of a message; some compatible servers send a list of parts."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise Malformed("the content of its message is neither text nor a list of parts")
+    texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
+    return "".join(texts) if texts else None
+
+
+def _refusal(message: Mapping[str, Any], finish_reason: Any) -> str | None:
+    refusal = message.get("refusal")
+    if isinstance(refusal, str) and refusal:
+        return refusal
+    return "content_filter" if finish_reason == "content_filter" else None
+
+
+def _tool_calls(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Malformed("the tool_calls of its message are not a list of objects")
+    if legacy := message.get("function_call"):
+        calls = [*calls, {"function": legacy}]
+    return tuple(_tool_call(call) for call in calls)
+
+
+def _tool_call(call: Mapping[str, Any]) -> ToolCall:
+    """Read a call of a function, with arguments in JSON, or of a custom tool, with free text as its input."""
+    id = call.get("id")
+    function, custom = answers.optional_object(call, "function"), answers.optional_object(call, "custom")
+    name = function.get("name") or custom.get("name")
+    if not isinstance(name, str):
+        raise Malformed("a tool call without a name")
+    return ToolCall(
+        id=id if isinstance(id, str) else None,
+        name=name,
+        arguments=answers.arguments(function.get("arguments")) if function else custom.get("input"),
+    )
+
+
+def _usage(completion: Mapping[str, Any]) -> Usage | None:
+    """Return the usage as told, None where none is; what is not told in detail counts 0."""
+    usage = answers.optional_object(completion, "usage")
+    prompt, output = answers.count(usage, "prompt_tokens"), answers.count(usage, "completion_tokens")
+    if prompt is None or output is None:
+        return None
+    details = answers.optional_object(usage, "prompt_tokens_details")
+    read, written = (
+        answers.count(details, "cached_tokens") or 0,
+        answers.count(details, "cache_write_tokens") or 0,
+    )
+    if read + written > prompt:
+        raise Malformed("usage has more cached tokens than prompt tokens")
+    reasoning = answers.count(answers.optional_object(usage, "completion_tokens_details"), "reasoning_tokens") or 0
+    tier = completion.get("service_tier")
+    return Usage(
+        input_tokens=prompt,
+        output_tokens=output,
+        cache_read_tokens=read,
+        cache_write_tokens=written,
+        reasoning_tokens=reasoning,
+        service_tier=tier if isinstance(tier, str) else None,
+    )

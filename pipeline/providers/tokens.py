@@ -1,0 +1,94 @@
+"""A guess of how many input tokens a body has, from the size of its text: cheap, good to some 25 %.
+
+Bytes of UTF-8 and not characters: one of Chinese is about a token, one of English a quarter of it.
+Anthropic's table of models says 3.4 characters a token up to 4.6 and 2.5 from 4.7 on (a new tokenizer); for
+OpenAI bytes/4 was measured against o200k_base over 13 languages, code and JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from pipeline import jsonl
+from pipeline.types import Protocol
+
+_OPENAI_BYTES = 4.0
+_OLD_CLAUDE_BYTES = 3.4
+_NEW_CLAUDE_BYTES = 2.5
+_NEW_CLAUDE = (4, 7)
+_JSON_SHARE = 0.8
+_PER_MESSAGE = 4
+_PER_REQUEST = 3
+_PER_MEDIUM = 1500
+"""Tokens of an image, a page of a PDF, a clip: a flat guess, as its size is not known without decoding it."""
+
+_MEDIA = ("image", "image_url", "input_audio", "file")
+_TEXTS = ("text", "thinking", "content")
+_JSON_FIELDS = ("tools", "functions", "response_format", "output_config")
+# claude-3-5-sonnet-…, claude-opus-4-20250514, claude-haiku-5-5, claude-2.1: one or two numbers, but no date
+_CLAUDE = re.compile(r"claude-(?:[a-z]+-)?([0-9]{1,2})(?![0-9])(?:[-.]([0-9]{1,2})(?![0-9]))?")
+
+
+def estimate_input_tokens(body: Mapping[str, Any], protocol: Protocol, model: str) -> int:
+    """Guess the input tokens of a body in either dialect. Malformed parts count nothing."""
+    density = bytes_per_token(protocol, model)
+    messages = body.get("messages")
+    tokens = _PER_REQUEST + _text_tokens(body.get("system"), density)
+    if isinstance(messages, list):
+        tokens += sum(_message_tokens(message, density) for message in messages)
+    for name in _JSON_FIELDS:
+        if name in body:
+            tokens += _json_tokens(body[name], density)
+    return math.ceil(tokens)
+
+
+@lru_cache(maxsize=1024)
+def bytes_per_token(protocol: Protocol, model: str) -> float:
+    """Return how many bytes make a token; an unknown model behind Anthropic's protocol is a new one."""
+    if match := _CLAUDE.search(model):
+        version = (int(match[1]), int(match[2] or 0))
+        return _NEW_CLAUDE_BYTES if version >= _NEW_CLAUDE else _OLD_CLAUDE_BYTES
+    return _NEW_CLAUDE_BYTES if protocol is Protocol.ANTHROPIC else _OPENAI_BYTES
+
+
+def _message_tokens(message: Any, density: float) -> float:
+    if not isinstance(message, dict):
+        return 0
+    tokens = _PER_MESSAGE + _text_tokens(message.get("content"), density)
+    if calls := message.get("tool_calls"):
+        tokens += _json_tokens(calls, density)
+    return tokens
+
+
+def _text_tokens(content: Any, density: float) -> float:
+    """Return the tokens of a content: text by its bytes, a medium flat, so base64 is never taken for text."""
+    if isinstance(content, str):
+        return (len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))) / density
+    if isinstance(content, list):
+        return sum(_text_tokens(part, density) for part in content)
+    if not isinstance(content, dict):
+        return 0
+    kind = content.get("type")
+    if kind in _MEDIA:
+        return _PER_MEDIUM
+    if kind == "tool_use":
+        return _json_tokens(content.get("input"), density)
+    if kind == "document":
+        return _document_tokens(content.get("source"), density)
+    return sum(_text_tokens(content[name], density) for name in _TEXTS if name in content)
+
+
+def _document_tokens(source: Any, density: float) -> float:
+    if isinstance(source, dict) and source.get("type") == "text":
+        return _text_tokens(source.get("data"), density)
+    if isinstance(source, dict) and source.get("type") == "content":
+        return _text_tokens(source.get("content"), density)
+    return _PER_MEDIUM
+
+
+def _json_tokens(value: Any, density: float) -> float:
+    return len(jsonl.dumps(value)) / (_JSON_SHARE * density)
