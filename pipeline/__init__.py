@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.assemble import Options
     from pipeline.config import Config, load
     from pipeline.errors import (
         AnthropicAPIError,
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
         TryLaterError,
         UsageError,
     )
-    from pipeline.job import run_batch, stream
+    from pipeline.job import run_batch
+    from pipeline.streaming import stream
     from pipeline.types import Failure, Reply, Request, Result, ToolCall, Usage
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Failure",
     "LineError",
     "OpenAIAPIError",
+    "Options",
     "PipelineError",
     "ProviderError",
     "Reply",
@@ -53,7 +56,9 @@ __all__ = [
 
 _HOMES = {
     "pipeline.config": ("Config", "load"),
-    "pipeline.job": ("run_batch", "stream"),
+    "pipeline.assemble": ("Options",),
+    "pipeline.job": ("run_batch",),
+    "pipeline.streaming": ("stream",),
     "pipeline.types": ("Failure", "Reply", "Request", "Result", "ToolCall", "Usage"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -281,7 +281,7 @@ def load(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] 
 
 
 def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the key of an endpoint, None if it needs none; a missing one is a `UsageError` that tells where to get it."""
+    """Return the key of an endpoint, None if it needs none; a missing one is a `UsageError` with the way to get it."""
     if endpoint.api_key_env is None:
         return None
     if endpoint.api_key_env == _SIMULATED_KEY_ENV:
@@ -347,8 +347,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
-            line = event.start_mark.line + 1 if event.start_mark else 0
-            raise ConfigError(f"line {line}: aliases (*name) are not allowed")
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -365,7 +364,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         _refuse_depth(text)
         loader = _Loader(text)
         node = loader.get_single_node()
-        data = loader.construct_document(node) if node else {}
+        data = (loader.construct_document(node) if node else None) or {}
         lines = dict(_lines(node, ()))
     except (yaml.YAMLError, ValueError) as exc:
         mark = getattr(exc, "problem_mark", None)

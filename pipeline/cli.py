@@ -1,0 +1,345 @@
+"""The command `pipeline`: parses, calls, prints. The only file that prints.
+
+Imports that cost time stand inside the commands, so `pipeline --help` and completion stay fast.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from pipeline.errors import PipelineError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.assemble import Options
+    from pipeline.config import Config
+    from pipeline.totals import Summary
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="pipeline", message="%(prog)s %(version)s")
+def main() -> None:
+    """Run batches of LLM conversations against Anthropic, OpenAI and compatible servers.
+
+    \b
+    pipeline run questions.jsonl -o answers.jsonl      answer every line
+    pipeline run questions.jsonl --simulate            rehearse, without key and network
+    pipeline check questions.jsonl                     validate, send nothing
+    """
+
+
+class _Pair(click.ParamType[tuple[str, str]]):
+    """KEY=VALUE."""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        key, separator, rest = str(value).partition("=")
+        if not separator or not key:
+            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+        return key, rest
+
+
+_config_option = click.option(
+    "-c", "--config", "config_file", metavar="FILE", help="Settings [default: ./config.yaml if present]."
+)
+_provider_option = click.option("--provider", metavar="NAME", help="Provider for lines that name none.")
+_model_option = click.option("--model", help="Model for lines that name none.")
+
+
+@main.command(epilog="Example: pipeline run questions.jsonl -o answers.jsonl --max-tokens 500")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("-o", "output", metavar="RESULTS", help="Results file [default, for one file: NAME.results.jsonl].")
+@click.option("-d", "directory", metavar="DIR", help="Directory for one results file per input.")
+@_config_option
+@_provider_option
+@_model_option
+@click.option("--max-tokens", type=int, help="Longest answer, for lines that do not say.")
+@click.option("--temperature", type=float, help="Temperature, for lines that do not say.")
+@click.option("--system", help="System prompt, for lines without one.")
+@click.option("--timeout", type=float, metavar="S", help="Seconds for one attempt, all in all.")
+@click.option("--concurrency", type=int, metavar="N", help="Requests in flight at most.")
+@click.option("--rpm", type=int, metavar="N", help="Cap of requests per minute and model.")
+@click.option("--input-tpm", type=int, metavar="N", help="Cap of input tokens per minute and model.")
+@click.option("--output-tpm", type=int, metavar="N", help="Cap of output tokens per minute and model.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N lines only.")
+@click.option("--ordered", is_flag=True, help="Put results in input order when the run ends.")
+@click.option(
+    "--format", "form", type=click.Choice(["native", "openai-batch", "anthropic-batch"]), help="Dialect of results."
+)
+@click.option("--retry-failed", is_flag=True, help="Send again what failed before.")
+@click.option("--fresh", is_flag=True, help="Set earlier results aside and start over.")
+@click.option("--tag", "tags", multiple=True, type=_Pair(), help="Note for totals and reports; repeatable.")
+@click.option("--echo-request", is_flag=True, help="Put the request as sent into its result line.")
+@click.option("--simulate", is_flag=True, help="Rehearse against a built-in provider: no key, no network, no cost.")
+@click.option("--progress", type=click.Choice(["auto", "bar", "log", "none"]), help="How progress is shown.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
+def run(**options: Any) -> None:
+    """Answer every line of INPUT: files, globs, directories, or - for stdin.
+
+    Running the same command again finishes what is missing and costs nothing for what is done.
+
+    \b
+    Exit codes: 0 all answered · 1 some lines failed · 2 usage, nothing sent · 3 stopped by the provider ·
+    5 storage · 6 damaged results found · 75 try again later · 130/143 interrupted; repeat to go on.
+    """
+    _guarded(_run, **options)
+
+
+@main.command(epilog="Example: pipeline check questions.jsonl")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@_config_option
+@_provider_option
+@_model_option
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object on stdout.")
+def check(**options: Any) -> None:
+    """Validate every line of INPUT and send nothing; exit 0 if all are valid, else 1."""
+    _guarded(_check, **options)
+
+
+@main.command(epilog="Example: pipeline simulate --port 8080 --rpm 600 --fault 529=0.05")
+@click.option("--port", type=click.IntRange(0, 65_535), default=8080, show_default=True, help="0: any free port.")
+@click.option("--rpm", type=int, help="Requests per minute, for each key and model.")
+@click.option("--input-tpm", type=int, help="Input tokens per minute (OpenAI: all tokens).")
+@click.option("--output-tpm", type=int, help="Output tokens per minute.")
+@click.option("--burst", type=int, help="Requests at once [default: a minute's worth].")
+@click.option("--latency", type=float, default=0.05, show_default=True, metavar="S", help="Mean seconds per answer.")
+@click.option(
+    "--fault", "faults", multiple=True, metavar="KIND=RATE", help="Share of requests that fail so; repeatable."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Other seed, other answers.")
+@click.option("--no-rate-headers", is_flag=True, help="Tell no limits in headers, as self-hosted servers.")
+def simulate(**options: Any) -> None:
+    """Be a provider on this machine that speaks both protocols, with true rate limits and faults."""
+    _guarded(_simulate, **options)
+
+
+# ── run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One results file and its inputs."""
+
+    inputs: Sequence[str]
+    output: Path
+
+
+def _run(
+    *,
+    inputs: tuple[str, ...],
+    output: str | None,
+    directory: str | None,
+    as_json: bool,
+    quiet: bool,
+    progress: str | None,
+    **options: Any,
+) -> int:
+    settings, job_options = _settings(options)
+    jobs = _jobs(inputs, output, directory)
+    console = _console(quiet)
+    mode = "none" if quiet else progress or settings.progress
+    summaries = _run_jobs(jobs, settings, job_options, console, mode)
+    if as_json:
+        _print_json([summary.as_dict() for summary in summaries])
+    code = _worst(summary.exit_code for summary in summaries)
+    if code in (130, 143) and "-" in inputs:
+        _leave_now(code)
+    return code
+
+
+def _run_jobs(jobs: Sequence[_Job], settings: Config, options: Options, console: Console, mode: str) -> list[Summary]:
+    from pipeline import aio, job, screen
+
+    summaries: list[Summary] = []
+
+    async def work() -> None:
+        for each in jobs:
+            summary = await job.run_batch(
+                each.inputs,
+                output=each.output,
+                config=settings,
+                options=options,
+                watch=screen.watcher(console, mode),
+                say=lambda message: _say(console, message),
+                handle_signals=True,
+            )
+            summaries.append(summary)
+            screen.show_summary(console, summary, _again(summary))
+            if summary.exit_code not in (0, 1):
+                break
+
+    aio.run(work)
+    return summaries
+
+
+def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
+    """Return the configuration with the command line laid over it, and the options of the run."""
+    from pipeline import assemble, config
+
+    settings = config.load(options["config_file"])
+    settings = settings.with_(
+        "request",
+        max_tokens=options["max_tokens"],
+        temperature=options["temperature"],
+        system=options["system"],
+    )
+    settings = settings.with_("sending", timeout=options["timeout"], concurrency=options["concurrency"])
+    settings = settings.with_(
+        "limits", rpm=options["rpm"], input_tpm=options["input_tpm"], output_tpm=options["output_tpm"]
+    )
+    settings = settings.with_(
+        "output",
+        format=options["form"],
+        ordered=options["ordered"] or None,
+        echo_request=options["echo_request"] or None,
+    )
+    settings = settings.replace(
+        provider=options["provider"], tags={**settings.tags, **dict(options["tags"])} if options["tags"] else None
+    )
+    return settings, assemble.Options(
+        provider=options["provider"],
+        model=options["model"],
+        limit=options["limit"],
+        retry_failed=options["retry_failed"],
+        fresh=options["fresh"],
+        simulate=options["simulate"],
+    )
+
+
+def _jobs(inputs: Sequence[str], output: str | None, directory: str | None) -> list[_Job]:
+    """Tell which results go where."""
+    from pipeline import read
+
+    if output and directory:
+        raise UsageError("-o and -d exclude each other: one results file, or one for each input")
+    sources = read.sources(inputs)
+    if output:
+        return [_Job(inputs=sources, output=Path(output))]
+    if directory:
+        Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
+        jobs = [
+            _Job(inputs=[source], output=Path(directory) / f"{read.stem(source)}.results.jsonl") for source in sources
+        ]
+        names = [each.output for each in jobs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"two inputs would write {str(twice)!r}: their names differ only in directory or suffix")
+        return jobs
+    if len(sources) > 1 or sources == [read.STDIN]:
+        raise UsageError("say where results go: -o FILE for one file, or -d DIR for one file per input")
+    return [_Job(inputs=sources, output=Path(sources[0]).with_name(f"{read.stem(sources[0])}.results.jsonl"))]
+
+
+def _again(summary: Summary) -> str | None:
+    """Return the command that continues a run, if it can be continued."""
+    if not summary.pending and summary.status == "completed":
+        return None
+    return shlex.join(["pipeline", *(word for word in sys.argv[1:] if word != "--fresh")])
+
+
+def _worst(codes: Any) -> int:
+    """Return the exit code of several runs: the one that asks for most attention."""
+    order = [0, 1, 75, 6, 4, 3, 5, 2, 143, 130]
+    return max(codes, key=order.index, default=0)
+
+
+# ── check and simulate ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check(
+    *, inputs: tuple[str, ...], config_file: str | None, provider: str | None, model: str | None, as_json: bool
+) -> int:
+    from pipeline import checking, config, safe
+
+    settings = config.load(config_file).replace(provider=provider)
+    report = checking.check(
+        inputs, settings, provider=provider, model=model, on_problem=lambda text: print(safe.text(text))
+    )
+    if as_json:
+        _print_json([report.as_dict()])
+    else:
+        console = _console(quiet=False)
+        for name, count in report.by_model.items():
+            _say(console, f"{count:,} × {name}")
+        _say(console, f"{report.lines:,} lines, {report.invalid:,} invalid")
+    return int(report.invalid > 0)
+
+
+def _simulate(*, port: int, faults: tuple[str, ...], no_rate_headers: bool, **options: Any) -> int:
+    from pipeline import simulator
+
+    console = _console(quiet=False)
+    try:
+        wanted = simulator.Options(
+            faults=dict(simulator.parse_fault(fault) for fault in faults), rate_headers=not no_rate_headers, **options
+        )
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
+
+    def announce(url: str) -> None:
+        _say(console, f"simulating Anthropic and OpenAI on {url}; Ctrl-C ends it")
+        _say(
+            console,
+            f"export ANTHROPIC_BASE_URL={url} OPENAI_BASE_URL={url}/v1 ANTHROPIC_API_KEY=any OPENAI_API_KEY=any",
+        )
+
+    simulator.serve_forever(wanted, "127.0.0.1", port, announce)
+    return 0
+
+
+# ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _guarded(command: Any, **options: Any) -> NoReturn:
+    """Call a command and leave with its exit code; errors of ours become one message."""
+    try:
+        sys.exit(command(**options))
+    except PipelineError as exc:
+        from pipeline import safe
+
+        for line in exc.message.splitlines():
+            click.echo(f"error: {safe.text(line)}", err=True)
+        if exc.hint:
+            click.echo(f"hint: {safe.text(exc.hint)}", err=True)
+        sys.exit(exc.exit_code)
+
+
+def _console(quiet: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
+def _say(console: Console, message: str) -> None:
+    from rich.text import Text
+
+    from pipeline import safe
+
+    console.print(Text(safe.text(message)), soft_wrap=True)
+
+
+def _print_json(objects: list[dict[str, Any]]) -> None:
+    """Print one object, or one for each line where there are several."""
+    import orjson
+
+    sys.stdout.buffer.write(b"".join(orjson.dumps(each, option=orjson.OPT_APPEND_NEWLINE) for each in objects))
+    sys.stdout.buffer.flush()
+
+
+def _leave_now(code: int) -> NoReturn:
+    """Leave although a thread still waits for stdin; everything is on the disk."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,395 @@
+"""One run, from inputs to summary: the one place where the parts are made and joined.
+
+    read ─▶ plan ─▶ send ─▶ record ─▶ totals
+
+`run_batch` is what `pipeline run` does for one results file. The parts themselves are made in `assemble`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import anyio
+import orjson
+from anyio import to_thread
+
+from pipeline import assemble, providers, read, record, transport
+from pipeline import config as configuration
+from pipeline.assemble import Options
+from pipeline.clock import Clock
+from pipeline.config import Config
+from pipeline.errors import PipelineError, TryLaterError, UsageError
+from pipeline.fingerprints import FingerprintMap
+from pipeline.plan import Invalid
+from pipeline.read import Line
+from pipeline.record import Done, Recorder
+from pipeline.results import Record
+from pipeline.send import LaneStatistics, Sender, Statistics
+from pipeline.totals import Attempts, Summary, Totals
+from pipeline.types import Request, Result
+
+PREVIEW_LINES = 10_000
+SHOWN_FAILURES = 10
+_COUNT_REST_SECONDS = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A run at a moment. `total` is None until the whole input was read; `run` counts what is safe on the disk."""
+
+    elapsed_s: float
+    read: int
+    total: int | None
+    reused: int
+    run: Totals
+    sender: Statistics
+    is_draining: bool
+
+
+Watch = Callable[[Callable[[], Progress]], Coroutine[Any, Any, None]]
+
+
+async def run_batch(
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    output: str | os.PathLike[str],
+    config: Config | None = None,
+    options: Options | None = None,
+    watch: Watch | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    handle_signals: bool = False,
+) -> Summary:
+    """Answer every line of the inputs into one results file and return the summary.
+
+    Repeating a call finishes what is missing. `watch` runs beside the work and may ask for the progress at any time;
+    `say` gets sentences for people. Raises `UsageError` before anything is sent, `TryLaterError` when another run
+    holds the output, `StorageError` when results cannot be stored. What providers answer raises nothing: it is in the
+    results and the summary.
+    """
+    options = options or Options()
+    with assemble.settings_for(config, options) as settings:
+        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, say)
+        try:
+            return await run.execute(watch, handle_signals=handle_signals)
+        except BaseExceptionGroup as group:
+            if error := _only_error(group):
+                raise error from group
+            raise
+        finally:
+            run.recorder.release()
+
+
+class _Run:
+    """The state of one run of `run_batch`."""
+
+    def __init__(
+        self, inputs: Sequence[str], output: Path, settings: Config, options: Options, say: Callable[[str], None]
+    ) -> None:
+        self.settings = settings
+        self.options = options
+        self.say = say
+        self.sources = read.sources(inputs)
+        _refuse_overwriting_input(output, self.sources)
+        self.warnings = self._preview()
+        self.clock = Clock()
+        self.run_totals = Totals()
+        self.all_totals = Totals()
+        self.recorder = Recorder(
+            output,
+            form=configuration.output_format(settings),
+            echo_request=settings.output.echo_request,
+            sync=settings.output.durability == "full",
+            on_done=self._count,
+        )
+        self.planner = assemble.planner(settings, options)
+        self.done = Done()
+        self.positions: FingerprintMap | None = None
+        self.failures: list[str] = []
+        self.read_lines = 0
+        self.reused = 0
+        self.reused_failed = 0
+        self.is_all_read = False
+        self.signal: signal.Signals | None = None
+        self.sender: Sender
+
+    async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
+        await to_thread.run_sync(self._open)
+        async with transport.Client(self.settings.sending) as client:
+            self.sender = assemble.sender(self.settings, client, self.clock, self._record)
+            async with anyio.create_task_group() as writing:
+                writing.start_soon(self.recorder.run)
+                try:
+                    await self._work(watch, handle_signals=handle_signals)
+                finally:
+                    self.recorder.close()
+        superseded = await to_thread.run_sync(self._tidy)
+        summary = self._summary(superseded)
+        totals = orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        record.write_file(record.beside(self.recorder.path, ".usage.json"), totals)
+        return summary
+
+    # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _preview(self) -> tuple[str, ...]:
+        """Look at the first lines before anything is sent: keys must be there, retired models are told."""
+        planner = assemble.planner(self.settings, self.options)
+        wanted: dict[tuple[str, str], None] = {}
+        files = [source for source in self.sources if Path(source).is_file()]
+        lines = (line for source in files for line in read.lines(source, self.settings.input.max_line_bytes))
+        for line in islice(lines, min(PREVIEW_LINES, self.options.limit or PREVIEW_LINES)):
+            item = planner.plan(line)
+            if isinstance(item, Request):
+                wanted[item.provider, item.model] = None
+        for name in dict.fromkeys(name for name, _ in wanted):
+            configuration.api_key(name, self.settings.providers[name])
+        notices = (_retirement(self.settings, name, model) for name, model in wanted)
+        return tuple(notice for notice in notices if notice)
+
+    def _open(self) -> None:
+        """Take the output and learn what it holds."""
+        self.recorder.open()
+        if self.options.fresh and (aside := self.recorder.set_aside()):
+            self.say(f"earlier results are set aside as {aside}")
+        self.done = self.recorder.done(self.all_totals.add)
+        if self.done.damaged:
+            self.warnings += (f"{self.done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
+        if self.done.lines or self.done.damaged or self.settings.output.ordered:
+            self.positions = FingerprintMap()
+
+    # ── the work ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _work(self, watch: Watch | None, *, handle_signals: bool) -> None:
+        async with anyio.create_task_group() as beside:
+            with anyio.CancelScope() as scope:
+                if handle_signals:
+                    beside.start_soon(self._heed_signals, scope)
+                if watch:
+                    beside.start_soon(watch, self.progress)
+                beside.start_soon(self._stop_when_stalled)
+                async with anyio.create_task_group() as work:
+                    work.start_soon(self._read_and_submit)
+                    await self.sender.run()
+                    # After a stop the reader may still count what is left, but nobody waits long for a number.
+                    scope.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
+            beside.cancel_scope.cancel()
+
+    async def _read_and_submit(self) -> None:
+        """Plan every line; submit what is not done yet. After a stop the rest is only counted."""
+        batches = read.batches(self.sources, self.settings.input.max_line_bytes)
+        while not self._is_limit_reached():
+            batch = await to_thread.run_sync(next, batches, None, abandon_on_cancel=True)
+            if batch is None:
+                break
+            await self.sender.submit(await self._plan(batch))
+        self.is_all_read = True
+        self.sender.close()
+
+    def _is_limit_reached(self) -> bool:
+        return self.options.limit is not None and self.read_lines >= self.options.limit
+
+    async def _plan(self, batch: Sequence[Line]) -> list[Request]:
+        """Return the requests of a batch that are to be sent; record the lines that cannot be."""
+        wanted: list[Request] = []
+        for line in batch:
+            if self._is_limit_reached():
+                break
+            self.read_lines += 1
+            item = self.planner.plan(line)
+            if self._is_done(item):
+                continue
+            if isinstance(item, Invalid):
+                await self._record(assemble.invalid_result(item, self.clock))
+            else:
+                wanted.append(item)
+        return wanted
+
+    async def _record(self, result: Result) -> None:
+        if result.failure and len(self.failures) < SHOWN_FAILURES:
+            self.failures.append(_describe_failure(result))
+        await self.recorder.append(result)
+
+    def _is_done(self, item: Request | Invalid) -> bool:
+        """Tell whether a line's result is there already, and count it as reused."""
+        if self.positions is not None:
+            self.positions.put(record.key(item.custom_id, item.digest), len(self.positions))
+        outcome = self.done.outcome(item.custom_id, item.digest)
+        if outcome is None or (outcome is False and self.options.retry_failed):
+            return False
+        self.reused += 1
+        self.reused_failed += not outcome
+        return True
+
+    async def _heed_signals(self, work: anyio.CancelScope) -> None:
+        """First signal: send nothing new and finish what is in flight. Second: stop now."""
+        with anyio.open_signal_receiver(*_SIGNALS) as signals:
+            async for received in signals:
+                if self.signal:
+                    self.say("stopping now")
+                    work.cancel()
+                    return
+                self.signal = received
+                work.deadline = anyio.current_time() + self.settings.sending.drain_timeout
+                self.sender.stop()
+                in_flight = self.sender.statistics().in_flight
+                self.say(f"{received.name}: finishing {in_flight} request(s) in flight; once more to stop now")
+
+    async def _stop_when_stalled(self) -> None:
+        """Give up when nothing was finished for too long: cron will come again."""
+        patience = max(self.settings.sending.stall_timeout, 2 * self.settings.sending.timeout)
+        while True:
+            if not self.sender.open_jobs:
+                self.sender.changed_at = anyio.current_time()
+            idle = anyio.current_time() - self.sender.changed_at
+            if idle >= patience:
+                waiting = "; ".join(_describe(lane) for lane in self.sender.statistics().lanes)
+                self.sender.stop(TryLaterError(f"nothing was finished for {idle:,.0f} s ({waiting})"))
+                return
+            await anyio.sleep(patience - idle)
+
+    def _count(self, done: Record) -> None:
+        self.run_totals.add(done)
+        self.all_totals.add(done)
+
+    def progress(self) -> Progress:
+        """Return a snapshot of the run."""
+        return Progress(
+            elapsed_s=self.clock.elapsed(),
+            read=self.read_lines,
+            total=self.read_lines if self.is_all_read else None,
+            reused=self.reused,
+            run=self.run_totals,
+            sender=self.sender.statistics(),
+            is_draining=self.sender.is_draining,
+        )
+
+    # ── after ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tidy(self) -> int:
+        """Bring the results file into its final form, if the whole input is known."""
+        is_whole = self.is_all_read and self.options.limit is None and not self.sender.is_draining
+        has_leftovers = self.done.lines != self.reused or self.done.damaged > 0
+        ordered = self.settings.output.ordered
+        if self.positions is None or not is_whole or not (has_leftovers or ordered):
+            return 0
+        superseded = self.recorder.tidy(self.positions, self.planner.ids, ordered=ordered)
+        if superseded:
+            self.all_totals = Totals()
+            self.recorder.done(self.all_totals.add)
+        return superseded
+
+    def _summary(self, superseded: int) -> Summary:
+        counts = self.sender.statistics()
+        pending = self.read_lines - self.reused - self.run_totals.finished
+        reason = self._reason()
+        return Summary(
+            run_id=f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}",
+            status="completed" if not pending and self.is_all_read else "stopped" if reason else "partial",
+            stop_reason=reason,
+            exit_code=self._exit_code(),
+            started_at=self.clock.started_at,
+            finished_at=self.clock.utc(),
+            wall_seconds=self.clock.elapsed(),
+            simulated=self.options.simulate,
+            tags=self.settings.tags,
+            inputs=self.sources,
+            results_file=str(self.recorder.path),
+            total=self.read_lines,
+            reused=self.reused,
+            pending=pending,
+            attempts=Attempts(
+                total=counts.attempts,
+                billed=counts.billed,
+                rate_limited=counts.rate_limited,
+                failed=counts.failed,
+                unknown=counts.unknown,
+            ),
+            run=self.run_totals,
+            results=self.all_totals,
+            superseded=superseded,
+            warnings=self.warnings,
+            failures=tuple(self.failures),
+        )
+
+    def _reason(self) -> str | None:
+        if self.signal:
+            return f"interrupted by {self.signal.name}"
+        reasons = [_explain(reason) for reason in assemble.stop_reasons(self.sender)]
+        return "; ".join(reasons) or None
+
+    def _exit_code(self) -> int:
+        if self.signal:
+            return 130 if self.signal is signal.SIGINT else 143
+        if reasons := assemble.stop_reasons(self.sender):
+            return _exit_code(reasons[0], has_sent=self.sender.statistics().attempts > 0)
+        if self.done.damaged:
+            return 6
+        return int(bool(self.run_totals.failed or self.run_totals.invalid or self.reused_failed))
+
+
+# ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
+    """Refuse an output that is an input under any name: path, symlink or hard link."""
+    if output.is_dir():
+        raise UsageError(f"the output {str(output)!r} is a directory; name a file, or use -d for one file per input")
+    if not output.parent.is_dir():
+        raise UsageError(f"the output's directory {str(output.parent)!r} does not exist")
+    for source in sources:
+        if output.exists() and source != read.STDIN and os.path.samefile(output, source):
+            raise UsageError(f"the output {str(output)!r} is also an input; results would overwrite requests")
+
+
+def _retirement(settings: Config, provider: str, model: str) -> str | None:
+    notice = providers.retirement(configuration.protocol(settings.providers[provider]), model)
+    return f"{provider}/{model}: {notice}" if notice else None
+
+
+def _explain(reason: PipelineError) -> str:
+    status = getattr(reason, "status", None)
+    request_id = getattr(reason, "request_id", None)
+    details = [f"HTTP {status}" if status else "", f"request id {request_id}" if request_id else ""]
+    known = ", ".join(detail for detail in details if detail)
+    return f"{reason.message} ({known})" if known else reason.message
+
+
+def _exit_code(reason: PipelineError, *, has_sent: bool) -> int:
+    """Return the exit code of what stopped a run; a key that was missing later on is the provider's stop."""
+    if isinstance(reason, TryLaterError):
+        return reason.exit_code
+    return 2 if isinstance(reason, UsageError) and not has_sent else 3
+
+
+def _describe_failure(result: Result) -> str:
+    """Say in one line what failed and where; an invalid line's message names its place already."""
+    assert result.failure is not None
+    if result.request is None:
+        return result.failure.message
+    status = f"HTTP {result.failure.status}, " if result.failure.status else ""
+    return (
+        f"{result.source}:{result.line}: {result.custom_id}: {result.failure.message} ({status}{result.failure.type})"
+    )
+
+
+def _describe(lane: LaneStatistics) -> str:
+    waiting = lane.waiting_for or ("answers" if lane.in_flight else "retries" if lane.retrying else "nothing")
+    return f"{lane.provider}/{lane.model}: {lane.waiting} waiting, {lane.in_flight} in flight, waits for {waiting}"
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> PipelineError | None:
+    """Return the error of ours in a group, unless there are bugs in it too: those must be seen whole."""
+    ours, others = group.split(PipelineError)
+    if ours is None or others is not None:
+        return None
+    error: BaseException = ours
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, PipelineError) else None

@@ -1,0 +1,159 @@
+"""Line -> Request: what a line means, who is to answer it, and what goes on the wire. Pure.
+
+A line's identity has two parts. `custom_id` is the line's own, else derived from its content, so it survives
+reordering, inserting and deleting lines; equal lines without an id are counted (`…-2`, `…-3`), as sampling wants
+repeats. `digest` is that of the body and the provider it goes to, so a changed line, model or parameter is told from
+what was answered before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from pipeline import config, formats, jsonl, providers
+from pipeline.config import Config, Endpoint
+from pipeline.errors import LineError, UsageError
+from pipeline.fingerprints import FingerprintSet, fingerprint
+from pipeline.formats import Draft
+from pipeline.read import Line
+from pipeline.types import Failure, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invalid:
+    """A line that cannot become a request, with its identity and the reason."""
+
+    custom_id: str
+    digest: str
+    line: Line
+    failure: Failure
+
+
+class Planner:
+    """Turns lines into requests; remembers only which ids it has seen (10 to 20 bytes a line).
+
+    `provider` and `model` are the user's words on the command line for lines that do not say. A provider named there
+    also wins over the one told by a model's name when both speak one protocol (`gpt-oss-20b` on a vLLM server).
+    `salt` goes into digests, so that rehearsed answers never pass for real ones.
+    """
+
+    def __init__(
+        self, settings: Config, *, provider: str | None = None, model: str | None = None, salt: str = ""
+    ) -> None:
+        if provider is not None and provider not in settings.providers:
+            raise UsageError(f"provider {provider!r} is not one of {', '.join(sorted(settings.providers))}")
+        self._config = settings
+        self._provider = provider
+        self._model = model or settings.request.model
+        self._salt = salt
+        self.ids = FingerprintSet()
+        self._repeats: dict[int, int] = {}
+
+    def plan(self, line: Line) -> Request | Invalid:
+        """Return the request that a line asks for, or why there is none."""
+        value: Any = None
+        custom_id: str | None = None
+        try:
+            if line.problem:
+                raise LineError(line.problem)
+            value = jsonl.loads(line.data)
+            draft = formats.parse(value)
+            custom_id = draft.custom_id or self._derive_id(jsonl.dumps(value))
+            request = self._request(draft, custom_id, line)
+            if draft.custom_id:
+                self._require_new(custom_id)
+        except LineError as exc:
+            return self._invalid(line, custom_id, value, exc)
+        return request
+
+    def _request(self, draft: Draft, custom_id: str, line: Line) -> Request:
+        name, model = self._destination(draft)
+        endpoint = self._config.providers[name]
+        codec = providers.codec(config.protocol(endpoint))
+        if draft.is_portable:
+            body: Mapping[str, Any] = codec.body(draft.fields, endpoint, self._config.request, model)
+        else:
+            codec.check_body(draft.fields)
+            body = draft.fields
+        encoded = jsonl.dumps(body)
+        return Request(
+            custom_id=custom_id,
+            digest=_digest(f"{self._salt}{name}\n".encode() + encoded),
+            source=line.source,
+            line=line.number,
+            provider=name,
+            model=model,
+            body=encoded,
+            max_output_tokens=codec.max_output_tokens(body),
+            estimated_input_tokens=providers.estimate_input_tokens(body, config.protocol(endpoint), model),
+            metadata=draft.metadata,
+        )
+
+    def _destination(self, draft: Draft) -> tuple[str, str]:
+        """Return the provider and the model of a line: its own words, else the user's, else the configuration's."""
+        model = draft.model or (self._model if draft.is_portable else None)
+        name = self._provider_of(draft, model)
+        model = model or (self._config.providers[name].model if draft.is_portable else None)
+        if not model:
+            raise LineError(f"no model: the line names none and provider {name!r} has no default; add 'model'")
+        return name, model
+
+    def _provider_of(self, draft: Draft, model: str | None) -> str:
+        endpoints = self._config.providers
+        if draft.provider is not None:
+            return _known(draft.provider, endpoints)
+        named = self._provider
+        told = providers.provider_of(model, self._config) if model else None
+        default = named or self._config.provider
+        if draft.protocol:
+            candidates = [named, told, self._config.provider, draft.protocol.value]
+            for name in candidates:
+                if name in endpoints and endpoints[name].protocol == draft.protocol.value:
+                    return name
+            raise LineError(f"no provider for a body of the {draft.protocol.value} protocol; name one with --provider")
+        if told and not (named and endpoints[named].protocol == endpoints[told].protocol):
+            return told
+        return default
+
+    def _derive_id(self, content: bytes) -> str:
+        """Name a line after its content; equal lines are counted."""
+        base = f"line-{blake2b(content, digest_size=8).hexdigest()}"
+        mark = fingerprint(base)
+        if self.ids.add(mark):
+            return base
+        count = self._repeats[mark] = self._repeats.get(mark, 1) + 1
+        self.ids.add(fingerprint(f"{base}-{count}"))
+        return f"{base}-{count}"
+
+    def _require_new(self, custom_id: str) -> None:
+        if not self.ids.add(fingerprint(custom_id)):
+            raise LineError(
+                f"custom_id {custom_id!r} was used before; every id may stand once", type="duplicate_custom_id"
+            )
+
+    def _invalid(self, line: Line, custom_id: str | None, value: Any, error: LineError) -> Invalid:
+        """Name a line that is no request: as far as it was understood, its id is its own, else derived."""
+        own = value.get("custom_id") if isinstance(value, Mapping) else None
+        custom_id = custom_id or (own if isinstance(own, str) else None)
+        if custom_id:
+            self.ids.add(fingerprint(custom_id))
+        else:
+            custom_id = self._derive_id(line.data.strip())
+        failure = Failure(type=error.type, message=f"{line.source}:{line.number}: {error.message}")
+        mark = fingerprint(custom_id, "invalid", _digest(line.data))
+        repeat = self._repeats[mark] = self._repeats.get(mark, 0) + 1
+        digest = _digest(f"invalid {repeat}\n".encode() + line.data)
+        return Invalid(custom_id=custom_id, digest=digest, line=line, failure=failure)
+
+
+def _known(name: str, endpoints: Mapping[str, Endpoint]) -> str:
+    if name not in endpoints:
+        raise LineError(f"provider {name!r} is not configured; known are {', '.join(sorted(endpoints))}")
+    return name
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()

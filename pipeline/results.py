@@ -1,0 +1,364 @@
+"""Result -> its line in the results file, in three dialects, and back to what a later run must know. Pure.
+
+Every dialect carries `digest`, the identity of the request that was answered: with `custom_id` it is the key of
+resuming. The provider's own answer goes in untouched, spliced as bytes; in the dialect of the other provider's batch
+API it is rewritten in that provider's terms, so that tools which read such files need no second reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from pipeline import jsonl
+from pipeline.errors import LineError
+from pipeline.types import Attempt, Failure, OutputFormat, Reply, Result, Usage
+
+_ANTHROPIC_STOP = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
+_OPENAI_STOP = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "pause_turn": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a result line says about identity, outcome and tokens: all that resuming and totals need."""
+
+    custom_id: str
+    digest: str
+    success: bool
+    is_invalid: bool = False
+    provider: str | None = None
+    model: str | None = None
+    lane: str = "live"
+    usage: Usage | None = None
+
+
+def record(result: Result) -> Record:
+    """Return the record of a result."""
+    return Record(
+        custom_id=result.custom_id,
+        digest=result.digest,
+        success=result.success,
+        is_invalid=result.request is None,
+        provider=result.request.provider if result.request else None,
+        model=_model(result),
+        lane=result.lane,
+        usage=result.usage,
+    )
+
+
+def encode(result: Result, form: OutputFormat, *, echo_request: bool = False) -> bytes:
+    """Return the line of a result, with its line end."""
+    line = _ENCODERS[form](result)
+    if echo_request and result.request:
+        line["request"] = orjson.Fragment(result.request.body)
+    try:
+        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # an integer beyond 64 bits, or very deep nesting, in somebody's metadata or tool arguments
+        return orjson.dumps({name: _spelled(value) for name, value in line.items()}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def decode(line: bytes) -> Record:
+    """Read a result line of any dialect back; `LineError` when it is not one."""
+    try:
+        value = orjson.loads(line)
+        return _checked(_DECODERS[_dialect(value)](value))
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as exc:
+        raise LineError(f"not a result line: {exc}") from exc
+
+
+# ── encoding ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _native(result: Result) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "custom_id": result.custom_id,
+        "line": result.line,
+        "success": result.success,
+        "provider": result.request.provider if result.request else None,
+        "model": _model(result),
+    }
+    if reply := result.reply:
+        line["content"] = reply.content
+        line["finish_reason"] = reply.finish_reason
+        line["truncated"] = reply.truncated
+        if reply.refusal is not None:
+            line["refusal"] = reply.refusal
+        if reply.tool_calls:
+            line["tool_calls"] = [{"id": t.id, "name": t.name, "arguments": t.arguments} for t in reply.tool_calls]
+        line["usage"] = _usage(reply.usage)
+        line["cost_usd"] = result.cost_usd
+        line["lane"] = result.lane
+    elif failure := result.failure:
+        line["error"] = _error(failure)
+    line["attempts"] = result.attempts
+    if result.reply and result.failed_attempts:
+        line["failed_attempts"] = [_attempt(attempt) for attempt in result.failed_attempts]
+    if result.latency_s is not None:
+        line["latency_s"] = round(result.latency_s, 3)
+    if result.reply:
+        line["request_id"] = result.reply.request_id
+    line["completed_at"] = result.completed_at
+    line["metadata"] = result.metadata
+    line["source"] = result.source
+    line["digest"] = result.digest
+    if result.reply:
+        line["response"] = orjson.Fragment(jsonl.one_line(result.reply.raw))
+    return line
+
+
+def _openai_batch(result: Result) -> dict[str, Any]:
+    line: dict[str, Any] = {"id": f"batch_req_{result.digest}", "custom_id": result.custom_id}
+    reply, failure = result.reply, result.failure
+    if reply:
+        body = _own_or(result, reply, "choices", _as_chat_completion)
+        line["response"] = {"status_code": 200, "request_id": reply.request_id, "body": body}
+        line["error"] = None
+    elif failure and failure.status:
+        error = {"message": failure.message, "type": failure.type, "param": None, "code": failure.code}
+        line["response"] = {"status_code": failure.status, "request_id": failure.request_id, "body": {"error": error}}
+        line["error"] = None
+    elif failure:
+        line["response"] = None
+        line["error"] = {"code": failure.type, "message": failure.message}
+    return line | _tail(result)
+
+
+def _anthropic_batch(result: Result) -> dict[str, Any]:
+    reply, failure = result.reply, result.failure
+    if reply:
+        outcome: dict[str, Any] = {"type": "succeeded", "message": _own_or(result, reply, "stop_reason", _as_message)}
+    else:
+        assert failure is not None
+        error = {"type": failure.type, "message": failure.message}
+        outcome = {
+            "type": "errored",
+            "error": {"type": "error", "error": error, "request_id": failure.request_id},
+        }
+    return {"custom_id": result.custom_id, "result": outcome} | _tail(result)
+
+
+def _tail(result: Result) -> dict[str, Any]:
+    """What a later run must know and the batch dialects have no place for."""
+    return {
+        "digest": result.digest,
+        "line": result.line,
+        "provider": result.request.provider if result.request else None,
+        "lane": result.lane,
+        "usage": _usage(result.usage),
+    }
+
+
+_ENCODERS = {
+    OutputFormat.NATIVE: _native,
+    OutputFormat.OPENAI_BATCH: _openai_batch,
+    OutputFormat.ANTHROPIC_BATCH: _anthropic_batch,
+}
+
+
+def _model(result: Result) -> str | None:
+    """Return the model that answered, else (a server that does not tell it, a failure) the one that was asked."""
+    if result.reply and result.reply.model:
+        return result.reply.model
+    return result.request.model if result.request else None
+
+
+def _usage(usage: Usage | None) -> dict[str, int] | None:
+    if usage is None:
+        return None
+    tokens = {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "total_tokens": usage.total_tokens,
+        "cache_read_tokens": usage.cache_read_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+    }
+    if usage.cache_write_1h_tokens:
+        tokens["cache_write_1h_tokens"] = usage.cache_write_1h_tokens
+    return tokens
+
+
+def _error(failure: Failure) -> dict[str, Any]:
+    return {
+        "type": failure.type,
+        "code": failure.code,
+        "status": failure.status,
+        "message": failure.message,
+        "request_id": failure.request_id,
+        "attempts": [_attempt(attempt) for attempt in failure.attempts],
+    }
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    values = asdict(attempt)
+    values["latency_s"] = round(attempt.latency_s, 3)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _own_or(result: Result, reply: Reply, mark: str, rewrite: Callable[[Result, Reply], dict[str, Any]]) -> Any:
+    """Return the answer untouched if it is in the dialect that has the key `mark`, else rewritten."""
+    is_own = f'"{mark}"'.encode() in reply.raw and mark in orjson.loads(reply.raw)
+    return orjson.Fragment(jsonl.one_line(reply.raw)) if is_own else rewrite(result, reply)
+
+
+def _as_chat_completion(result: Result, reply: Reply) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": reply.refusal}
+    if reply.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": jsonl.dumps(call.arguments).decode()},
+            }
+            for call in reply.tool_calls
+        ]
+    finish = _OPENAI_STOP.get(reply.finish_reason or "", reply.finish_reason)
+    completion: dict[str, Any] = {
+        "id": _answer_id(reply),
+        "object": "chat.completion",
+        "created": int(datetime.fromisoformat(result.completed_at).timestamp()),
+        "model": _model(result),
+        "choices": [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}],
+    }
+    if usage := reply.usage:
+        completion["usage"] = {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.total_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        }
+    return completion
+
+
+def _as_message(result: Result, reply: Reply) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": reply.content}] if reply.content else []
+    content += [
+        {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in reply.tool_calls
+    ]
+    message: dict[str, Any] = {
+        "id": _answer_id(reply),
+        "type": "message",
+        "role": "assistant",
+        "model": _model(result),
+        "content": content,
+        "stop_reason": _ANTHROPIC_STOP.get(reply.finish_reason or "", reply.finish_reason),
+        "stop_sequence": None,
+    }
+    if reply.refusal is not None:
+        message["stop_reason"] = "refusal"
+        message["stop_details"] = {"type": "refusal", "category": None, "explanation": reply.refusal}
+    if usage := reply.usage:
+        message["usage"] = {
+            "input_tokens": usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens,
+            "output_tokens": usage.output_tokens,
+            "cache_creation_input_tokens": usage.cache_write_tokens,
+            "cache_read_input_tokens": usage.cache_read_tokens,
+        }
+    return message
+
+
+def _answer_id(reply: Reply) -> Any:
+    return orjson.loads(reply.raw).get("id")
+
+
+def _spelled(value: Any) -> Any:
+    """Return a value as the JSON text that the exact, slow encoder makes of it."""
+    return value if isinstance(value, orjson.Fragment) else orjson.Fragment(jsonl.dumps(value))
+
+
+# ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _checked(found: Record) -> Record:
+    """Refuse values of other types than we write: later they would break what reads them."""
+    texts = (found.custom_id, found.digest, found.lane, found.provider or "", found.model or "")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(found.success, bool):
+        raise TypeError("a value has a wrong type")
+    return found
+
+
+def _dialect(value: Mapping[str, Any]) -> OutputFormat:
+    if "success" in value:
+        return OutputFormat.NATIVE
+    return OutputFormat.ANTHROPIC_BATCH if "result" in value else OutputFormat.OPENAI_BATCH
+
+
+def _from_native(value: Mapping[str, Any]) -> Record:
+    return Record(
+        custom_id=value["custom_id"],
+        digest=value["digest"],
+        success=value["success"],
+        is_invalid=value["provider"] is None,
+        provider=value["provider"],
+        model=value["model"],
+        lane=value.get("lane", "live"),
+        usage=_to_usage(value.get("usage")),
+    )
+
+
+def _from_openai_batch(value: Mapping[str, Any]) -> Record:
+    response = value["response"] or {}
+    success = value["error"] is None and response.get("status_code") == 200
+    return _from_batch(value, success, response.get("body", {}).get("model") if success else None)
+
+
+def _from_anthropic_batch(value: Mapping[str, Any]) -> Record:
+    outcome = value["result"]
+    success = outcome["type"] == "succeeded"
+    return _from_batch(value, success, outcome["message"].get("model") if success else None)
+
+
+def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> Record:
+    return Record(
+        custom_id=value["custom_id"],
+        digest=value["digest"],
+        success=success,
+        is_invalid=value["provider"] is None,
+        provider=value["provider"],
+        model=model,
+        lane=value["lane"],
+        usage=_to_usage(value["usage"]),
+    )
+
+
+_DECODERS = {
+    OutputFormat.NATIVE: _from_native,
+    OutputFormat.OPENAI_BATCH: _from_openai_batch,
+    OutputFormat.ANTHROPIC_BATCH: _from_anthropic_batch,
+}
+_USAGE_FIELDS: Sequence[str] = (
+    "input_tokens",
+    "output_tokens",
+    "cache_read_tokens",
+    "cache_write_tokens",
+    "cache_write_1h_tokens",
+    "reasoning_tokens",
+)
+
+
+def _to_usage(value: Mapping[str, int] | None) -> Usage | None:
+    if value is None:
+        return None
+    counts: dict[str, Any] = {name: value.get(name, 0) for name in _USAGE_FIELDS}
+    if not all(type(count) is int and count >= 0 for count in counts.values()):
+        raise TypeError("a number of tokens is not a whole number")
+    return Usage(**counts)

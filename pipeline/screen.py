@@ -1,0 +1,199 @@
+"""What people see while a run goes on and when it has ended: a bar on a terminal, a line a minute elsewhere.
+
+Everything here goes to stderr; every text from outside passes `safe.text`, and rich's markup is never parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import anyio
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import safe
+from pipeline.job import Progress, Watch
+from pipeline.totals import Summary
+
+LOG_SECONDS = 60.0
+_REFRESH_SECONDS = 0.25
+_WINDOW_SECONDS = 10.0
+_SHOWN_LANES = 6
+
+Get = Callable[[], Progress]
+
+
+def watcher(console: Console, mode: str) -> Watch | None:
+    """Return what shows the progress of a run: `bar`, `log`, `none`, or `auto` (bar on a terminal, else log)."""
+    if mode == "auto":
+        mode = "bar" if console.is_terminal else "log"
+    return {"bar": _Bar(console).watch, "log": _Log(console).watch}.get(mode)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """Requests and tokens finished per second, lately."""
+
+    requests: float
+    tokens: float
+
+
+class _Meter:
+    """Reckons the pace over the last seconds."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, int, int]] = []
+
+    def pace(self, progress: Progress) -> _Pace:
+        now = progress.elapsed_s
+        self._samples.append((now, progress.run.finished, progress.run.tokens.input + progress.run.tokens.output))
+        while len(self._samples) > 2 and self._samples[0][0] < now - _WINDOW_SECONDS:
+            self._samples.pop(0)
+        (then, requests, tokens), (_, requests_now, tokens_now) = self._samples[0], self._samples[-1]
+        seconds = max(now - then, 1e-9)
+        if len(self._samples) < 2:
+            return _Pace(0.0, 0.0)
+        return _Pace((requests_now - requests) / seconds, (tokens_now - tokens) / seconds)
+
+
+class _Bar:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._meter = _Meter()
+
+    async def watch(self, get: Get) -> None:
+        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+            while True:
+                live.update(self._draw(get()), refresh=True)
+                await anyio.sleep(_REFRESH_SECONDS)
+
+    def _draw(self, progress: Progress) -> RenderableType:
+        pace = self._meter.pace(progress)
+        done = progress.run.finished + progress.reused
+        total = progress.total
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(ratio=1)
+        head.add_column(justify="right")
+        head.add_row(
+            ProgressBar(total=total or progress.read or 1, completed=done, pulse=total is None and not done),
+            Text(f"{done:,} of {progress.read:,}{'' if total is not None else '+'}"),
+        )
+        return Group(
+            head, Text(_facts(progress, pace)), *(Text(f"  {line}", style="yellow") for line in _waits(progress))
+        )
+
+
+class _Log:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._meter = _Meter()
+
+    async def watch(self, get: Get) -> None:
+        self._meter.pace(get())
+        while True:
+            await anyio.sleep(LOG_SECONDS)
+            progress = get()
+            done = progress.run.finished + progress.reused
+            of = f"{progress.read:,}{'' if progress.total is not None else '+'}"
+            parts = [f"{done:,} of {of}", _facts(progress, self._meter.pace(progress)), *_waits(progress)]
+            self._console.print(Text("; ".join(parts)), soft_wrap=True)
+
+
+def _facts(progress: Progress, pace: _Pace) -> str:
+    """Return one line: outcomes, pace, what is open."""
+    sender = progress.sender
+    retrying = sum(lane.retrying for lane in sender.lanes)
+    facts = [
+        f"{progress.run.failed + progress.run.invalid:,} failed",
+        f"{retrying:,} retrying",
+        f"{pace.requests:,.1f} req/s",
+        f"{pace.tokens:,.0f} tok/s",
+        f"{sender.in_flight:,} in flight",
+    ]
+    if sender.rate_limited:
+        facts.append(f"{sender.rate_limited:,} × 429")
+    if progress.total is not None and pace.requests:
+        left = progress.total - progress.reused - progress.run.finished
+        facts.append(f"ETA {timedelta(seconds=round(left / pace.requests))}")
+    if progress.is_draining:
+        facts.append("finishing what is in flight")
+    return " · ".join(facts)
+
+
+def _waits(progress: Progress) -> list[str]:
+    """Say what the run is waiting for, model by model."""
+    lines = []
+    for lane in progress.sender.lanes:
+        name = safe.text(f"{lane.provider}/{lane.model}", 80)
+        if lane.ended:
+            lines.append(f"{name}: given up: {safe.text(lane.ended, 160)}")
+        elif lane.cooldown_s:
+            lines.append(f"rate limit of {name}, {lane.cooldown_s:,.0f} s")
+        elif lane.waiting_for:
+            lines.append(f"{lane.waiting_for} of {name}")
+    return lines[:_SHOWN_LANES]
+
+
+def show_summary(console: Console, summary: Summary, command: str | None) -> None:
+    """Print what a run did, on one screen; `command` is how to go on where that is possible."""
+    for line in summary.failures:
+        console.print(Text(f"✗ {safe.text(line, 300)}", style="red"), soft_wrap=True)
+    failed = summary.run.failed + summary.run.invalid
+    hidden = failed - len(summary.failures)
+    if hidden > 0:
+        console.print(Text(f'✗ … and {hidden:,} more; they are in the results with "success":false', style="red"))
+    for warning in summary.warnings:
+        console.print(Text(f"! {safe.text(warning)}", style="yellow"), soft_wrap=True)
+    if summary.run.finished:
+        console.print(_models(summary))
+    console.print(Text(_outcome(summary)), soft_wrap=True)
+    if summary.stop_reason:
+        console.print(Text(f"stopped: {safe.text(summary.stop_reason)}", style="bold red"), soft_wrap=True)
+    if command:
+        console.print(Text(f"to go on: {safe.text(command)}"), soft_wrap=True)
+
+
+def _models(summary: Summary) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("model", overflow="fold")
+    for name in ("requests", "input", "cached", "output", "reasoning"):
+        table.add_column(name, justify="right")
+    for row in summary.run.by_model():
+        tokens = row["tokens"]
+        table.add_row(
+            Text(safe.text(f"{row['provider']}/{row['model']}", 60)),
+            *(f"{n:,}" for n in (row["requests"], tokens["input"], tokens["cache_read"], tokens["output"])),
+            f"{tokens['reasoning']:,}",
+        )
+    return table
+
+
+def _outcome(summary: Summary) -> str:
+    """Return the sentences at the end: lines, tokens, attempts, files."""
+    run, attempts = summary.run, summary.attempts
+    if summary.reused == summary.total and not run.finished:
+        return f"nothing to do: all {summary.total:,} lines have results in {safe.text(summary.results_file)}"
+    parts = [f"{run.succeeded:,} answered"]
+    parts += [f"{count:,} {name}" for count, name in ((run.failed, "failed"), (run.invalid, "invalid")) if count]
+    parts += [f"{summary.reused:,} already done"] if summary.reused else []
+    parts += [f"{summary.pending:,} pending"] if summary.pending else []
+    lines = f"{summary.total:,} lines: {', '.join(parts)}, in {summary.wall_seconds:,.1f} s"
+    calls = f"{attempts.total:,} calls"
+    trouble = [
+        f"{count:,} {name}"
+        for count, name in (
+            (attempts.rate_limited, "rate-limited"),
+            (attempts.failed, "failed"),
+            (attempts.unknown, "possibly billed without an answer"),
+        )
+        if count
+    ]
+    calls += f" ({', '.join(trouble)})" if trouble else ""
+    tokens = f"{run.tokens.input:,} tokens in, {run.tokens.output:,} out"
+    kind = "; SIMULATED, nothing was sent to a provider" if summary.simulated else ""
+    return f"{lines}; {tokens}; {calls}; results in {safe.text(summary.results_file)}{kind}"

@@ -1,0 +1,80 @@
+"""The Python way in: requests from a program, results as they come, no files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import anyio
+
+from pipeline import assemble, jsonl, transport
+from pipeline.assemble import Options
+from pipeline.clock import Clock
+from pipeline.config import Config
+from pipeline.plan import Invalid, Planner
+from pipeline.read import Line
+from pipeline.send import Sender
+from pipeline.types import Result
+
+_BATCH = 100
+
+
+async def stream(
+    requests: Iterable[Mapping[str, Any]],
+    *,
+    config: Config | None = None,
+    options: Options | None = None,
+) -> AsyncIterator[Result]:
+    """Yield a result for each request (a mapping in any dialect of input lines), in the order of completion.
+
+    A request that is not valid yields a failed result. Raises the `PipelineError` that stopped the run (a wrong key,
+    a spent budget); results that came before were yielded. Close the generator (`contextlib.aclosing`) when you leave
+    early.
+    """
+    options = options or Options()
+    outgoing, incoming = anyio.create_memory_object_stream[Result](1_000)
+    with assemble.settings_for(config, options) as settings:
+        async with transport.Client(settings.sending) as client, anyio.create_task_group() as tasks, incoming:
+            clock = Clock()
+            sender = assemble.sender(settings, client, clock, outgoing.send)
+
+            async def work() -> None:
+                async with outgoing, anyio.create_task_group() as group:
+                    group.start_soon(sender.run)
+                    await _feed(requests, assemble.planner(settings, options), sender, clock, outgoing.send)
+
+            tasks.start_soon(work)
+            try:
+                async for result in incoming:
+                    yield result
+            except GeneratorExit:
+                tasks.cancel_scope.cancel()
+                return
+        for reason in assemble.stop_reasons(sender):
+            raise reason
+
+
+async def _feed(
+    requests: Iterable[Mapping[str, Any]],
+    planner: Planner,
+    sender: Sender,
+    clock: Clock,
+    record: Callable[[Result], Awaitable[None]],
+) -> None:
+    lines = _lines_of(requests)
+    while batch := list(islice(lines, _BATCH)):
+        wanted = []
+        for line in batch:
+            item = planner.plan(line)
+            if isinstance(item, Invalid):
+                await record(assemble.invalid_result(item, clock))
+            else:
+                wanted.append(item)
+        await sender.submit(wanted)
+    sender.close()
+
+
+def _lines_of(requests: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
+    for number, request in enumerate(requests, start=1):
+        yield Line(source="<requests>", number=number, data=jsonl.dumps(request))

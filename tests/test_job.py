@@ -1,0 +1,374 @@
+"""Whole runs against the simulator over real sockets: files in, files out, and the simulator's own count as judge."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import orjson
+import pytest
+
+import pipeline
+from pipeline import config as configuration
+from pipeline.assemble import Options
+from pipeline.config import Config
+from pipeline.errors import OpenAIAPIError, TryLaterError, UsageError
+from pipeline.simulator import Options as Simulation
+from pipeline.simulator import Server, answer_token, serving
+
+MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-6-luna"}
+both_providers = pytest.mark.parametrize("provider", list(MODELS))
+
+
+@contextmanager
+def _world(**simulation: Any) -> Iterator[tuple[Config, Server]]:
+    """Run a simulator; yield a configuration that points at it, and the server."""
+    with serving(Simulation(**simulation)) as server:
+        yield configuration.simulated(Config(), server.url), server
+
+
+def _line(custom_id: str, provider: str = "openai", text: str | None = None, **fields: Any) -> dict[str, Any]:
+    message = {"role": "user", "content": text or f"question {custom_id}"}
+    return {"custom_id": custom_id, "provider": provider, "model": MODELS[provider], "messages": [message], **fields}
+
+
+def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    return path
+
+
+def _results(path: Path) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+
+
+@both_providers
+async def test_every_line_is_answered_with_its_own_answer(provider: str, tmp_path: Path) -> None:
+    """Each id stands once, with the answer to the body that was sent for it, and totals are the provider's own."""
+    lines = [_line(f"q-{n}", provider, max_tokens=40) for n in range(200)]
+    source = _write(tmp_path / "in.jsonl", lines)
+
+    with _world(latency=0.005) as (config, server):
+        config = config.with_("output", echo_request=True)
+        summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
+        truth = server.statistics()["by_model"][MODELS[provider]]
+
+    results = _results(tmp_path / "out.jsonl")
+    assert sorted(result["custom_id"] for result in results) == sorted(line["custom_id"] for line in lines)
+    assert all(result["content"].startswith(answer_token(result["request"])) for result in results)
+    assert (summary.exit_code, summary.status, summary.run.succeeded) == (0, "completed", 200)
+    assert (truth["requests"], truth["input_tokens"], truth["output_tokens"]) == (
+        200,
+        summary.run.tokens.input,
+        summary.run.tokens.output,
+    )
+
+
+@both_providers
+async def test_the_totals_file_says_what_the_results_say(provider: str, tmp_path: Path) -> None:
+    """`.usage.json` has the documented fields, and its sums are those of the result lines."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}", provider) for n in range(20)])
+
+    with _world() as (config, _):
+        await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
+
+    totals = orjson.loads((tmp_path / "out.usage.json").read_bytes())
+    results = _results(tmp_path / "out.jsonl")
+    assert totals["requests"] == {
+        "total": 20,
+        "succeeded": 20,
+        "failed": 0,
+        "invalid": 0,
+        "pending": 0,
+        "reused": 0,
+    }
+    assert totals["tokens"]["input"] == sum(result["usage"]["input_tokens"] for result in results)
+    assert totals["tokens"]["output"] == sum(result["usage"]["output_tokens"] for result in results)
+    assert totals["results"]["tokens"] == totals["tokens"]
+    assert [row["requests"] for row in totals["by_model"]] == [20]
+    assert totals["cost"]["total"] is None
+
+
+async def test_the_same_command_again_sends_nothing(tmp_path: Path) -> None:
+    """A finished job costs nothing to repeat, and its file is not touched."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(30)])
+    output = tmp_path / "out.jsonl"
+
+    with _world() as (config, server):
+        await pipeline.run_batch([source], output=output, config=config)
+        before = output.read_bytes()
+        again = await pipeline.run_batch([source], output=output, config=config)
+        assert server.statistics()["received"] == 30
+
+    assert (again.exit_code, again.reused, again.attempts.total) == (0, 30, 0)
+    assert output.read_bytes() == before
+
+
+async def test_only_what_differs_is_sent(tmp_path: Path) -> None:
+    """Reordered, inserted, deleted and changed lines: only the new and the changed one are sent."""
+    lines = [_line(f"q-{n}") for n in range(10)]
+    source = _write(tmp_path / "in.jsonl", lines)
+    output = tmp_path / "out.jsonl"
+
+    with _world() as (config, server):
+        await pipeline.run_batch([source], output=output, config=config)
+        changed = {**lines[3], "temperature": 1.0}
+        _write(source, [*reversed(lines[5:]), _line("new"), changed, *lines[:3]])
+        summary = await pipeline.run_batch([source], output=output, config=config)
+        assert server.statistics()["received"] == 12
+
+    results = _results(output)
+    assert (summary.total, summary.reused, summary.run.succeeded, summary.superseded) == (10, 8, 2, 1)
+    assert sorted(result["custom_id"] for result in results) == sorted(["new", *(f"q-{n}" for n in range(10))])
+    assert len(_results(tmp_path / "out.superseded.jsonl")) == 1
+
+
+async def test_bad_lines_fail_alone_and_can_be_mended(tmp_path: Path) -> None:
+    """Invalid lines get a result with file and line; mended, only they are sent, and the failures are gone."""
+    source = tmp_path / "in.jsonl"
+    output = tmp_path / "out.jsonl"
+    source.write_bytes(orjson.dumps(_line("good")) + b'\n{"custom_id": "bad", \n[1]\n')
+
+    with _world() as (config, server):
+        first = await pipeline.run_batch([source], output=output, config=config)
+        _write(source, [_line("good"), _line("bad")])
+        second = await pipeline.run_batch([source], output=output, config=config)
+        assert server.statistics()["received"] == 2
+
+    assert (first.exit_code, first.run.succeeded, first.run.invalid) == (1, 1, 2)
+    assert f"{source}:2: not valid JSON" in first.failures[0]
+    assert (second.exit_code, second.reused, second.run.succeeded) == (0, 1, 1)
+    assert [result["success"] for result in _results(output)] == [True, True]
+
+
+async def test_failures_are_sent_again_only_when_asked(tmp_path: Path) -> None:
+    """What a provider refused stays failed on the same command; `retry_failed` sends it again."""
+    source = _write(tmp_path / "in.jsonl", [_line("ok"), _line("bad", text="[[status:400]]")])
+    output = tmp_path / "out.jsonl"
+
+    with _world() as (config, server):
+        await pipeline.run_batch([source], output=output, config=config)
+        plain = await pipeline.run_batch([source], output=output, config=config)
+        assert server.statistics()["received"] == 2
+        retried = await pipeline.run_batch([source], output=output, config=config, options=Options(retry_failed=True))
+        assert server.statistics()["received"] == 3
+
+    assert (plain.exit_code, plain.reused, retried.exit_code, retried.reused) == (1, 2, 1, 1)
+    assert len(_results(output)) == 2
+
+
+@both_providers
+async def test_a_wrong_key_stops_the_run_and_leaves_lines_pending(provider: str, tmp_path: Path) -> None:
+    """401 costs a handful of calls; nothing is failed, exit 3, and the right key finishes the job."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}", provider) for n in range(300)])
+    output = tmp_path / "out.jsonl"
+
+    with _world(keys=frozenset({"right"})) as (config, server):
+        summary = await pipeline.run_batch([source], output=output, config=config)
+        assert server.statistics()["received"] <= 2
+
+    assert (summary.exit_code, summary.status, summary.pending, summary.run.finished) == (3, "stopped", 300, 0)
+    assert summary.stop_reason is not None
+    assert "HTTP 401" in summary.stop_reason
+    with _world() as (config, _):
+        assert (await pipeline.run_batch([source], output=output, config=config)).exit_code == 0
+
+
+@both_providers
+async def test_an_unknown_model_is_given_up_alone(provider: str, tmp_path: Path) -> None:
+    """Lines of a model that does not exist stay pending; the others are answered; exit 3 says so."""
+    lines = [_line(f"bad-{n}", provider) | {"model": "unknown-model"} for n in range(50)]
+    source = _write(tmp_path / "in.jsonl", lines + [_line(f"ok-{n}", provider) for n in range(50)])
+
+    with _world() as (config, server):
+        summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
+        assert server.statistics()["by_status"]["404"] <= 2
+
+    assert (summary.exit_code, summary.run.succeeded, summary.pending) == (3, 50, 50)
+
+
+@both_providers
+async def test_faults_are_overcome(provider: str, tmp_path: Path) -> None:
+    """Rejections, outages, broken and cut answers lose no line; each failed attempt is told in its result."""
+    faults = dict.fromkeys(("429-no-hint", "500", "502-html", "529", "reset", "truncated", "html", "empty"), 0.04)
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}", provider) for n in range(150)])
+
+    with _world(faults=faults, seed=3) as (config, server):
+        config = config.with_("sending", backoff_initial=0.01, backoff_max=0.05, max_attempts=20)
+        summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
+        truth = server.statistics()
+
+    assert (summary.exit_code, summary.run.succeeded) == (0, 150)
+    assert len(truth["faults"]) == len(faults)
+    assert summary.attempts.total == truth["received"]
+    results = _results(tmp_path / "out.jsonl")
+    assert sum(len(result.get("failed_attempts", ())) for result in results) == summary.attempts.total - 150
+
+
+async def test_a_limited_account_is_obeyed_without_configuration(tmp_path: Path) -> None:
+    """429s with a hint cost waiting, not lines."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(60)])
+
+    with _world(rpm=3_000, burst=20) as (config, _):
+        summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
+
+    assert (summary.exit_code, summary.run.succeeded) == (0, 60)
+
+
+async def test_ordered_results_stand_in_input_order(tmp_path: Path) -> None:
+    """`ordered` puts the lines in input order when the run ends, also after a resume in another order."""
+    lines = [_line(f"q-{n}") for n in range(50)]
+    source = _write(tmp_path / "in.jsonl", lines[:20])
+    output = tmp_path / "out.jsonl"
+
+    with _world(latency=0.01) as (config, _):
+        config = config.with_("output", ordered=True)
+        await pipeline.run_batch([source], output=output, config=config)
+        _write(source, lines[::-1])
+        await pipeline.run_batch([source], output=output, config=config)
+
+    assert [result["custom_id"] for result in _results(output)] == [line["custom_id"] for line in lines[::-1]]
+
+
+async def test_fresh_sets_the_old_results_aside(tmp_path: Path) -> None:
+    """`fresh` starts over and keeps the old file."""
+    source = _write(tmp_path / "in.jsonl", [_line("a")])
+    output = tmp_path / "out.jsonl"
+
+    with _world() as (config, server):
+        await pipeline.run_batch([source], output=output, config=config)
+        await pipeline.run_batch([source], output=output, config=config, options=Options(fresh=True))
+        assert server.statistics()["received"] == 2
+
+    assert len(_results(tmp_path / "out.old-1.jsonl")) == len(_results(output)) == 1
+
+
+async def test_a_rehearsal_is_not_taken_for_the_real_thing(tmp_path: Path) -> None:
+    """Simulated results in a file are not reused by a real run."""
+    source = _write(tmp_path / "in.jsonl", [_line("a")])
+    output = tmp_path / "out.jsonl"
+
+    rehearsed = await pipeline.run_batch([source], output=output, config=Config(), options=Options(simulate=True))
+    with _world() as (config, server):
+        real = await pipeline.run_batch([source], output=output, config=config)
+        assert server.statistics()["received"] == 1
+
+    assert (rehearsed.simulated, real.simulated, real.reused) == (True, False, 0)
+    assert len(_results(output)) == 1
+
+
+async def test_limit_takes_the_first_lines(tmp_path: Path) -> None:
+    """`limit` answers the first lines and calls that complete; without it the rest follows."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(30)])
+    output = tmp_path / "out.jsonl"
+
+    with _world() as (config, _):
+        first = await pipeline.run_batch([source], output=output, config=config, options=Options(limit=7))
+        rest = await pipeline.run_batch([source], output=output, config=config)
+
+    assert (first.total, first.run.succeeded, first.exit_code) == (7, 7, 0)
+    assert (rest.reused, rest.run.succeeded) == (7, 23)
+
+
+async def test_two_runs_cannot_write_one_output(tmp_path: Path) -> None:
+    """The second run leaves with `TryLaterError` while the first goes on unharmed."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(5)])
+    output = tmp_path / "out.jsonl"
+
+    with _world(latency=0.3) as (config, server):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: pipeline.run_batch([source], output=output, config=config))
+            while not server.statistics()["received"]:  # noqa: ASYNC110 another thread's server has no event for us
+                await anyio.sleep(0.01)
+            with pytest.raises(TryLaterError):
+                await pipeline.run_batch([source], output=output, config=config)
+
+    assert len(_results(output)) == 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda source, output: output.symlink_to(source), id="symlink"),
+        pytest.param(lambda source, output: output.hardlink_to(source), id="hard link"),
+    ],
+)
+async def test_an_output_that_is_an_input_is_refused(make: Any, tmp_path: Path) -> None:
+    """Results never overwrite requests, under whatever name."""
+    source = _write(tmp_path / "in.jsonl", [_line("a")])
+    make(source, tmp_path / "out.jsonl")
+    before = source.read_bytes()
+
+    with pytest.raises(UsageError, match="also an input"):
+        await pipeline.run_batch(
+            [source], output=tmp_path / "out.jsonl", config=Config(), options=Options(simulate=True)
+        )
+
+    assert source.read_bytes() == before
+
+
+async def test_a_missing_key_is_told_before_anything_is_sent(tmp_path: Path) -> None:
+    """Without a key nothing is sent and no output is made; the error names the variable."""
+    source = _write(tmp_path / "in.jsonl", [_line("a", "anthropic")])
+
+    with pytest.raises(UsageError, match="ANTHROPIC_API_KEY"):
+        await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=Config())
+
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+async def test_a_signal_drains_and_the_next_run_finishes(tmp_path: Path) -> None:
+    """SIGTERM: what is in flight is recorded, exit 143; repeated, nothing done is sent again."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(100)])
+    output = tmp_path / "out.jsonl"
+
+    with _world(latency=0.05) as (config, server):
+        config = config.with_("sending", concurrency=5)
+
+        async def interrupt(get: Any) -> None:
+            while get().run.finished < 20:  # noqa: ASYNC110 a watcher is made to look again and again
+                await anyio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        first = await pipeline.run_batch([source], output=output, config=config, watch=interrupt, handle_signals=True)
+        answered = server.statistics()["answered"]
+        second = await pipeline.run_batch([source], output=output, config=config)
+        truth = server.statistics()
+
+    assert (first.exit_code, first.status) == (143, "stopped")
+    assert first.run.succeeded == answered < 100
+    assert (second.reused, second.run.succeeded, second.exit_code) == (answered, 100 - answered, 0)
+    assert (truth["answered"], truth["duplicates_paid"]) == (100, 0)
+
+
+async def test_a_stream_yields_a_result_for_each_request() -> None:
+    """The Python interface answers mappings of any dialect, invalid ones as failures."""
+    requests = [_line(f"q-{n}", provider) for n, provider in enumerate(["openai", "anthropic"] * 10)]
+
+    with _world() as (config, _):
+        results = [result async for result in pipeline.stream([*requests, {"nothing": 1}], config=config)]
+
+    assert sorted(result.custom_id for result in results if result.success) == sorted(r["custom_id"] for r in requests)
+    assert [result.failure.type for result in results if result.failure] == ["invalid_line"]
+
+
+async def test_a_stream_raises_what_stopped_it() -> None:
+    """A wrong key ends a stream with the provider's typed error."""
+    with _world(keys=frozenset({"right"})) as (config, _), pytest.raises(OpenAIAPIError) as caught:
+        [result async for result in pipeline.stream([_line("a")], config=config)]
+
+    assert (caught.value.status, caught.value.attempts) == (401, 1)
+    assert caught.value.request_id
+
+
+async def test_a_stream_can_be_left_early() -> None:
+    """Who leaves a stream early and closes it leaves no task behind."""
+    with _world(latency=0.01) as (config, _):
+        async with aclosing(pipeline.stream([_line(f"q-{n}") for n in range(50)], config=config)) as results:
+            first = await anext(results)
+
+    assert first.success

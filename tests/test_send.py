@@ -1,0 +1,239 @@
+"""The live lane on a virtual clock: every request one result, at exact times, with bounded tasks."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from pipeline.config import Limits, Sending
+from pipeline.errors import OpenAIAPIError, Reach, TransportError, TryLaterError
+from pipeline.send import FIRST_WAVE
+from pipeline.types import Answer
+from tests.scripted import Script, World, refusal, reply, request
+from tests.virtual import virtual_time
+
+pytestmark = virtual_time
+
+
+def _then_reply(*answers: Answer | TransportError) -> Script:
+    """Answer with each of these once, then properly."""
+    return lambda n: answers[n - 1] if n <= len(answers) else reply()
+
+
+async def test_every_request_has_exactly_one_result() -> None:
+    """As many results as requests, each id once, whatever is in flight."""
+    world = World(settings=Sending(concurrency=7))
+
+    await world.run(*(request(f"q-{n}") for n in range(500)))
+
+    assert sorted(result.custom_id for result in world.results) == sorted(f"q-{n}" for n in range(500))
+    assert all(result.success and result.attempts == 1 for result in world.results)
+
+
+async def test_in_flight_never_exceeds_the_concurrency() -> None:
+    """The concurrency is a bound and is reached."""
+    world = World(settings=Sending(concurrency=7))
+
+    await world.run(*(request(f"q-{n}") for n in range(100)))
+
+    assert world.max_in_flight == 7
+
+
+async def test_a_lane_begins_with_a_first_wave_and_doubles() -> None:
+    """Two requests go first; each round of answers doubles what is in flight."""
+    world = World(settings=Sending(concurrency=100))
+
+    await world.run(*(request(f"q-{n}") for n in range(30)))
+
+    starts = [times[0] for times in world.calls.values()]
+    assert [starts.count(second) for second in (0.0, 1.0, 2.0, 3.0)] == [2, 4, 8, 16]
+
+
+async def test_a_retry_waits_as_long_as_the_provider_says() -> None:
+    """`retry-after` is obeyed to the millisecond, and the result tells the attempts."""
+    world = World(scripts={"a": _then_reply(refusal(429, retry_after="7.5"))})
+
+    (result,) = await world.run(request("a"))
+
+    assert world.calls["a"] == [0.0, 8.5]
+    assert (result.success, result.attempts, len(result.failed_attempts)) == (True, 2, 1)
+
+
+async def test_a_cooldown_is_shared_by_the_model() -> None:
+    """One 429 closes the gate for every request of that model, and not for another model."""
+    world = World(scripts={"a": _then_reply(refusal(429, retry_after="20"))})
+
+    await world.run(request("a"), *(request(f"b-{n}") for n in range(5)), request("other", model="o"))
+
+    assert world.calls["a"] == [0.0, 21.0]
+    assert all(start <= 1.0 or start >= 21.0 for n in range(5) for start in world.calls[f"b-{n}"])
+    assert world.calls["other"] == [0.0]
+
+
+async def test_a_waiting_retry_holds_no_slot() -> None:
+    """While requests wait to be tried again, others use every slot."""
+    broken = refusal(500, retry_after="100")
+    scripts = {f"bad-{n}": _then_reply(broken) for n in range(4)}
+    world = World(scripts=scripts, settings=Sending(concurrency=2))
+
+    await world.run(*(request(f"bad-{n}") for n in range(4)), *(request(f"ok-{n}", model="o") for n in range(20)))
+
+    assert max(world.calls[f"ok-{n}"][0] for n in range(20)) <= 13.0
+    assert all(world.outcomes().values())
+
+
+async def test_a_request_that_keeps_failing_ends_as_a_failure_with_its_attempts() -> None:
+    """A poisoned request is tried `max_attempts` times; its result lists every one."""
+    world = World(scripts={"bad": lambda n: refusal(500)}, settings=Sending(max_attempts=3))
+
+    await world.run(request("bad"), request("ok"))
+
+    bad = next(result for result in world.results if result.custom_id == "bad")
+    assert world.outcomes() == {"bad": False, "ok": True}
+    assert bad.failure is not None
+    assert [attempt.status for attempt in bad.failure.attempts] == [500, 500, 500]
+    assert bad.attempts == len(world.calls["bad"]) == 3
+
+
+async def test_rate_limits_do_not_use_up_attempts() -> None:
+    """Twenty 429s in a row lose no row when two attempts are allowed."""
+    limited = [refusal(429, retry_after="1")] * 20
+    world = World(scripts={"a": _then_reply(*limited)}, settings=Sending(max_attempts=2))
+
+    await world.run(request("a"))
+
+    assert world.outcomes() == {"a": True}
+
+
+async def test_a_bad_request_fails_alone_and_at_once() -> None:
+    """A 400 ends its line after one call and touches no other."""
+    world = World(scripts={"bad": lambda n: refusal(400, type="invalid_request_error", code="invalid_value")})
+
+    await world.run(request("bad"), *(request(f"ok-{n}") for n in range(10)))
+
+    assert len(world.calls["bad"]) == 1
+    assert world.outcomes() == {"bad": False} | {f"ok-{n}": True for n in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reach"),
+    [
+        pytest.param(refusal(401, code="invalid_api_key"), Reach.RUN, id="wrong key"),
+        pytest.param(refusal(429, type="insufficient_quota", code="insufficient_quota"), Reach.RUN, id="no credit"),
+        pytest.param(refusal(404, code="model_not_found"), Reach.MODEL, id="unknown model"),
+    ],
+)
+async def test_what_cannot_succeed_stops_after_the_first_wave(answer: Answer, reach: Reach) -> None:
+    """A wrong key, an empty account or an unknown model costs a handful of calls; the rest stays pending."""
+    world = World(default=lambda n: answer)
+
+    await world.run(*(request(f"q-{n}") for n in range(1_000)))
+
+    reason = world.sender.stopped or world.sender.ended_lanes[0].ended
+    assert isinstance(reason, OpenAIAPIError)
+    assert reason.reach is reach
+    assert sum(map(len, world.calls.values())) == FIRST_WAVE
+    assert world.results == []
+    assert world.sender.statistics().dropped == 1_000
+
+
+async def test_an_unknown_model_does_not_stop_the_others() -> None:
+    """A model that does not exist is given up alone."""
+    missing = refusal(404, code="model_not_found")
+    world = World(scripts={f"bad-{n}": lambda n: missing for n in range(50)})
+
+    await world.run(
+        *(request(f"bad-{n}", model="missing") for n in range(50)), *(request(f"ok-{n}") for n in range(50))
+    )
+
+    assert world.outcomes() == {f"ok-{n}": True for n in range(50)}
+    assert sum(len(world.calls[f"bad-{n}"]) for n in range(50)) <= FIRST_WAVE
+
+
+async def test_a_hint_beyond_the_ceiling_parks_the_model() -> None:
+    """Who is told to wait an hour gives the model up for now, and says so."""
+    world = World(scripts={"a": lambda n: refusal(429, retry_after="3600")})
+
+    await world.run(request("a"), request("b", model="o"))
+
+    assert world.outcomes() == {"b": True}
+    (lane,) = world.sender.ended_lanes
+    assert isinstance(lane.ended, TryLaterError)
+    assert "3,600 s" in lane.ended.message
+
+
+async def test_a_lost_connection_is_tried_again_and_a_lost_answer_is_counted() -> None:
+    """A timeout after sending may be billed: it is tried again, counted as unknown, and listed."""
+    lost = TransportError("no whole answer within the timeout", type="timeout", is_sent=True)
+    refused = TransportError("cannot connect", type="connection_error", is_sent=False)
+    world = World(scripts={"a": _then_reply(lost, refused)})
+
+    (result,) = await world.run(request("a"))
+
+    assert result.success
+    assert [attempt.may_be_billed for attempt in result.failed_attempts] == [True, False]
+    assert world.sender.statistics().unknown == 1
+
+
+async def test_stop_finishes_what_is_in_flight_and_nothing_else() -> None:
+    """After `stop` no call begins; answers in flight are recorded; the rest is dropped and counted."""
+    world = World(latency=10.0, settings=Sending(concurrency=50))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(world.sender.run)
+        await world.sender.submit([request(f"q-{n}") for n in range(100)])
+        await anyio.sleep(25.0)
+        in_flight = world.sender.statistics().in_flight
+        finished = len(world.results)
+        world.sender.stop()
+
+    assert in_flight == 8
+    assert len(world.results) == finished + in_flight
+    assert world.sender.statistics().dropped == 100 - len(world.results)
+    assert world.elapsed() == 30.0
+
+
+async def test_stop_ends_a_wait_at_the_gate_at_once() -> None:
+    """Who stands at a closed gate when the run stops leaves, and is counted as dropped."""
+    world = World(limits={"m": Limits(rpm=1)})
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(world.sender.run)
+        await world.sender.submit([request(f"q-{n}") for n in range(3)])
+        await anyio.sleep(10.0)
+        world.sender.stop()
+
+    assert world.elapsed() == 10.0
+    assert len(world.results) == 1
+    assert world.sender.statistics().dropped == 2
+
+
+async def test_a_limited_model_does_not_slow_the_others() -> None:
+    """Nine models beside one of a request a minute finish as if they were alone."""
+    world = World(settings=Sending(concurrency=10), limits={"slow": Limits(rpm=1)})
+    requests = [request(f"{model}-{n}", model=model) for n in range(20) for model in ("slow", *"abcdefghi")]
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(world.sender.run)
+        await world.sender.submit(requests)
+        await anyio.sleep(30.0)
+        finished = [result.custom_id.split("-")[0] for result in world.results]
+        world.sender.stop()
+
+    assert finished.count("slow") == 1
+    assert len(finished) == 1 + 9 * 20
+
+
+async def test_reading_ahead_is_bounded() -> None:
+    """`submit` waits while too many bytes wait to be sent, so memory does not follow the input."""
+    world = World(read_ahead_bytes=10_000, settings=Sending(concurrency=2))
+    submitted = 0
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(world.sender.run)
+        for n in range(200):
+            await world.sender.submit([request(f"q-{n}")])
+            submitted = n + 1
+            waiting = submitted - len(world.results)
+            assert waiting <= 15
+        world.sender.close()
+
+    assert len(world.results) == 200
