@@ -138,7 +138,7 @@ class Input(Section):
     """How input files are read."""
 
     max_line_bytes: Count = 16 * 1024 * 1024
-    read_ahead_bytes: Count = 16 * 1024 * 1024
+    read_ahead_bytes: Count = 4 * 1024 * 1024
 
 
 class Sending(Section):

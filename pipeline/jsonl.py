@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import orjson
@@ -17,7 +17,7 @@ import orjson
 from pipeline.errors import LineError
 
 MAX_DEPTH = 200
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_BEYOND_INTEGERS = 2.0**63  # from here on a float may be what orjson made of an integer
 _KEY = re.compile(rb'"\s*:')
 _BLOCK_BYTES = 256 * 1024
 
@@ -28,10 +28,11 @@ def loads(data: bytes) -> Any:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as exc:
         raise LineError(f"not valid JSON: {exc}") from exc
-    keys, depth = _measure(value, 1)
-    if depth > MAX_DEPTH:
+    shape = _Shape()
+    _measure(value, 1, shape)
+    if shape.depth > MAX_DEPTH:
         raise LineError(f"nested more than {MAX_DEPTH} deep")
-    if _LONG_NUMBER.search(data) or len(_KEY.findall(data)) != keys:
+    if shape.has_huge_number or len(_KEY.findall(data)) != shape.keys:
         return _loads_exactly(data)
     return value
 
@@ -49,24 +50,34 @@ def one_line(raw: bytes) -> bytes:
     return raw.replace(b"\n", b" ") if b"\n" in raw else raw
 
 
-def _measure(value: Any, depth: int) -> tuple[int, int]:
-    """Return the number of object keys in a value and how deep it is nested; stops looking beyond `MAX_DEPTH`."""
-    keys, deepest = 0, depth
+class _Shape:
+    """What a parsed value is made of: object keys in all, depth, and whether an integer may have become a float."""
+
+    __slots__ = ("depth", "has_huge_number", "keys")
+
+    def __init__(self) -> None:
+        self.keys = 0
+        self.depth = 0
+        self.has_huge_number = False
+
+
+def _measure(value: Any, depth: int, shape: _Shape) -> None:
+    """Note the shape of a value that stands so deep; looks no further than one level beyond `MAX_DEPTH`."""
+    kind = type(value)
+    if kind is float:
+        shape.has_huge_number |= abs(value) >= _BEYOND_INTEGERS
+        return
+    if kind is not dict and kind is not list:
+        return
+    shape.depth = max(shape.depth, depth)
     if depth > MAX_DEPTH:
-        return 0, depth
-    if type(value) is dict:
-        keys = len(value)
-        children: Iterable[Any] = value.values()
-    elif type(value) is list:
-        children = value
-    else:
-        return 0, depth - 1
-    for child in children:
-        if type(child) is dict or type(child) is list:
-            more, below = _measure(child, depth + 1)
-            keys += more
-            deepest = max(deepest, below)
-    return keys, deepest
+        return
+    if kind is dict:
+        shape.keys += len(value)
+        value = value.values()
+    for child in value:
+        if type(child) is not str:
+            _measure(child, depth + 1, shape)
 
 
 def _loads_exactly(data: bytes) -> Any:

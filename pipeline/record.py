@@ -248,9 +248,9 @@ class Recorder:
         """Put a new file in the place of the old one, locked before it can be seen."""
         target = _target(self.path)
         temporary = beside(target, ".tmp.jsonl")
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        fd = -1
         try:
+            temporary.unlink(missing_ok=True)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND, MODE)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for line in lines:
@@ -259,6 +259,9 @@ class Recorder:
             os.rename(temporary, target)
             _sync_directory(target.parent)
         except OSError as exc:
+            with suppress(OSError):
+                os.close(fd)
+                temporary.unlink()
             raise StorageError(f"cannot rewrite {str(self.path)!r}: {exc.strerror}; it is as it was") from exc
         os.close(self._fd)
         self._fd = fd
@@ -268,8 +271,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all (0600, atomic)."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, MODE)
         try:
             _write_all(fd, content)
@@ -279,6 +281,8 @@ def write_file(path: Path, content: bytes) -> None:
         os.rename(temporary, path)
         _sync_directory(path.parent)
     except OSError as exc:
+        with suppress(OSError):
+            temporary.unlink()
         raise StorageError(f"cannot write {str(path)!r}: {exc.strerror}") from exc
 
 

@@ -177,7 +177,9 @@ def _outcome(summary: Summary) -> str:
     """Return the sentences at the end: lines, tokens, attempts, files."""
     run, attempts = summary.run, summary.attempts
     if summary.reused == summary.total and not run.finished:
-        return f"nothing to do: all {summary.total:,} lines have results in {safe.text(summary.results_file)}"
+        failed = summary.results.failed + summary.results.invalid
+        hint = f", {failed:,} of them failures (--retry-failed sends them again)" if failed else ""
+        return f"nothing to do: all {summary.total:,} lines have results in {safe.text(summary.results_file)}{hint}"
     parts = [f"{run.succeeded:,} answered"]
     parts += [f"{count:,} {name}" for count, name in ((run.failed, "failed"), (run.invalid, "invalid")) if count]
     parts += [f"{summary.reused:,} already done"] if summary.reused else []

@@ -96,15 +96,17 @@ class Lane:
                 await self._arrival.wait()
         return job
 
-    def clear(self) -> int:
-        """Drop every waiting request, the one at the gate included; return how many."""
-        count = len(self) + (self._at_gate is not None)
+    def clear(self) -> list[_Job]:
+        """Drop every waiting request, the one at the gate included, and return them."""
+        dropped = [*self._fresh, *(job for _, _, job in self._delayed)]
+        if self._at_gate:
+            dropped.append(self._at_gate)
         self._fresh.clear()
         self._delayed.clear()
         self._at_gate = None
         if self._door:
             self._door.cancel()
-        return count
+        return dropped
 
     async def wait_at_gate(self, slots: anyio.Semaphore) -> _Job | None:
         """Wait for a request, for the gate and for a slot; None when the lane was cleared meanwhile."""
@@ -301,19 +303,17 @@ class Sender:
         job = lane.pop_nowait() if lane.gate.is_free() and self._slots.value else None
         if job is not None:
             self._slots.acquire_nowait()
-        else:
+        elif lane:  # else it was cleared since it asked for a worker
             job = await lane.wait_at_gate(self._slots)
         lane.is_attended = False
         if job is not None:
             lane.in_flight += 1
-            self._queued_bytes -= _size(job.request)
-            if self._queued_bytes < self._read_ahead_bytes // 2:
-                self._room.set()
+            self._unqueue(job)
         self._offer(lane)
         return job
 
     async def _send(self, lane: Lane, job: _Job) -> None:
-        started = anyio.current_time()
+        started = self._clock.now()
         self._counts["attempts"] += 1
         reply: Reply | None = None
         error: ProviderError | None = None
@@ -328,7 +328,7 @@ class Sender:
             self._slots.release()
             if reply is None and error is None:  # cancelled in flight: it may be billed, and nobody will know
                 self._counts["unknown"] += 1
-        latency = anyio.current_time() - started
+        latency = self._clock.now() - started
         if reply is not None:
             await self._succeeded(lane, job, reply, latency)
         elif error is not None:
@@ -383,7 +383,7 @@ class Sender:
         self, job: _Job, latency: float, *, reply: Reply | None = None, failure: Failure | None = None
     ) -> None:
         request = job.request
-        self.changed_at = anyio.current_time()
+        self.changed_at = self._clock.now()
         await self._record(
             Result(
                 custom_id=request.custom_id,
@@ -414,9 +414,17 @@ class Sender:
         self._drop_waiting(lane)
 
     def _drop_waiting(self, lane: Lane) -> None:
-        count = lane.clear()
-        self._counts["dropped"] += count
-        self._close_job(count)
+        dropped = lane.clear()
+        self._counts["dropped"] += len(dropped)
+        for job in dropped:
+            self._unqueue(job)
+        self._close_job(len(dropped))
+
+    def _unqueue(self, job: _Job) -> None:
+        """Note that a request waits no more; lets the reader go on when half of the room is free."""
+        self._queued_bytes -= _size(job.request)
+        if self._queued_bytes < self._read_ahead_bytes // 2:
+            self._room.set()
 
     def _close_job(self, count: int = 1) -> None:
         self._open_jobs -= count

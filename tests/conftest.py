@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import settings
 
 from tests.virtual import creeping_clock
 
 __all__ = ["creeping_clock"]
+
+# Else pytest-asyncio makes a loop of its own on Python < 3.12 and never closes it: a warning, so an error.
+asyncio.set_event_loop(None)
 
 settings.register_profile("pipeline", deadline=None, database=None, max_examples=60)
 settings.load_profile("pipeline")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import anyio
 import pytest
 
@@ -237,3 +239,60 @@ async def test_reading_ahead_is_bounded() -> None:
         world.sender.close()
 
     assert len(world.results) == 200
+
+
+async def test_a_lane_cleared_before_its_worker_comes_ends_the_run() -> None:
+    """A model given up between asking for a worker and getting one leaves no worker waiting at its gate."""
+    missing = refusal(404, code="model_not_found")
+    world = World(settings=Sending(concurrency=1), scripts={"a-0": lambda n: missing}, latency=1.0)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(world.sender.run)
+        await world.sender.submit([request("a-0", model="missing"), *(request(f"b-{n}") for n in range(3))])
+        await anyio.sleep(0.5)
+        await world.sender.submit([request("a-1", model="missing")])
+        world.sender.close()
+
+    assert world.outcomes() == {f"b-{n}": True for n in range(3)}
+    assert world.calls["a-1"] == []
+
+
+@pytest.mark.parametrize("seed", range(150))
+async def test_every_request_is_accounted_for_whatever_happens(seed: int) -> None:
+    """Random outcomes, models, limits, concurrency and stops: the run ends, and nothing is lost or counted twice."""
+    chance = random.Random(seed)
+    outcomes: list[Answer | TransportError] = [
+        *[reply()] * 8,
+        refusal(429, retry_after="3"),
+        refusal(429),
+        refusal(529),
+        refusal(500),
+        refusal(400),
+        refusal(404, code="model_not_found"),
+        TransportError("lost", type="timeout", is_sent=True),
+        TransportError("refused", type="connection_error", is_sent=False),
+        *([refusal(401)] if seed % 5 == 0 else []),
+    ]
+    world = World(
+        default=lambda n: chance.choice(outcomes),
+        latency=chance.choice([0.0, 0.3, 2.0]),
+        settings=Sending(concurrency=chance.randint(1, 12), max_attempts=3),
+        limits={"m1": Limits(rpm=chance.randint(30, 300))},
+        read_ahead_bytes=chance.choice([3_000, 1_000_000]),
+    )
+    requests = [request(f"q-{n}", model=f"m{chance.randint(0, 4)}") for n in range(60)]
+
+    with anyio.fail_after(100_000):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(world.sender.run)
+            for start in range(0, 60, 7):
+                await world.sender.submit(requests[start : start + 7])
+                await anyio.sleep(chance.choice([0.0, 0.1, 1.0]))
+            if seed % 3 == 0:
+                world.sender.stop()
+            world.sender.close()
+
+    ids = [result.custom_id for result in world.results]
+    assert len(ids) == len(set(ids))
+    assert len(ids) + world.sender.statistics().dropped == 60
+    assert world.sender.statistics().in_flight == 0
+    assert world.max_in_flight <= world.settings.concurrency

@@ -211,5 +211,5 @@ async def test_the_exchange_with_openai_is_exact() -> None:
     sent = route.calls.last.request
     assert sent.content == b'{"model":"m"}'
     assert sent.headers["authorization"] == "Bearer sk-canary"
-    assert answer.headers["X-Request-Id"] == "req_9"
+    assert answer.headers["x-request-id"] == "req_9"
     assert answer.body == b'{"id":"chatcmpl-1"}'

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import ast
+import dataclasses
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline
+from pipeline import errors, types
+from pipeline.errors import PipelineError, Reach
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pipeline"
+
+# From the ground up; a module imports only from rows below its own. A folder is one room.
+LAYERS = (
+    ("errors",),
+    ("safe", "types"),
+    ("aio", "clock", "config", "fingerprints", "jsonl"),
+    ("formats", "limits", "providers", "read", "results", "retry", "simulator", "transport"),
+    ("plan", "record", "send", "totals"),
+    ("assemble", "checking"),
+    ("job", "streaming"),
+    ("screen",),
+    ("cli",),
+    ("__main__",),
+)
+VERBS = ("read", "plan", "send", "record")
+OWNERS = {
+    "httpx": {"transport"},
+    "pyreqwest": {"transport"},
+    "yaml": {"config"},
+    "pydantic": {"config"},
+    "tenacity": {"retry"},
+    "aiolimiter": {"limits"},
+    "fcntl": {"record"},
+    "rich": {"screen", "cli"},
+    "click": {"cli"},
+    "starlette": {"simulator"},
+    "uvicorn": {"simulator"},
+    "requests": set[str](),
+    "pickle": set[str](),
+    "marshal": set[str](),
+}
+
+
+def room(path: Path) -> str:
+    """Return the room of a file: its module, or the folder that it is in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+ROOMS = sorted({room(path) for path in FILES})
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Yield the dotted names that a module imports, `from a import b` as `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def edges() -> set[tuple[str, str]]:
+    """Return which room imports which."""
+    found = {
+        (room(path), name.split(".")[1])
+        for path, tree in TREES.items()
+        for name in imported(tree)
+        if name.startswith("pipeline.")
+    }
+    return {(importer, target) for importer, target in found if importer != target}
+
+
+def users_of(package: str) -> set[str]:
+    return {room(path) for path, tree in TREES.items() if package in {name.split(".")[0] for name in imported(tree)}}
+
+
+def calls() -> Iterator[tuple[str, str]]:
+    """Yield the room and the text of every name and attribute that is used."""
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name | ast.Attribute):
+                yield room(path), ast.unparse(node)
+
+
+# ── imports ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_room_has_its_layer() -> None:
+    """The table of layers names every room there is and no other."""
+    assert sorted(name for layer in LAYERS for name in layer) == ROOMS
+
+
+def test_imports_point_down_only() -> None:
+    """No room imports one of its own layer or of a layer above."""
+    height = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+
+    assert [edge for edge in sorted(edges()) if height[edge[0]] <= height[edge[1]]] == []
+
+
+def test_verbs_do_not_import_verbs() -> None:
+    """Reading, planning, sending and recording are joined elsewhere; planning alone knows what a read line is."""
+    assert {(one, other) for one, other in edges() if one in VERBS and other in VERBS} == {("plan", "read")}
+
+
+def test_the_simulator_is_a_world_of_its_own() -> None:
+    """The simulator imports nothing of the program that it judges."""
+    assert [edge for edge in edges() if edge[0] == "simulator"] == []
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_each_outside_thing_has_one_owner(package: str) -> None:
+    """Each outside library is imported in its own room only."""
+    assert users_of(package) == OWNERS[package]
+
+
+def test_only_config_reads_the_environment() -> None:
+    """The environment is read in one place."""
+    assert {where for where, name in calls() if name in ("os.environ", "os.getenv", "os.environb")} == {"config"}
+
+
+def test_only_the_command_line_prints() -> None:
+    """Nothing but the command line writes to stdout and stderr; the screen is given its console."""
+    printing = ("print", "sys.stdout", "sys.stderr", "click.echo", "logging.getLogger")
+
+    assert {where for where, name in calls() if name in printing} <= {"cli"}
+
+
+def test_nothing_evaluates_text() -> None:
+    """No text from outside becomes code."""
+    dangerous = ("eval", "exec", "compile", "__import__", "os.system", "yaml.load", "yaml.unsafe_load", "pickle.loads")
+
+    assert {(where, name) for where, name in calls() if name in dangerous} == set()
+
+
+def test_the_clock_is_the_event_loops() -> None:
+    """Nobody asks the wall clock or sleeps but through the event loop; one clock reads the time of day once."""
+    clocks = ("time.time", "time.monotonic", "time.perf_counter", "time.sleep", "datetime.now", "datetime.utcnow")
+    used = {(where, name) for where, name in calls() if name in clocks and where != "simulator"}
+
+    assert used <= {("clock", "datetime.now")}
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """`import pipeline` loads no HTTP client and no schema library: `--help` is quick."""
+    heavy = ["anyio", "httpx", "orjson", "pydantic", "pyreqwest", "rich", "yaml"]
+    script = f"import sys, pipeline; print([name for name in {heavy} if name in sys.modules])"
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+
+    assert done.stdout == "[]\n"
+
+
+def test_all_public_names_are_there() -> None:
+    """Every name that the package exports can be imported, and no other one is invented."""
+    assert [name for name in pipeline.__all__ if not hasattr(pipeline, name)] == []
+    assert sorted(pipeline.__all__) == pipeline.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        pipeline.nonsense  # noqa: B018
+
+
+def test_no_export_hides_a_module() -> None:
+    """No exported name is that of a module, which it would hide."""
+    assert set(pipeline.__all__) & set(ROOMS) == set()
+
+
+# ── the repository ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not a git checkout")
+def test_the_top_level_is_as_designed() -> None:
+    """At the top of the repository there is what the design names, and hidden files."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.splitlines()
+
+    top = {name.split("/")[0] for name in listed}
+    assert {name for name in top if not name.startswith(".")} == {
+        "README.md",
+        "config.yaml",
+        "pipeline",
+        "pyproject.toml",
+        "samples",
+        "tests",
+    }
+
+
+# ── errors and values ─────────────────────────────────────────────────────────────────────────────────
+
+
+def family(cls: type[PipelineError]) -> Iterator[type[PipelineError]]:
+    """Yield a class and all that are derived from it."""
+    yield cls
+    for child in cls.__subclasses__():
+        yield from family(child)
+
+
+ERRORS = list(family(PipelineError))
+
+
+def test_the_drawing_of_errors_is_true() -> None:
+    """The tree that the docstring draws is the tree of the classes."""
+    drawn: list[tuple[str, str]] = []
+    above = [""]
+    for line in (errors.__doc__ or "").splitlines():
+        if match := re.match(r" {4}((?:│   |    |├── |└── )*)([A-Z]\w+)", line):
+            depth = len(match[1]) // 4
+            above = [*above[: depth + 1], match[2]]
+            drawn.append((above[depth], match[2]))
+
+    real = [(cls.__bases__[0].__name__, cls.__name__) for cls in ERRORS]
+    assert sorted(drawn) == sorted([("", "PipelineError"), *real[1:]])
+    assert all(cls.__module__ == "pipeline.errors" for cls in ERRORS)
+
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "LineError": {"type": "duplicate_custom_id"},
+    "TransportError": {"type": "timeout", "is_sent": True, "reach": Reach.RUN},
+}
+OF_PROVIDERS = {
+    "type": "rate_limit_error",
+    "reach": Reach.MODEL,
+    "code": "c",
+    "status": 429,
+    "request_id": "req_1",
+    "retry_after": 1.5,
+    "may_be_billed": True,
+    "attempts": 3,
+}
+
+
+@pytest.mark.parametrize("cls", ERRORS, ids=lambda cls: cls.__name__)
+def test_errors_travel(cls: type[PipelineError]) -> None:
+    """Every error can be pickled and comes back with its class, message, fields, hint and reach."""
+    fields = OF_PROVIDERS if issubclass(cls, errors.ProviderError) else EXTRA.get(cls.__name__, {"hint": "do this"})
+    error = cls("what, 'ü'", **fields)
+
+    back = pickle.loads(pickle.dumps(error))
+
+    assert type(back) is cls
+    assert (str(back), back.args, vars(back)) == (str(error), error.args, vars(error))
+    assert {name: getattr(back, name) for name in fields} == fields
+    assert (back.reach, back.exit_code) == (error.reach, error.exit_code)
+
+
+@pytest.mark.parametrize(
+    ("cls", "code"),
+    [
+        pytest.param(errors.UsageError, 2, id="usage"),
+        pytest.param(errors.ConfigError, 2, id="configuration"),
+        pytest.param(errors.StorageError, 5, id="storage"),
+        pytest.param(errors.DamagedResultsError, 6, id="damaged results"),
+        pytest.param(errors.TryLaterError, 75, id="try later"),
+    ],
+)
+def test_errors_have_the_documented_exit_codes(cls: type[PipelineError], code: int) -> None:
+    """The exit code of an error is that of the contract."""
+    assert cls("x").exit_code == code
+
+
+VALUES = [cls for cls in vars(types).values() if dataclasses.is_dataclass(cls) and isinstance(cls, type)]
+
+
+def example(annotation: str, name: str) -> Any:
+    """Return some value for a field; which one does not matter, as nothing is checked."""
+    return {"int": 7, "bool": True, "bytes": b"\xff", "float": 1.5}.get(annotation.removesuffix(" | None"), f"{name} ü")
+
+
+@pytest.mark.parametrize("cls", VALUES, ids=lambda cls: cls.__name__)
+def test_values_travel(cls: Any) -> None:
+    """Every value can be pickled and comes back equal, field by field."""
+    value = cls(**{field.name: example(str(field.type), field.name) for field in dataclasses.fields(cls)})
+
+    back = pickle.loads(pickle.dumps(value))
+
+    assert back == value
+    assert dataclasses.asdict(back) == dataclasses.asdict(value)
+
+
+@pytest.mark.parametrize("cls", VALUES, ids=lambda cls: cls.__name__)
+def test_values_are_frozen_and_named(cls: Any) -> None:
+    """Every value is frozen, slotted, and made by naming its fields, so a new field breaks nobody."""
+    parameters = cls.__dataclass_params__
+
+    assert parameters.frozen
+    assert hasattr(cls, "__slots__")
+    assert all(field.kw_only for field in dataclasses.fields(cls))
+
+
+def test_enumerations_are_texts() -> None:
+    """Enumerations are their own text, so they can stand in files and messages."""
+    members = [member for cls in (types.Protocol, types.OutputFormat, Reach) for member in cls]
+
+    assert [str(member) for member in members] == [member.value for member in members]
+    assert all(isinstance(member, Enum) for member in members)
