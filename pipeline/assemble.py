@@ -11,9 +11,10 @@ from pipeline import providers, retry, transport
 from pipeline.clock import Clock
 from pipeline.config import Config
 from pipeline.errors import PipelineError
+from pipeline.lane import Lane
 from pipeline.limits import Gate
 from pipeline.plan import Invalid, Planner
-from pipeline.send import Lane, Sender
+from pipeline.send import Sender
 from pipeline.types import Request, Result
 
 
@@ -68,6 +69,7 @@ def sender(
             post=client.post_to(endpoint.url, codec.headers(endpoint, key)),
             codec=codec,
             gate=Gate(settings.limits.of(request.provider, request.model)),
+            concurrency=settings.sending.concurrency,
         )
 
     return Sender(

@@ -20,8 +20,9 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, providers, read, record, transport
+from pipeline import assemble, files, providers, read, record, transport
 from pipeline import config as configuration
+from pipeline import lane as lanes
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
@@ -31,7 +32,7 @@ from pipeline.plan import Invalid
 from pipeline.read import Line
 from pipeline.record import Done, Recorder
 from pipeline.results import Record
-from pipeline.send import LaneStatistics, Sender, Statistics
+from pipeline.send import Sender, Statistics
 from pipeline.totals import Attempts, Summary, Totals
 from pipeline.types import Request, Result
 
@@ -93,12 +94,18 @@ class _Run:
     def __init__(
         self, inputs: Sequence[str], output: Path, settings: Config, options: Options, say: Callable[[str], None]
     ) -> None:
-        self.settings = settings
+        room = files.room_for(settings.sending.concurrency)
+        wanted = settings.sending.concurrency
+        self.settings = settings.with_("sending", concurrency=room)
         self.options = options
         self.say = say
         self.sources = read.sources(inputs)
         _refuse_overwriting_input(output, self.sources)
         self.warnings = self._preview()
+        if room < wanted:
+            self.warnings += (
+                f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
+            )
         self.clock = Clock()
         self.run_totals = Totals()
         self.all_totals = Totals()
@@ -379,7 +386,7 @@ def _describe_failure(result: Result) -> str:
     )
 
 
-def _describe(lane: LaneStatistics) -> str:
+def _describe(lane: lanes.Statistics) -> str:
     waiting = lane.waiting_for or ("answers" if lane.in_flight else "retries" if lane.retrying else "nothing")
     return f"{lane.provider}/{lane.model}: {lane.waiting} waiting, {lane.in_flight} in flight, waits for {waiting}"
 

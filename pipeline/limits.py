@@ -1,31 +1,90 @@
 """Gate: how fast one model may be called, and when not at all.
 
-One gate stands before each (provider, model). Whoever wants to call passes it alone, in the order of asking: the
-sender keeps one task at each gate, so aiolimiter's queue, which lets small amounts overtake large ones, never has two
-to choose from, and a large request is not starved. A bucket holds a second's worth, so a minute's allowance is spread
-and not burst. Requests larger than a bucket pass in steps.
+One gate stands before each (provider, model). Whoever wants to call passes it alone and in turn: the sender keeps one
+task at each gate, so aiolimiter's queue, which lets small amounts overtake large ones, never has two to choose from,
+and a large request is not starved.
 
-A cooldown closes the gate for everybody until a moment on the clock; it is looked at last, after everything that may
-take time, so nobody slips through who asked before it began.
+What binds is told apart. The user's caps are kept as they are, a second's worth at a time. What the provider says in
+its headers is mirrored: a bucket as large as its own, with the level that it reports, so the allowance is used to the
+last request and hardly one is refused. Where nothing is said, the rate is found out: a refusal tells that the
+provider's bucket is empty, and what passed between two refusals, divided by the time, is its refill rate; a little more
+is tried now and then. A cooldown closes the gate for everybody until a moment on the clock; it is looked at last, after
+everything that may take time, so nobody slips through who asked before it began.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
 from aiolimiter import AsyncLimiter
 
 from pipeline.config import Limits
+from pipeline.types import Limit
+
+REQUESTS = "requests"
+Charge = Mapping[str, float]
+"""What one call takes out of the allowances, by kind: `requests`, `input_tokens`, `output_tokens`, `tokens`."""
+
+_ROUNDING = {REQUESTS: 0.0}  # Anthropic rounds remaining tokens to thousands, so they may be off by half of that
+_TOKEN_ROUNDING = 500.0
+_PACE_SECONDS = 5.0  # how much may be caught up after a pause at a rate that was found out
+_LOWEST_RATE = 0.2  # per second: whatever is refused, somebody asks again every few seconds
+_TRUSTED_CALLS = 20.0  # a rate reckoned from fewer is tried from above sooner
+_FASTEST_GROWTH = 0.05  # per second
+_SHORTEST_PAUSE = 0.25
+_LONGEST_PAUSE = 10.0
+_CALLS_PER_PROBE = 100.0  # a rate that was found out is tried from above about once in so many calls
+
+
+class Bucket(AsyncLimiter):
+    """aiolimiter's leaky bucket, with a level that can be looked at and put right.
+
+    `level` is what is used up and has not leaked out yet, `max_rate` what it holds.
+    """
+
+    @property
+    def level(self) -> float:
+        self._leak()
+        return self._level
+
+    @level.setter
+    def level(self, value: float) -> None:
+        self._leak()
+        self._level = max(0.0, value)
+        self._wake_next()
+
+    @property
+    def rate(self) -> float:
+        """What leaks out, per second."""
+        return self._rate_per_sec
+
+    def take_nowait(self, amount: float) -> None:
+        """Take an amount that is known to be there."""
+        self._level += amount
+
+    def retune(self, max_rate: float, time_period: float) -> None:
+        """Change size and rate, also while somebody waits; what was free stays free, as far as there is room."""
+        free = self.max_rate - self.level
+        self.max_rate = max_rate
+        self.time_period = time_period
+        self._rate_per_sec = max_rate / time_period
+        self.level = max_rate - min(free, max_rate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """What one call is expected to use: tokens in, and tokens out at most where the request says so."""
+class Allowance:
+    """An allowance at a moment: its kind, how much per minute, which share of it is used up, and who set it.
 
-    input_tokens: int
-    output_tokens: int
+    `source` is `cap` (the user), `told` (the provider's headers) or `found` (by refusals).
+    """
+
+    kind: str
+    per_minute: float
+    used: float
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,42 +93,68 @@ class Statistics:
 
     cooldown_s: float
     waiting_for: str | None
+    allowances: Sequence[Allowance]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """Lets one call through, and is handed back with what became of it."""
+
+    charge: Charge
+    sent_at: float
+    number: int
 
 
 class Gate:
-    """Requests, input tokens and output tokens per minute, and a cooldown, for one model."""
+    """The caps, the told and found allowances, and the cooldown of one model."""
 
     def __init__(self, caps: Limits) -> None:
-        self._buckets = [
-            (name, _bucket(limit), part)
-            for name, limit, part in (
-                ("requests", caps.rpm, lambda cost: 1),
-                ("input tokens", caps.input_tpm, lambda cost: cost.input_tokens),
-                ("output tokens", caps.output_tpm, lambda cost: cost.output_tokens),
+        self._caps = {
+            kind: _cap(limit)
+            for kind, limit in (
+                (REQUESTS, caps.rpm),
+                ("input_tokens", caps.input_tpm),
+                ("output_tokens", caps.output_tpm),
             )
             if limit
-        ]
+        }
+        self._told: dict[str, Bucket] = {}
+        self._found = _Found()
+        self._in_flight: dict[str, float] = {}
         self._closed_until = -math.inf
         self._waiting_for: str | None = None
 
-    def is_free(self) -> bool:
-        """Tell whether a call may pass now, without asking any limit."""
-        return not self._buckets and self.is_open()
+    # ── passing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def is_open(self) -> bool:
-        """Tell whether no cooldown is on."""
-        return anyio.current_time() >= self._closed_until
+    def try_pass(self, charge: Charge) -> Ticket | None:
+        """Let a call through if it may go now; None if it would have to wait."""
+        taken = self._taken(charge)
+        if not self.is_open() or not all(bucket.has_capacity(amount) for bucket, amount, _ in taken):
+            return None
+        for bucket, amount, _ in taken:
+            bucket.take_nowait(amount)
+        return self._ticket(charge)
 
-    async def wait_turn(self, cost: Cost) -> None:
-        """Take what a call costs out of every bucket; to be called by one task at a time."""
-        for name, bucket, part in self._buckets:
-            left = float(part(cost))
+    async def wait_turn(self, charge: Charge) -> Ticket:
+        """Take what a call is charged out of every bucket; to be called by one task at a time.
+
+        What never fits is not waited for.
+        """
+        if self.never_fits(charge):
+            return self._ticket(charge)
+        for bucket, amount, name in self._taken(charge):
+            left = amount
             while left > 0:
-                step = min(left, bucket.max_rate)
+                step = min(left, bucket.max_rate / 4 if left > bucket.max_rate else left)
                 self._waiting_for = None if bucket.has_capacity(step) else f"limit of {name} per minute"
                 await bucket.acquire(step)
                 left -= step
         self._waiting_for = None
+        return self._ticket(charge)
+
+    def is_open(self) -> bool:
+        """Tell whether no cooldown is on."""
+        return self._closed_until == -math.inf or anyio.current_time() >= self._closed_until
 
     async def wait_open(self) -> None:
         """Wait until the cooldown is over, also if it is prolonged meanwhile."""
@@ -78,21 +163,195 @@ class Gate:
             await anyio.sleep(seconds)
         self._waiting_for = None
 
+    def never_fits(self, charge: Charge) -> str | None:
+        """Say why a call can never pass, because it is larger than a whole minute's allowance; None if it can."""
+        for kind, amount in charge.items():
+            if (told := self._told.get(kind)) and amount > told.max_rate:
+                return f"needs about {amount:,.0f} {_words(kind)}, and {told.max_rate:,.0f} per minute are allowed"
+            if (cap := self._caps.get(kind)) and amount > cap.rate * 60:
+                return f"needs about {amount:,.0f} {_words(kind)}, and your cap is {cap.rate * 60:,.0f} per minute"
+        return None
+
+    # ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def settle(self, ticket: Ticket, used: Charge | None) -> None:
+        """Put right what a call was charged: `used` is what the provider reported, None if it did nothing."""
+        for kind, amount in ticket.charge.items():
+            self._in_flight[kind] = self._in_flight.get(kind, 0.0) - amount
+        difference = {kind: amount - ticket.charge.get(kind, 0.0) for kind, amount in (used or {}).items()}
+        if used is None:
+            difference = {kind: -amount for kind, amount in ticket.charge.items() if kind != REQUESTS}
+        for buckets in (self._caps, self._told):
+            for kind, amount in difference.items():
+                if bucket := buckets.get(kind):
+                    bucket.level += amount
+
+    def learn(self, limits: Sequence[Limit]) -> None:
+        """Mirror what a provider says of its buckets.
+
+        The truth lies between what it reports and that with everything in flight on top, as nobody knows which calls
+        in flight it has counted already.
+        """
+        for limit in limits:
+            bucket = self._told.get(limit.kind)
+            used = limit.per_minute - limit.remaining
+            if bucket is None:
+                bucket = self._told[limit.kind] = Bucket(limit.per_minute, 60)
+                bucket.level = used + self._in_flight.get(limit.kind, 0.0)
+            elif bucket.max_rate != limit.per_minute:
+                bucket.retune(limit.per_minute, 60)
+            slack = _ROUNDING.get(limit.kind, _TOKEN_ROUNDING)
+            in_flight = max(0.0, self._in_flight.get(limit.kind, 0.0))
+            level = bucket.level
+            if not used - slack <= level <= used + in_flight + slack:
+                bucket.level = min(max(level, used), used + in_flight)
+
+    def refused(self, ticket: Ticket, seconds: float | None) -> float | None:
+        """Note that a call was refused for want of allowance, and close the gate for a while.
+
+        `seconds` is how long the provider asks to wait. Returns how long to wait: that, else the time in which one
+        call's worth comes back, None where that is not known.
+        """
+        if not self._has_told_shortage():
+            pause = self._found.refused(ticket)
+            seconds = pause if seconds is None else seconds
+        if seconds is not None and math.isfinite(seconds):
+            self.close_for(seconds)
+        return seconds
+
+    def accepted(self) -> None:
+        """Note that a call was answered: a rate that was found out may be tried from above."""
+        self._found.grow()
+
     def close_for(self, seconds: float) -> None:
         """Close the gate for everybody; a cooldown that ends later stays."""
         self._closed_until = max(self._closed_until, anyio.current_time() + seconds)
 
     def statistics(self) -> Statistics:
         cooldown = max(0.0, self._closed_until - anyio.current_time())
-        waiting = "rate limit" if cooldown and self._waiting_for else self._waiting_for
-        return Statistics(cooldown_s=cooldown, waiting_for=waiting)
+        allowances = [_allowance(kind, cap, "cap") for kind, cap in self._caps.items()]
+        allowances += [_allowance(kind, told, "told") for kind, told in self._told.items()]
+        if self._found.bucket:
+            allowances.append(_allowance(REQUESTS, self._found.bucket, "found"))
+        return Statistics(cooldown_s=cooldown, waiting_for=self._waiting_for, allowances=allowances)
+
+    def _taken(self, charge: Charge) -> list[tuple[Bucket, float, str]]:
+        """Return the buckets that a call takes from, how much, and what the kind is called."""
+        taken = [
+            (bucket, charge[kind], _words(kind))
+            for buckets in (self._caps, self._told)
+            for kind, bucket in buckets.items()
+            if kind in charge
+        ]
+        if self._found.bucket:
+            taken.append((self._found.bucket, 1.0, _words(REQUESTS)))
+        return taken
+
+    def _ticket(self, charge: Charge) -> Ticket:
+        for kind, amount in charge.items():
+            self._in_flight[kind] = self._in_flight.get(kind, 0.0) + amount
+        return Ticket(charge=charge, sent_at=anyio.current_time(), number=self._found.sent())
+
+    def _has_told_shortage(self) -> bool:
+        """Tell whether a told allowance explains a refusal: then its mirror has only to be put right."""
+        short = [bucket for bucket in self._told.values() if bucket.level >= 0.9 * bucket.max_rate]
+        return bool(short)
 
 
-def _bucket(per_minute: int) -> AsyncLimiter:
+class _Found:
+    """The refill rate of a provider that does not tell it, found out by its refusals.
+
+    Calls are numbered as they are sent, so those between two refusals can be counted although their answers are not
+    there yet. Refusals of calls that were sent before the last cut belong to the same event.
+    """
+
+    def __init__(self) -> None:
+        self.bucket: Bucket | None = None
+        self._count = 0
+        self._refused = 0
+        self._empty_at: float | None = None
+        self._empty_number = 0
+        self._started_at: float | None = None
+        self._cut_at = -math.inf
+        self._grown_at = 0.0
+        self._barren = 0
+        self._is_guess = True
+        self._trust = 1.0
+
+    def sent(self) -> int:
+        """Count a call that goes out; return its number."""
+        if self._started_at is None:
+            self._started_at = anyio.current_time()
+        self._count += 1
+        return self._count
+
+    def refused(self, ticket: Ticket) -> float:
+        """Learn from a refusal: the provider's bucket was empty when this call came.
+
+        Returns how many seconds to wait where the provider does not say: the time of one call, and twice as long
+        each time that nothing passed since the last refusal, as then the bucket is in debt.
+        """
+        self._refused += 1
+        if ticket.sent_at > self._cut_at:
+            passed = ticket.number - self._empty_number - self._refused
+            self._barren = self._barren + 1 if passed < 1 and self.bucket else 0
+            if not self._barren:
+                self._set_rate(self._reckon(ticket, passed))
+            assert self.bucket is not None
+            self.bucket.level = self.bucket.max_rate
+            self._cut_at = self._grown_at = anyio.current_time()
+            self._empty_number, self._refused = ticket.number, 0
+            if not self._barren:
+                self._empty_at = ticket.sent_at
+        assert self.bucket is not None
+        return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, 2.0**self._barren / self.bucket.rate))
+
+    def grow(self) -> None:
+        """Try a little more, the slower the rarer refusals are to be, and faster when there were none for long."""
+        if self.bucket is None:
+            return
+        now = anyio.current_time()
+        rate = self.bucket.rate
+        cycle = _CALLS_PER_PROBE / rate
+        quiet = (now - self._cut_at) / cycle
+        growth = min(0.005, 2 * rate / _CALLS_PER_PROBE**2) * (1 + quiet**3) / self._trust**2
+        self._set_rate(rate * (1 + min(_FASTEST_GROWTH, growth) * (now - self._grown_at)))
+        self._grown_at = now
+
+    def _reckon(self, ticket: Ticket, passed: int) -> float:
+        """Return the rate that a refusal tells: calls that passed since the bucket was last empty, by the time."""
+        assert self._started_at is not None
+        if self.bucket is None or self._empty_at is None:
+            return max(_LOWEST_RATE, 0.5 * passed / max(ticket.sent_at - self._started_at, 0.1))
+        told = passed / max(ticket.sent_at - self._empty_at, 1e-3)
+        weight = 1.0 if self._is_guess else min(1.0, passed / 8)
+        self._is_guess = False
+        self._trust = min(1.0, max(0.05, passed / _TRUSTED_CALLS))
+        return max(_LOWEST_RATE, 0.99 * (weight * told + (1 - weight) * 0.8 * self.bucket.rate))
+
+    def _set_rate(self, rate: float) -> None:
+        # Until a second refusal the rate is a guess, and a pause must not save up calls at it.
+        size = 1.0 if self._is_guess else max(1.0, rate * _PACE_SECONDS)
+        if self.bucket is None:
+            self.bucket = Bucket(size, size / rate)
+        else:
+            self.bucket.retune(size, size / rate)
+
+
+def _cap(per_minute: int) -> Bucket:
     """Return a bucket of a second's worth, or of one unit where that is less.
 
     A bucket of a whole minute would let twice the limit through in its first minute.
     """
     per_second = per_minute / 60
     capacity = max(1.0, per_second)
-    return AsyncLimiter(capacity, capacity / per_second)
+    return Bucket(capacity, capacity / per_second)
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
+
+
+def _allowance(kind: str, bucket: Bucket, source: str) -> Allowance:
+    used = min(1.0, bucket.level / bucket.max_rate)
+    return Allowance(kind=kind, per_minute=bucket.rate * 60, used=used, source=source)

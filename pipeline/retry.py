@@ -24,6 +24,13 @@ def is_capacity(error: ProviderError) -> bool:
     return error.status in CAPACITY_STATUSES or (error.status is None and not error.may_be_billed)
 
 
+def is_overload(error: ProviderError) -> bool:
+    """Tell whether a failure asks for fewer calls at a time: provider full, away or late, or growth too fast."""
+    if error.status == 429:
+        return error.code in ("slow_down", "ramp_limit_exceeded")
+    return error.status in CAPACITY_STATUSES or error.type in ("timeout", "connection_error")
+
+
 def is_retryable(error: BaseException) -> bool:
     """Tell whether another attempt may succeed."""
     return isinstance(error, ProviderError) and error.reach is Reach.ATTEMPT

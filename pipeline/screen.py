@@ -18,6 +18,8 @@ from rich.text import Text
 
 from pipeline import safe
 from pipeline.job import Progress, Watch
+from pipeline.lane import Statistics
+from pipeline.limits import Allowance
 from pipeline.totals import Summary
 
 LOG_SECONDS = 60.0
@@ -126,17 +128,33 @@ def _facts(progress: Progress, pace: _Pace) -> str:
 
 
 def _waits(progress: Progress) -> list[str]:
-    """Say what the run is waiting for, model by model."""
-    lines = []
-    for lane in progress.sender.lanes:
-        name = safe.text(f"{lane.provider}/{lane.model}", 80)
-        if lane.ended:
-            lines.append(f"{name}: given up: {safe.text(lane.ended, 160)}")
-        elif lane.cooldown_s:
-            lines.append(f"rate limit of {name}, {lane.cooldown_s:,.0f} s")
-        elif lane.waiting_for:
-            lines.append(f"{lane.waiting_for} of {name}")
+    """Say of each model what it is waiting for, what its limits are and how far they are used."""
+    lines = [_lane(lane) for lane in progress.sender.lanes if lane.ended or lane.waiting or lane.in_flight]
     return lines[:_SHOWN_LANES]
+
+
+def _lane(lane: Statistics) -> str:
+    name = safe.text(f"{lane.provider}/{lane.model}", 60)
+    if lane.ended:
+        return f"{name}: given up: {safe.text(lane.ended, 160)}"
+    parts = [f"{lane.in_flight:,} of {lane.window:,} in flight"]
+    parts += [
+        _allowance(allowance) for allowance in lane.allowances if allowance.source != "told" or allowance.used > 0.01
+    ]
+    if lane.rate_limited:
+        parts.append(f"{lane.rate_limited:,} × 429")
+    if lane.cooldown_s:
+        parts.append(f"rate limit, {lane.cooldown_s:,.0f} s")
+    elif lane.waiting_for:
+        parts.append(f"waits for {lane.waiting_for}")
+    return f"{name}: {', '.join(parts)}"
+
+
+def _allowance(allowance: Allowance) -> str:
+    """Return e.g. `requests 98 % of 1,000/min`; `~` before a limit that was found out, `your` before a cap."""
+    mark = {"cap": "your ", "found": "~"}.get(allowance.source, "")
+    kind = allowance.kind.replace("_", " ")
+    return f"{kind} {allowance.used:.0%} of {mark}{allowance.per_minute:,.0f}/min"
 
 
 def show_summary(console: Console, summary: Summary, command: str | None) -> None:

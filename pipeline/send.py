@@ -5,144 +5,26 @@ worker stands at the gate of a lane; when it is let through it goes on to send, 
 place. Nothing is handed from task to task, and a free gate costs no task switch. A request that failed goes back to
 its lane with a time before which it may not be tried again: a waiting retry holds neither a worker nor a slot.
 
-A lane begins with a first wave of two requests and doubles with every round of answers: a wrong key or an unknown
-model is found out by two requests, not by a thousand.
+How fast a lane may go is its gate's to say, and how many of its calls may be in flight its window's (`lane`, `limits`).
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import anyio
 
+from pipeline import lane as lanes
 from pipeline.clock import Clock
 from pipeline.errors import PipelineError, ProviderError, Reach, TransportError, TryLaterError, UsageError
-from pipeline.limits import Cost, Gate
-from pipeline.providers.base import Provider
-from pipeline.retry import Policy, is_capacity
-from pipeline.transport import Post
+from pipeline.lane import Job, Lane
+from pipeline.limits import Ticket
+from pipeline.retry import Policy, is_capacity, is_overload
 from pipeline.types import Attempt, Failure, Reply, Request, Result
 
-FIRST_WAVE = 2
 _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured
-
-
-@dataclass(slots=True, kw_only=True)
-class _Job:
-    """A request on its way: what happened to it so far."""
-
-    request: Request
-    attempts: list[Attempt] = field(default_factory=list)
-    counted: int = 0
-
-
-class Lane:
-    """The requests of one model, its gate, and how to reach it."""
-
-    def __init__(self, *, provider: str, model: str, post: Post, codec: Provider, gate: Gate) -> None:
-        self.provider = provider
-        self.model = model
-        self.post = post
-        self.codec = codec
-        self.gate = gate
-        self.window = FIRST_WAVE
-        self.in_flight = 0
-        self.rate_limited = 0
-        self.ended: PipelineError | None = None
-        self._fresh: deque[_Job] = deque()
-        self._delayed: list[tuple[float, int, _Job]] = []
-        self._sequence = 0
-        self._at_gate: _Job | None = None
-        self._door: anyio.CancelScope | None = None
-        self._arrival = anyio.Event()
-        self.is_attended = False
-
-    def __len__(self) -> int:
-        return len(self._fresh) + len(self._delayed)
-
-    @property
-    def retrying(self) -> int:
-        """How many requests wait for another attempt."""
-        return len(self._delayed)
-
-    @property
-    def wants_worker(self) -> bool:
-        return not self.is_attended and self.ended is None and len(self) > 0 and self.in_flight < self.window
-
-    def add(self, job: _Job) -> None:
-        self._fresh.append(job)
-        self._announce()
-
-    def add_delayed(self, job: _Job, seconds: float) -> None:
-        self._sequence += 1
-        heapq.heappush(self._delayed, (anyio.current_time() + seconds, self._sequence, job))
-        self._announce()
-
-    def pop_nowait(self) -> _Job | None:
-        """Take the next request: a retry whose time has come, else a new one."""
-        if self._delayed and self._delayed[0][0] <= anyio.current_time():
-            return heapq.heappop(self._delayed)[2]
-        return self._fresh.popleft() if self._fresh else None
-
-    async def wait_next(self) -> _Job:
-        """Wait for the next request that may be sent, and take it."""
-        while (job := self.pop_nowait()) is None:
-            self._arrival = anyio.Event()
-            seconds = self._delayed[0][0] - anyio.current_time() if self._delayed else None
-            with anyio.move_on_after(seconds):
-                await self._arrival.wait()
-        return job
-
-    def clear(self) -> list[_Job]:
-        """Drop every waiting request, the one at the gate included, and return them."""
-        dropped = [*self._fresh, *(job for _, _, job in self._delayed)]
-        if self._at_gate:
-            dropped.append(self._at_gate)
-        self._fresh.clear()
-        self._delayed.clear()
-        self._at_gate = None
-        if self._door:
-            self._door.cancel()
-        return dropped
-
-    async def wait_at_gate(self, slots: anyio.Semaphore) -> _Job | None:
-        """Wait for a request, for the gate and for a slot; None when the lane was cleared meanwhile."""
-        has_slot = False
-        with anyio.CancelScope() as self._door:
-            self._at_gate = await self.wait_next()
-            await self.gate.wait_turn(_cost(self._at_gate.request))
-            while not has_slot:
-                await self.gate.wait_open()
-                await slots.acquire()
-                has_slot = self.gate.is_open()
-                if not has_slot:
-                    slots.release()
-        job, self._at_gate, self._door = self._at_gate, None, None
-        if job is None and has_slot:
-            slots.release()
-        return job
-
-    def _announce(self) -> None:
-        if self.is_attended:
-            self._arrival.set()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneStatistics:
-    """A lane at a moment; `waiting_for` is what its gate waits for, `cooldown_s` how long that lasts at most."""
-
-    provider: str
-    model: str
-    waiting: int
-    retrying: int
-    in_flight: int
-    rate_limited: int
-    cooldown_s: float
-    waiting_for: str | None
-    ended: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +38,7 @@ class Statistics:
     failed: int
     unknown: int
     dropped: int
-    lanes: Sequence[LaneStatistics]
+    lanes: Sequence[lanes.Statistics]
 
 
 class Sender:
@@ -217,7 +99,7 @@ class Sender:
                 continue
             self._open_jobs += 1
             self._queued_bytes += _size(request)
-            lane.add(_Job(request=request))
+            lane.add(Job(request=request))
             self._offer(lane)
         while self._queued_bytes > self._read_ahead_bytes and not self.is_draining:
             self._room = anyio.Event()
@@ -239,8 +121,8 @@ class Sender:
 
     def statistics(self) -> Statistics:
         """Return a snapshot, for progress, totals and tests alike."""
-        lanes = [_lane_statistics(lane) for lane in self._lanes.values()]
-        return Statistics(in_flight=sum(lane.in_flight for lane in lanes), lanes=lanes, **self._counts)
+        each = [lane.statistics() for lane in self._lanes.values()]
+        return Statistics(in_flight=sum(lane.in_flight for lane in each), lanes=each, **self._counts)
 
     @property
     def open_jobs(self) -> int:
@@ -290,35 +172,39 @@ class Sender:
         while not self._finished.is_set():
             if self._ready and self._slots.value:
                 lane = self._ready.popleft()
-                job = await self._admit(lane)
-                if job is not None:
-                    await self._send(lane, job)
+                admitted = await self._admit(lane)
+                if admitted is not None:
+                    await self._send(lane, *admitted)
             else:
                 event = anyio.Event()
                 self._idle.append(event)
                 await event.wait()
 
-    async def _admit(self, lane: Lane) -> _Job | None:
+    async def _admit(self, lane: Lane) -> tuple[Job, Ticket] | None:
         """Take the lane's next request through its gate; None if the lane was cleared meanwhile."""
-        job = lane.pop_nowait() if lane.gate.is_free() and self._slots.value else None
-        if job is not None:
+        admitted = lane.try_next()
+        if admitted is not None:
             self._slots.acquire_nowait()
         elif lane:  # else it was cleared since it asked for a worker
-            job = await lane.wait_at_gate(self._slots)
+            admitted = await lane.wait_next(self._slots)
         lane.is_attended = False
-        if job is not None:
+        if admitted is not None:
             lane.in_flight += 1
-            self._unqueue(job)
+            self._unqueue(admitted[0])
         self._offer(lane)
-        return job
+        return admitted
 
-    async def _send(self, lane: Lane, job: _Job) -> None:
-        started = self._clock.now()
+    async def _send(self, lane: Lane, job: Job, ticket: Ticket) -> None:
+        if reason := lane.gate.never_fits(ticket.charge):
+            await self._refuse(lane, job, ticket, reason)
+            return
         self._counts["attempts"] += 1
         reply: Reply | None = None
         error: ProviderError | None = None
         try:
-            reply = lane.codec.decode(await lane.post(job.request.body))
+            answer = await lane.post(job.request.body)
+            lane.gate.learn(lane.codec.limits(answer.headers))
+            reply = lane.codec.decode(answer)
         except TransportError as exc:
             error = lane.codec.lost(exc)
         except ProviderError as exc:
@@ -328,22 +214,28 @@ class Sender:
             self._slots.release()
             if reply is None and error is None:  # cancelled in flight: it may be billed, and nobody will know
                 self._counts["unknown"] += 1
-        latency = self._clock.now() - started
+        latency = self._clock.now() - ticket.sent_at
         if reply is not None:
-            await self._succeeded(lane, job, reply, latency)
+            await self._succeeded(lane, job, ticket, reply, latency)
         elif error is not None:
-            await self._failed(lane, job, error, latency)
+            await self._failed(lane, job, ticket, error, latency)
         self._offer(lane, wake=False)
 
     # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _succeeded(self, lane: Lane, job: _Job, reply: Reply, latency: float) -> None:
+    async def _succeeded(self, lane: Lane, job: Job, ticket: Ticket, reply: Reply, latency: float) -> None:
         self._counts["billed"] += 1
-        lane.window = min(self._concurrency, lane.window + 1)
+        lane.window.widen()
+        lane.gate.accepted()
+        if reply.usage is not None:
+            lane.forecast.learn(job.request, reply.usage)
+        lane.gate.settle(ticket, lane.codec.used(reply.usage) if reply.usage else {})
         await self._finish(job, latency, reply=reply)
 
-    async def _failed(self, lane: Lane, job: _Job, error: ProviderError, latency: float) -> None:
+    async def _failed(self, lane: Lane, job: Job, ticket: Ticket, error: ProviderError, latency: float) -> None:
         self._count_failure(lane, job, error, latency)
+        lane.gate.settle(ticket, {} if error.may_be_billed else None)
+        self._slow_down(lane, ticket, error)
         if error.reach is Reach.RUN:
             self._forget(job)
             self.stop(error)
@@ -356,7 +248,25 @@ class Sender:
         else:
             await self._retry_or_give_up(lane, job, error, latency)
 
-    async def _retry_or_give_up(self, lane: Lane, job: _Job, error: ProviderError, latency: float) -> None:
+    async def _refuse(self, lane: Lane, job: Job, ticket: Ticket, reason: str) -> None:
+        """End a request that no waiting would let through."""
+        lane.in_flight -= 1
+        self._slots.release()
+        lane.gate.settle(ticket, None)
+        await self._finish(job, 0.0, failure=Failure(type="request_too_large", message=f"the request {reason}"))
+        self._offer(lane, wake=False)
+
+    def _slow_down(self, lane: Lane, ticket: Ticket, error: ProviderError) -> None:
+        """Let everybody who calls this model heed a refusal or an overload."""
+        if error.reach is not Reach.ATTEMPT:
+            return
+        if error.status == 429:
+            error.retry_after = lane.gate.refused(ticket, error.retry_after)
+        if is_overload(error):
+            pause = max(lane.window.narrow(ticket.sent_at), error.retry_after or 0.0)
+            lane.gate.close_for(pause)
+
+    async def _retry_or_give_up(self, lane: Lane, job: Job, error: ProviderError, latency: float) -> None:
         seconds = self._policy.wait_before_retry(error, len(job.attempts), job.counted)
         if seconds is None:
             error.attempts = len(job.attempts)
@@ -364,12 +274,10 @@ class Sender:
         elif self.is_draining or lane.ended:
             self._forget(job)
         else:
-            if error.status == 429 or error.retry_after is not None:
-                lane.gate.close_for(seconds)
             self._queued_bytes += _size(job.request)
             lane.add_delayed(job, seconds)
 
-    def _count_failure(self, lane: Lane, job: _Job, error: ProviderError, latency: float) -> None:
+    def _count_failure(self, lane: Lane, job: Job, error: ProviderError, latency: float) -> None:
         job.attempts.append(_attempt(error, self._clock.utc(), latency))
         job.counted += not is_capacity(error)
         if error.status == 429:
@@ -380,7 +288,7 @@ class Sender:
         self._counts["unknown"] += error.may_be_billed
 
     async def _finish(
-        self, job: _Job, latency: float, *, reply: Reply | None = None, failure: Failure | None = None
+        self, job: Job, latency: float, *, reply: Reply | None = None, failure: Failure | None = None
     ) -> None:
         request = job.request
         self.changed_at = self._clock.now()
@@ -402,7 +310,7 @@ class Sender:
         )
         self._close_job()
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         """Leave a request pending: it gets no result, so the next run sends it."""
         self._counts["dropped"] += 1
         self._close_job()
@@ -420,7 +328,7 @@ class Sender:
             self._unqueue(job)
         self._close_job(len(dropped))
 
-    def _unqueue(self, job: _Job) -> None:
+    def _unqueue(self, job: Job) -> None:
         """Note that a request waits no more; lets the reader go on when half of the room is free."""
         self._queued_bytes -= _size(job.request)
         if self._queued_bytes < self._read_ahead_bytes // 2:
@@ -437,10 +345,6 @@ class Sender:
 
 def _size(request: Request) -> int:
     return len(request.body) + _REQUEST_OVERHEAD_BYTES
-
-
-def _cost(request: Request) -> Cost:
-    return Cost(input_tokens=request.estimated_input_tokens, output_tokens=request.max_output_tokens or 0)
 
 
 def _attempt(error: ProviderError, at: str, latency: float) -> Attempt:
@@ -471,19 +375,4 @@ def _parked(error: ProviderError, ceiling: float) -> TryLaterError:
     return TryLaterError(
         f"the provider asks to wait {error.retry_after:,.0f} s, more than sending.max_retry_after ({ceiling:,.0f} s): "
         f"{error.message}"
-    )
-
-
-def _lane_statistics(lane: Lane) -> LaneStatistics:
-    gate = lane.gate.statistics()
-    return LaneStatistics(
-        provider=lane.provider,
-        model=lane.model,
-        waiting=len(lane),
-        retrying=lane.retrying,
-        in_flight=lane.in_flight,
-        rate_limited=lane.rate_limited,
-        cooldown_s=gate.cooldown_s,
-        waiting_for=gate.waiting_for,
-        ended=lane.ended.message if lane.ended else None,
     )

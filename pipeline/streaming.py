@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,7 @@ async def stream(
     *,
     config: Config | None = None,
     options: Options | None = None,
-) -> AsyncIterator[Result]:
+) -> AsyncGenerator[Result, None]:
     """Yield a result for each request (a mapping in any dialect of input lines), in the order of completion.
 
     A request that is not valid yields a failed result. Raises the `PipelineError` that stopped the run (a wrong key,

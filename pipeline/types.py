@@ -164,3 +164,15 @@ class Answer:
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a provider says of one of its buckets: its kind, how much per minute, and how much of it is left now.
+
+    Kinds are `requests`, `input_tokens`, `output_tokens` and `tokens` (OpenAI's sum of both).
+    """
+
+    kind: str
+    per_minute: int
+    remaining: int

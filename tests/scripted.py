@@ -14,9 +14,10 @@ from pipeline import providers
 from pipeline.clock import Clock
 from pipeline.config import Limits, Sending
 from pipeline.errors import TransportError
+from pipeline.lane import Lane
 from pipeline.limits import Gate
 from pipeline.retry import Policy
-from pipeline.send import Lane, Sender
+from pipeline.send import Sender
 from pipeline.types import Answer, Protocol, Request, Result
 
 Script = Callable[[int], Answer | TransportError]
@@ -108,6 +109,7 @@ class World:
             post=self._post,
             codec=providers.codec(Protocol.OPENAI),
             gate=Gate(self.limits.get(request.model, Limits())),
+            concurrency=self.settings.concurrency,
         )
 
     async def _post(self, body: bytes) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,14 +112,14 @@ def test_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
     [
         pytest.param(["run", "absent.jsonl", "-o", "o.jsonl"], {}, "'absent.jsonl' does not exist", id="no input"),
         pytest.param(["run", "in.jsonl", "-o", "o.jsonl"], {}, "OPENAI_API_KEY", id="no key"),
-        pytest.param(["run", "in.jsonl", "-o", "no/dir/o.jsonl", "--simulate"], {}, "does not exist", id="no directory"),
-        pytest.param(["run", "in.jsonl", "in.jsonl", "-o", "in.jsonl", "--simulate"], {}, "also an input", id="overwrite"),
+        pytest.param(["run", "in.jsonl", "-o", "no/dir/o", "--simulate"], {}, "does not exist", id="no directory"),
+        pytest.param(["run", "in.jsonl", "-o", "in.jsonl", "--simulate"], {}, "also an input", id="overwrite"),
         pytest.param(["run", "in.jsonl", "--simulate", "-c", "bad.yaml"], {}, "did you mean 'concurrency'", id="typo"),
         pytest.param(["run", "in.jsonl", "--simulate", "--timeout", "-1"], {}, "sending.timeout", id="bad value"),
         pytest.param(["run", "in.jsonl", "--simulate", "--provider", "nobody"], {}, "'nobody'", id="no such provider"),
         pytest.param(["run", "in.jsonl", "x.jsonl"], {}, "'x.jsonl' does not exist", id="second input missing"),
         pytest.param(["run"], {}, "Missing argument", id="no words"),
-        pytest.param(["run", "in.jsonl"], {"OPENAI_BASE_URL": "http://example.com", "OPENAI_API_KEY": "k"}, "unencrypted", id="http"),
+        pytest.param(["run", "in.jsonl"], {"OPENAI_BASE_URL": "http://example.com"}, "unencrypted", id="http"),
     ],
 )  # fmt: skip
 def test_usage_errors_are_one_message_and_exit_2(
@@ -245,3 +246,21 @@ def test_help_shows_an_example(words: list[str], tmp_path: Path) -> None:
 
     assert done.returncode == 0
     assert b"pipeline " + (words[0].encode() if len(words) > 1 else b"run") in done.stdout
+
+
+def test_few_open_files_mean_fewer_connections(tmp_path: Path) -> None:
+    """Where not enough files may be open, the concurrency is lowered and it is said; nothing fails."""
+    command = ["run", str(SAMPLE), "-o", "o.jsonl", "--simulate", "--concurrency", "500"]
+    words = shlex.join([*COMMAND, *command])
+
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -n 80; exec {words}"],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        timeout=50,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert b"16 requests in flight instead of 500" in done.stderr

@@ -372,3 +372,29 @@ async def test_a_stream_can_be_left_early() -> None:
             first = await anext(results)
 
     assert first.success
+
+
+async def test_an_outage_without_end_is_given_up_for_now(tmp_path: Path) -> None:
+    """Nothing finished for the set time: exit 75, what it waited for is said, and the lines stay pending."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(5)])
+    config = configuration.simulated(Config(), "http://127.0.0.1:1")
+    config = config.with_("sending", stall_timeout=0.6, timeout=0.2, connect_timeout=0.1)
+
+    summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
+
+    assert (summary.exit_code, summary.status, summary.pending, summary.run.finished) == (75, "stopped", 5, 0)
+    assert summary.stop_reason is not None
+    assert "openai/gpt-6-luna" in summary.stop_reason
+
+
+async def test_a_missing_key_that_shows_late_stops_the_run_in_good_order(tmp_path: Path) -> None:
+    """Where a key is found missing only on the way (stdin, huge files), what is in flight is still recorded."""
+    requests = [_line("a"), {**_line("b"), "provider": "anthropic", "model": "claude-haiku-5-5"}]
+    config = Config().replace(
+        providers={
+            "openai": {**configuration.simulated(Config(), "http://127.0.0.1:1").providers["openai"].model_dump()}
+        }
+    )
+
+    with pytest.raises(UsageError, match="ANTHROPIC_API_KEY"):
+        [result async for result in pipeline.stream(requests[1:], config=config)]

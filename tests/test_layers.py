@@ -24,10 +24,11 @@ PACKAGE = ROOT / "pipeline"
 # From the ground up; a module imports only from rows below its own. A folder is one room.
 LAYERS = (
     ("errors",),
-    ("safe", "types"),
+    ("files", "safe", "types"),
     ("aio", "clock", "config", "fingerprints", "jsonl"),
     ("formats", "limits", "providers", "read", "results", "retry", "simulator", "transport"),
-    ("plan", "record", "send", "totals"),
+    ("lane", "plan", "record", "totals"),
+    ("send",),
     ("assemble", "checking"),
     ("job", "streaming"),
     ("screen",),

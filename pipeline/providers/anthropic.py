@@ -7,10 +7,10 @@ from typing import Any
 
 from pipeline.config import Endpoint, RequestDefaults
 from pipeline.errors import AnthropicAPIError, ProviderError, Reach, TransportError
-from pipeline.providers import answers, base, checks, to_anthropic
+from pipeline.providers import answers, base, checks, hints, to_anthropic
 from pipeline.providers.answers import Malformed
 from pipeline.providers.complaints import Rule
-from pipeline.types import Answer, Reply, ToolCall, Usage
+from pipeline.types import Answer, Limit, Reply, ToolCall, Usage
 
 DEFAULT_VERSION = "2023-06-01"
 DEFAULT_MAX_TOKENS = 4096
@@ -33,6 +33,12 @@ RULES = (
     Rule(types=("not_found_error",), says=r"\b[Ff]ile", reach=Reach.REQUEST),
     Rule(types=("not_found_error",), reach=Reach.MODEL),
 )
+
+
+_LIMITS = {
+    kind: (f"anthropic-ratelimit-{word}-limit", f"anthropic-ratelimit-{word}-remaining")
+    for kind, word in (("requests", "requests"), ("input_tokens", "input-tokens"), ("output_tokens", "output-tokens"))
+}
 
 
 class AnthropicCodec:
@@ -68,6 +74,18 @@ class AnthropicCodec:
 
     def lost(self, error: TransportError) -> ProviderError:
         return answers.lost(error, AnthropicAPIError)
+
+    def limits(self, headers: Mapping[str, str]) -> Sequence[Limit]:
+        return hints.limits(headers, _LIMITS)
+
+    def charge(self, input_tokens: float, output_tokens: float, max_output_tokens: int | None) -> dict[str, float]:
+        """Charge what is expected: `max_tokens` is not reserved."""
+        return {"requests": 1.0, "input_tokens": input_tokens, "output_tokens": output_tokens}
+
+    def used(self, usage: Usage) -> dict[str, float]:
+        """Reads from the cache do not count as input."""
+        counted = usage.input_tokens - usage.cache_read_tokens
+        return {"input_tokens": float(counted), "output_tokens": float(usage.output_tokens)}
 
 
 def _reply(message: Mapping[str, Any], raw: bytes, request_id: str | None) -> Reply:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config import Endpoint, RequestDefaults
 from pipeline.errors import ProviderError, TransportError
-from pipeline.types import Answer, Reply
+from pipeline.types import Answer, Limit, Reply, Usage
 
 USER_AGENT = "pipeline-batch"
 Headers = tuple[tuple[str, str], ...]
@@ -48,6 +48,18 @@ class Provider(typing.Protocol):
 
     def lost(self, error: TransportError) -> ProviderError:
         """Return the provider's error for an answer that never came."""
+        ...
+
+    def limits(self, headers: Mapping[str, str]) -> Sequence[Limit]:
+        """Return what an answer says of the provider's allowances; nothing where it says nothing usable."""
+        ...
+
+    def charge(self, input_tokens: float, output_tokens: float, max_output_tokens: int | None) -> dict[str, float]:
+        """Return what a call takes out of each kind of allowance when it is sent."""
+        ...
+
+    def used(self, usage: Usage) -> dict[str, float]:
+        """Return what a call took in the end, for the kinds that the provider puts right afterwards."""
         ...
 
 

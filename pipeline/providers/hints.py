@@ -1,4 +1,4 @@
-"""How long a provider asks to wait, read from the headers of an answer."""
+"""What the headers of an answer say about pace: how long to wait, and what is left of the allowances."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+
+from pipeline.types import Limit
 
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
@@ -24,6 +26,22 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         or _positive(_number(text))
         or _positive(_date(text) - _date(headers.get("date", "").strip()))
     )
+
+
+def limits(headers: Mapping[str, str], names: Mapping[str, tuple[str, str]]) -> list[Limit]:
+    """Return the allowances that `names` finds: kind -> (header of the limit, header of what remains).
+
+    What is absent, not a whole number, or makes no sense (Azure's -1 and 0 for unknown) is left out.
+    """
+    found = []
+    for kind, (limit_name, remaining_name) in names.items():
+        limit = headers.get(limit_name)
+        if limit is None:
+            continue
+        remaining = headers.get(remaining_name, "")
+        if limit.isascii() and limit.isdigit() and remaining.isascii() and remaining.isdigit() and int(limit) > 0:
+            found.append(Limit(kind=kind, per_minute=int(limit), remaining=min(int(remaining), int(limit))))
+    return found
 
 
 def _positive(seconds: float) -> float | None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.config import Endpoint, RequestDefaults
 from pipeline.errors import OpenAIAPIError, ProviderError, Reach, TransportError
-from pipeline.providers import answers, base, checks, to_openai
+from pipeline.providers import answers, base, checks, hints, to_openai
 from pipeline.providers.answers import Malformed
 from pipeline.providers.complaints import Rule
-from pipeline.types import Answer, Reply, ToolCall, Usage
+from pipeline.types import Answer, Limit, Reply, ToolCall, Usage
 
 MAX_TEMPERATURE = 2.0
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")
@@ -32,6 +32,12 @@ RULES = (
     # OpenRouter's word on a conversation, not on the key.
     Rule(statuses=(403,), says=r"(?i)moderation|flagged", reach=Reach.REQUEST),
 )
+
+
+_LIMITS = {
+    kind: (f"x-ratelimit-limit-{word}", f"x-ratelimit-remaining-{word}")
+    for kind, word in (("requests", "requests"), ("tokens", "tokens"), ("project_tokens", "project-tokens"))
+}
 
 
 class OpenAICodec:
@@ -80,6 +86,23 @@ class OpenAICodec:
 
     def lost(self, error: TransportError) -> ProviderError:
         return answers.lost(error, OpenAIAPIError)
+
+    def limits(self, headers: Mapping[str, str]) -> Sequence[Limit]:
+        return hints.limits(headers, _LIMITS)
+
+    def charge(self, input_tokens: float, output_tokens: float, max_output_tokens: int | None) -> dict[str, float]:
+        """Charge `tokens` with the larger of the answer's bound and the prompt: so OpenAI counts, and leaves it so."""
+        tokens = max(float(max_output_tokens or 0), input_tokens)
+        return {
+            "requests": 1.0,
+            "input_tokens": input_tokens,
+            "output_tokens": output_tokens,
+            "tokens": tokens,
+            "project_tokens": tokens,
+        }
+
+    def used(self, usage: Usage) -> dict[str, float]:
+        return {"input_tokens": float(usage.input_tokens), "output_tokens": float(usage.output_tokens)}
 
 
 def _is_own_host(endpoint: Endpoint) -> bool:

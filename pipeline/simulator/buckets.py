@@ -39,6 +39,14 @@ class Bucket:
         self._level = min(self.capacity, self.level(now) - amount)
         self._updated = now
 
+    def change(self, factor: float, now: float) -> None:
+        """Multiply limit and capacity, as a provider does when an account's tier changes; the level goes along."""
+        self._level = self.level(now) * factor
+        self._updated = now
+        self.per_minute = round(self.per_minute * factor)
+        self.capacity = round(self.capacity * factor)
+        self._rate = self.per_minute / 60
+
     def seconds_until(self, amount: float, now: float) -> float:
         """Return the wait until `amount` tokens are there, or until full if that is sooner."""
         return max(0.0, (min(amount, self.capacity) - self.level(now)) / self._rate)

@@ -38,6 +38,11 @@ class State:
             self._limits[name] = make(self.options)
         return self._limits[name]
 
+    def change_limits(self, factor: float) -> None:
+        """Multiply the limits of every key and model seen so far."""
+        for limits in self._limits.values():
+            limits.change(factor, anyio.current_time())
+
     def attempt(self, digest: bytes) -> int:
         """Count how often a body has come this far, from 1."""
         short = int.from_bytes(digest[:8])

@@ -130,6 +130,9 @@ class Limits(Protocol):
     def headers(self, now: float, wall: float) -> Headers:
         """Tell the limits, what is left and when they are full again, as the provider does."""
 
+    def change(self, factor: float, now: float) -> None:
+        """Multiply every limit."""
+
 
 class Provider(Protocol):
     """One provider's protocol; the modules `anthropic` and `openai` are the two."""

@@ -49,6 +49,12 @@ class AnthropicLimits:
         if self._output:
             self._output.take(usage.output_tokens, now)
 
+    def change(self, factor: float, now: float) -> None:
+        """Multiply every limit."""
+        for held in (self._requests, self._input, self._output):
+            if held:
+                held.change(factor, now)
+
     def headers(self, now: float, wall: float) -> Headers:
         """Tell limit, remaining and reset (when full again, RFC 3339) for each bucket."""
         parts: list[tuple[bytes, bytes]] = []

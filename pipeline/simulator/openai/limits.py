@@ -39,6 +39,12 @@ class OpenAILimits:
     def settle(self, prompt: Prompt, usage: Usage, now: float) -> None:
         """Leave the charge as it is: what was reserved counts, not what was used."""
 
+    def change(self, factor: float, now: float) -> None:
+        """Multiply every limit."""
+        for held in (self._requests, self._tokens):
+            if held:
+                held.change(factor, now)
+
     def headers(self, now: float, wall: float) -> Headers:
         """Tell limit, remaining and reset (time until full, as a Go duration) for each bucket."""
         families = ((b"requests", self._requests), (b"tokens", self._tokens))

@@ -1,0 +1,1 @@
+"""Benchmarks; `python -m tests.benchmarks.throughput` runs the one of throughput."""
