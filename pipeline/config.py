@@ -223,7 +223,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _add_built_in_providers(cls, data: Any) -> Any:
-        """Lay the user's providers over the built-in ones, so two lines of YAML can change one field."""
+        """Lay the user's providers over the built-in ones, so two lines of YAML can change one field.
+
+        A section left empty (`request:` with every line under it taken out) is the default one.
+        """
+        if isinstance(data, dict):
+            data = {name: value for name, value in data.items() if value is not None}
         if not isinstance(data, dict) or not isinstance(data.get("providers", {}) or {}, dict):
             return data
         given = dict(data.get("providers") or {})

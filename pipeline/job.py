@@ -36,7 +36,7 @@ from pipeline.send import Sender, Statistics
 from pipeline.totals import Attempts, Summary, Totals
 from pipeline.types import Request, Result
 
-PREVIEW_LINES = 10_000
+PREVIEW_LINES = 2_000
 SHOWN_FAILURES = 10
 _COUNT_REST_SECONDS = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -346,6 +346,10 @@ class _Run:
 
 def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
     """Refuse an output that is an input under any name: path, symlink or hard link."""
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"the name of the output {str(output)!a} is not UTF-8; choose another") from exc
     if output.is_dir():
         raise UsageError(f"the output {str(output)!r} is a directory; name a file, or use -d for one file per input")
     if not output.parent.is_dir():

@@ -14,6 +14,7 @@ everything that may take time, so nobody slips through who asked before it began
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,9 +97,9 @@ class Statistics:
     allowances: Sequence[Allowance]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Ticket:
-    """Lets one call through, and is handed back with what became of it."""
+    """Lets one call through, and is handed back with what became of it. (Not frozen: that would cost 1 µs a call.)"""
 
     charge: Charge
     sent_at: float
@@ -123,11 +124,14 @@ class Gate:
         self._in_flight: dict[str, float] = {}
         self._closed_until = -math.inf
         self._waiting_for: str | None = None
+        self._now = asyncio.get_running_loop().time  # what anyio.current_time() looks up at every call
 
     # ── passing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def try_pass(self, charge: Charge) -> Ticket | None:
         """Let a call through if it may go now; None if it would have to wait."""
+        if not self._told and not self._caps and self._found.bucket is None:
+            return self._ticket(charge) if self.is_open() else None
         taken = self._taken(charge)
         if not self.is_open() or not all(bucket.has_capacity(amount) for bucket, amount, _ in taken):
             return None
@@ -154,17 +158,19 @@ class Gate:
 
     def is_open(self) -> bool:
         """Tell whether no cooldown is on."""
-        return self._closed_until == -math.inf or anyio.current_time() >= self._closed_until
+        return self._closed_until == -math.inf or self._now() >= self._closed_until
 
     async def wait_open(self) -> None:
         """Wait until the cooldown is over, also if it is prolonged meanwhile."""
-        while (seconds := self._closed_until - anyio.current_time()) > 0:
+        while (seconds := self._closed_until - self._now()) > 0:
             self._waiting_for = "cooldown"
             await anyio.sleep(seconds)
         self._waiting_for = None
 
     def never_fits(self, charge: Charge) -> str | None:
         """Say why a call can never pass, because it is larger than a whole minute's allowance; None if it can."""
+        if not self._told and not self._caps:
+            return None
         for kind, amount in charge.items():
             if (told := self._told.get(kind)) and amount > told.max_rate:
                 return f"needs about {amount:,.0f} {_words(kind)}, and {told.max_rate:,.0f} per minute are allowed"
@@ -176,8 +182,10 @@ class Gate:
 
     def settle(self, ticket: Ticket, used: Charge | None) -> None:
         """Put right what a call was charged: `used` is what the provider reported, None if it did nothing."""
-        for kind, amount in ticket.charge.items():
-            self._in_flight[kind] = self._in_flight.get(kind, 0.0) - amount
+        if not self._told and not self._caps:
+            return
+        for kind in self._told:
+            self._in_flight[kind] = max(0.0, self._in_flight.get(kind, 0.0) - ticket.charge.get(kind, 0.0))
         difference = {kind: amount - ticket.charge.get(kind, 0.0) for kind, amount in (used or {}).items()}
         if used is None:
             difference = {kind: -amount for kind, amount in ticket.charge.items() if kind != REQUESTS}
@@ -201,7 +209,7 @@ class Gate:
             elif bucket.max_rate != limit.per_minute:
                 bucket.retune(limit.per_minute, 60)
             slack = _ROUNDING.get(limit.kind, _TOKEN_ROUNDING)
-            in_flight = max(0.0, self._in_flight.get(limit.kind, 0.0))
+            in_flight = self._in_flight.get(limit.kind, 0.0)
             level = bucket.level
             if not used - slack <= level <= used + in_flight + slack:
                 bucket.level = min(max(level, used), used + in_flight)
@@ -225,10 +233,10 @@ class Gate:
 
     def close_for(self, seconds: float) -> None:
         """Close the gate for everybody; a cooldown that ends later stays."""
-        self._closed_until = max(self._closed_until, anyio.current_time() + seconds)
+        self._closed_until = max(self._closed_until, self._now() + seconds)
 
     def statistics(self) -> Statistics:
-        cooldown = max(0.0, self._closed_until - anyio.current_time())
+        cooldown = max(0.0, self._closed_until - self._now())
         allowances = [_allowance(kind, cap, "cap") for kind, cap in self._caps.items()]
         allowances += [_allowance(kind, told, "told") for kind, told in self._told.items()]
         if self._found.bucket:
@@ -248,9 +256,10 @@ class Gate:
         return taken
 
     def _ticket(self, charge: Charge) -> Ticket:
-        for kind, amount in charge.items():
-            self._in_flight[kind] = self._in_flight.get(kind, 0.0) + amount
-        return Ticket(charge=charge, sent_at=anyio.current_time(), number=self._found.sent())
+        for kind in self._told:
+            self._in_flight[kind] = self._in_flight.get(kind, 0.0) + charge.get(kind, 0.0)
+        now = self._now()
+        return Ticket(charge=charge, sent_at=now, number=self._found.sent(now))
 
     def _has_told_shortage(self) -> bool:
         """Tell whether a told allowance explains a refusal: then its mirror has only to be put right."""
@@ -266,6 +275,7 @@ class _Found:
     """
 
     def __init__(self) -> None:
+        self._now = asyncio.get_running_loop().time
         self.bucket: Bucket | None = None
         self._count = 0
         self._refused = 0
@@ -278,10 +288,10 @@ class _Found:
         self._is_guess = True
         self._trust = 1.0
 
-    def sent(self) -> int:
+    def sent(self, now: float) -> int:
         """Count a call that goes out; return its number."""
         if self._started_at is None:
-            self._started_at = anyio.current_time()
+            self._started_at = now
         self._count += 1
         return self._count
 
@@ -299,7 +309,7 @@ class _Found:
                 self._set_rate(self._reckon(ticket, passed))
             assert self.bucket is not None
             self.bucket.level = self.bucket.max_rate
-            self._cut_at = self._grown_at = anyio.current_time()
+            self._cut_at = self._grown_at = self._now()
             self._empty_number, self._refused = ticket.number, 0
             if not self._barren:
                 self._empty_at = ticket.sent_at
@@ -310,7 +320,7 @@ class _Found:
         """Try a little more, the slower the rarer refusals are to be, and faster when there were none for long."""
         if self.bucket is None:
             return
-        now = anyio.current_time()
+        now = self._now()
         rate = self.bucket.rate
         cycle = _CALLS_PER_PROBE / rate
         quiet = (now - self._cut_at) / cycle

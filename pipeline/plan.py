@@ -21,6 +21,8 @@ from pipeline.formats import Draft
 from pipeline.read import Line
 from pipeline.types import Failure, Request
 
+_REMEMBERED_MODELS = 1_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invalid:
@@ -51,6 +53,7 @@ class Planner:
         self._salt = salt
         self.ids = FingerprintSet()
         self._repeats: dict[int, int] = {}
+        self._providers_told: dict[str, str | None] = {}
 
     def plan(self, line: Line) -> Request | Invalid:
         """Return the request that a line asks for, or why there is none."""
@@ -106,7 +109,7 @@ class Planner:
         if draft.provider is not None:
             return _known(draft.provider, endpoints)
         named = self._provider
-        told = providers.provider_of(model, self._config) if model else None
+        told = self._told_by(model) if model else None
         default = named or self._config.provider
         if draft.protocol:
             candidates = [named, told, self._config.provider, draft.protocol.value]
@@ -117,6 +120,14 @@ class Planner:
         if told and not (named and endpoints[named].protocol == endpoints[told].protocol):
             return told
         return default
+
+    def _told_by(self, model: str) -> str | None:
+        """Return the provider that a model's name tells; names are few, so each is matched once."""
+        if model not in self._providers_told:
+            if len(self._providers_told) >= _REMEMBERED_MODELS:
+                self._providers_told.clear()
+            self._providers_told[model] = providers.provider_of(model, self._config)
+        return self._providers_told[model]
 
     def _derive_id(self, content: bytes) -> str:
         """Name a line after its content; equal lines are counted."""

@@ -32,6 +32,10 @@ from pipeline.types import OutputFormat, Result
 
 MODE = 0o600
 MAX_BUFFERED_BYTES = 16 * 1024 * 1024
+# A write and its sync are shared by the lines of a moment: one for every line would cost more than all the rest.
+_GROUP_LINES = 64
+_GROUP_SECONDS = 0.01
+_FIRST_LOOK_BYTES = 1024 * 1024
 _MAX_RESULT_BYTES = 1024 * 1024 * 1024
 
 
@@ -97,6 +101,7 @@ class Recorder:
         self._arrival = anyio.Event()
         self._room = anyio.Event()
         self._is_closed = False
+        self._closing = anyio.Event()
         self._thread = anyio.CapacityLimiter(1)
 
     # ── opening ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -108,6 +113,7 @@ class Recorder:
         """
         self._fd = _open_locked(self.path)
         try:
+            _refuse_foreign(self._fd, self.path)
             _repair_tail(self._fd, self.path)
             _sync_directory(self.path.parent)
         except OSError as exc:
@@ -162,6 +168,9 @@ class Recorder:
                 self._arrival = anyio.Event()
                 await self._arrival.wait()
                 continue
+            if not self._is_closed and len(self._lines) < _GROUP_LINES:
+                with anyio.move_on_after(_GROUP_SECONDS):
+                    await self._closing.wait()
             lines, self._lines = self._lines, []
             records, self._records = self._records, []
             with anyio.CancelScope(shield=True):
@@ -176,6 +185,7 @@ class Recorder:
         """Say that no more results come."""
         self._is_closed = True
         self._arrival.set()
+        self._closing.set()
 
     def release(self) -> None:
         """Give the file and its lock back."""
@@ -313,6 +323,13 @@ def _open_locked(path: Path) -> int:
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
         os.close(fd)  # the holder put a new file in its place meanwhile
+
+
+def _refuse_foreign(fd: int, path: Path) -> None:
+    """Refuse a file whose beginning holds whole lines and not one result: it is somebody's, and not to be repaired."""
+    *whole, _ = os.pread(fd, _FIRST_LOOK_BYTES, 0).split(b"\n")
+    if whole and all(_decode_or_none(line) is None for line in whole):
+        raise UsageError(f"{str(path)!r} exists and holds no results; choose another -o, or move it away")
 
 
 def _repair_tail(fd: int, path: Path) -> None:

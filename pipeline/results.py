@@ -71,7 +71,10 @@ def encode(result: Result, form: OutputFormat, *, echo_request: bool = False) ->
         line["request"] = orjson.Fragment(result.request.body)
     try:
         return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # an integer beyond 64 bits, or very deep nesting, in somebody's metadata or tool arguments
+    except (
+        TypeError,
+        RecursionError,
+    ):  # an integer beyond 64 bits, or very deep nesting, in somebody's metadata or tool arguments
         return orjson.dumps({name: _spelled(value) for name, value in line.items()}, option=orjson.OPT_APPEND_NEWLINE)
 
 
@@ -281,8 +284,16 @@ def _answer_id(reply: Reply) -> Any:
 
 
 def _spelled(value: Any) -> Any:
-    """Return a value as the JSON text that the exact, slow encoder makes of it."""
-    return value if isinstance(value, orjson.Fragment) else orjson.Fragment(jsonl.dumps(value))
+    """Return a value as the JSON text that the exact, slow encoder makes of it.
+
+    What is nested deeper than Python can follow is named in its place; the answer itself stands untouched beside it.
+    """
+    if isinstance(value, orjson.Fragment):
+        return value
+    try:
+        return orjson.Fragment(jsonl.dumps(value))
+    except RecursionError:
+        return "(nested too deep to be shown here; see response)"
 
 
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -559,7 +559,10 @@ def test_a_leftover_of_a_crash_is_no_obstacle(path: Path) -> None:
     assert path.read_bytes() == A + B
 
 
-SOME_LINES = st.lists(st.sampled_from([A, A2, A_FAILED, B, B_FAILED, C, b"garbage\n"]), max_size=10)
+# They begin with a result: a file that holds none is refused before it is tidied.
+SOME_LINES = st.lists(st.sampled_from([A, A2, A_FAILED, B, B_FAILED, C, b"garbage\n"]), max_size=10).map(
+    lambda lines: [C, *lines] if lines else lines
+)
 
 
 @given(
@@ -710,3 +713,16 @@ def test_the_lock_is_on_the_file_itself(path: Path) -> None:
 
     assert [each.name for each in path.parent.iterdir()] == ["a.jsonl"]
     writer.release()
+
+
+def test_a_file_of_somebody_elses_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """An output that holds lines and not one result, such as an input given as -o, is not touched."""
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b'{"custom_id":"a","messages":[]}\n{"custom_id":"b","messages":[]}')
+    before = path.read_bytes()
+
+    with pytest.raises(UsageError, match="holds no results"):
+        recorder(path).open()
+
+    assert path.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [path]

@@ -9,6 +9,7 @@ MAX_MESSAGE = 2000
 MAX_WORD = 200
 
 _EXCERPT = 80
+_PLAIN_WORD = re.compile(r"(?:req|chatcmpl|msg|cmpl)[_-][A-Za-z0-9_-]{1,100}")  # ids as they come with every answer
 _KEYS = re.compile(r"(?<![A-Za-z0-9])(sk-|gsk_|xai-|hf_|AIza|[Bb]earer +)[\w.*~+/=-]{4,}")
 
 
@@ -28,4 +29,6 @@ def excerpt(body: bytes, limit: int = _EXCERPT) -> str:
 
 def word(value: Any) -> str | None:
     """Return a word of the provider's, None for what is none (a numeric code says the status once more)."""
+    if isinstance(value, str) and _PLAIN_WORD.fullmatch(value):
+        return value
     return printable(value, MAX_WORD) or None if isinstance(value, str) else None
