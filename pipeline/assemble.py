@@ -10,7 +10,7 @@ from pipeline import config as configuration
 from pipeline import providers, retry, transport
 from pipeline.clock import Clock
 from pipeline.config import Config
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.lane import Lane
 from pipeline.limits import Gate
 from pipeline.plan import Invalid, Planner
@@ -43,8 +43,18 @@ def settings_for(config: Config | None, options: Options) -> Iterator[Config]:
         return
     from pipeline import simulator
 
-    with simulator.serving(simulator.Options(**settings.simulator.model_dump())) as server:
+    try:
+        wanted = simulator.Options(**settings.simulator.model_dump())
+    except ValueError as exc:
+        raise UsageError(f"simulator: {exc}") from exc
+    with simulator.serving(wanted) as server:
         yield configuration.simulated(settings, server.url)
+
+
+def patience(settings: Config) -> float:
+    """Return how many seconds without a finished request are too many: never fewer than one may honestly take."""
+    sending = settings.sending
+    return max(sending.stall_timeout, 2 * sending.timeout, sending.max_retry_after + sending.timeout)
 
 
 def planner(settings: Config, options: Options) -> Planner:

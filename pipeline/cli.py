@@ -161,7 +161,7 @@ def _run(
 
 
 def _run_jobs(jobs: Sequence[_Job], settings: Config, options: Options, console: Console, mode: str) -> list[Summary]:
-    from pipeline import aio, job, screen
+    from pipeline import aio, job, safe, screen
 
     summaries: list[Summary] = []
 
@@ -178,7 +178,11 @@ def _run_jobs(jobs: Sequence[_Job], settings: Config, options: Options, console:
             )
             summaries.append(summary)
             screen.show_summary(console, summary, _again(summary))
-            if summary.exit_code not in (0, 1):
+            if console.quiet and summary.stop_reason:
+                click.echo(f"stopped: {safe.text(summary.stop_reason)}", err=True)
+            if summary.exit_code in (5, 130, 143):
+                left = len(jobs) - len(summaries)
+                _say(console, f"{left:,} further inputs were not begun") if left else None
                 break
 
     aio.run(work)
@@ -229,7 +233,10 @@ def _jobs(inputs: Sequence[str], output: str | None, directory: str | None) -> l
     if output:
         return [_Job(inputs=sources, output=Path(output))]
     if directory:
-        Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise UsageError(f"-d {directory!r} cannot be made a directory: {exc.strerror}") from exc
         jobs = [
             _Job(inputs=[source], output=Path(directory) / f"{read.stem(source)}.results.jsonl") for source in sources
         ]
@@ -295,7 +302,10 @@ def _simulate(*, port: int, faults: tuple[str, ...], no_rate_headers: bool, **op
             f"export ANTHROPIC_BASE_URL={url} OPENAI_BASE_URL={url}/v1 ANTHROPIC_API_KEY=any OPENAI_API_KEY=any",
         )
 
-    simulator.serve_forever(wanted, "127.0.0.1", port, announce)
+    try:
+        simulator.serve_forever(wanted, "127.0.0.1", port, announce)
+    except OSError as exc:
+        raise UsageError(f"cannot listen on port {port}: {exc.strerror}", hint="--port 0 takes any free one") from exc
     return 0
 
 

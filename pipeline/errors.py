@@ -145,3 +145,14 @@ class AnthropicAPIError(ProviderError):
 
 class OpenAIAPIError(ProviderError):
     """An error of an endpoint that speaks the OpenAI protocol."""
+
+
+def only_one(group: BaseExceptionGroup[BaseException]) -> PipelineError | None:
+    """Return the error of ours in a group, unless there are bugs in it too: those must be seen whole."""
+    ours, others = group.split(PipelineError)
+    if ours is None or others is not None:
+        return None
+    error: BaseException = ours
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, PipelineError) else None

@@ -20,9 +20,8 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, files, providers, read, record, transport
+from pipeline import assemble, errors, files, providers, read, record, transport
 from pipeline import config as configuration
-from pipeline import lane as lanes
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
@@ -81,7 +80,7 @@ async def run_batch(
         try:
             return await run.execute(watch, handle_signals=handle_signals)
         except BaseExceptionGroup as group:
-            if error := _only_error(group):
+            if error := errors.only_one(group):
                 raise error from group
             raise
         finally:
@@ -180,7 +179,7 @@ class _Run:
                     beside.start_soon(self._heed_signals, scope)
                 if watch:
                     beside.start_soon(watch, self.progress)
-                beside.start_soon(self._stop_when_stalled)
+                beside.start_soon(self.sender.stop_when_stalled, assemble.patience(self.settings))
                 async with anyio.create_task_group() as work:
                     work.start_soon(self._read_and_submit)
                     await self.sender.run()
@@ -248,19 +247,6 @@ class _Run:
                 in_flight = self.sender.statistics().in_flight
                 self.say(f"{received.name}: finishing {in_flight} request(s) in flight; once more to stop now")
 
-    async def _stop_when_stalled(self) -> None:
-        """Give up when nothing was finished for too long: cron will come again."""
-        patience = max(self.settings.sending.stall_timeout, 2 * self.settings.sending.timeout)
-        while True:
-            if not self.sender.open_jobs:
-                self.sender.changed_at = anyio.current_time()
-            idle = anyio.current_time() - self.sender.changed_at
-            if idle >= patience:
-                waiting = "; ".join(_describe(lane) for lane in self.sender.statistics().lanes)
-                self.sender.stop(TryLaterError(f"nothing was finished for {idle:,.0f} s ({waiting})"))
-                return
-            await anyio.sleep(patience - idle)
-
     def _count(self, done: Record) -> None:
         self.run_totals.add(done)
         self.all_totals.add(done)
@@ -281,7 +267,7 @@ class _Run:
 
     def _tidy(self) -> int:
         """Bring the results file into its final form, if the whole input is known."""
-        is_whole = self.is_all_read and self.options.limit is None and not self.sender.is_draining
+        is_whole = self.is_all_read and self.options.limit is None and not self.sender.statistics().dropped
         has_leftovers = self.done.lines != self.reused or self.done.damaged > 0
         ordered = self.settings.output.ordered
         if self.positions is None or not is_whole or not (has_leftovers or ordered):
@@ -295,12 +281,12 @@ class _Run:
     def _summary(self, superseded: int) -> Summary:
         counts = self.sender.statistics()
         pending = self.read_lines - self.reused - self.run_totals.finished
-        reason = self._reason()
+        reason = self._reason() if pending else None
         return Summary(
             run_id=f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}",
             status="completed" if not pending and self.is_all_read else "stopped" if reason else "partial",
             stop_reason=reason,
-            exit_code=self._exit_code(),
+            exit_code=self._exit_code(pending),
             started_at=self.clock.started_at,
             finished_at=self.clock.utc(),
             wall_seconds=self.clock.elapsed(),
@@ -331,8 +317,8 @@ class _Run:
         reasons = [_explain(reason) for reason in assemble.stop_reasons(self.sender)]
         return "; ".join(reasons) or None
 
-    def _exit_code(self) -> int:
-        if self.signal:
+    def _exit_code(self, pending: int) -> int:
+        if self.signal and pending:
             return 130 if self.signal is signal.SIGINT else 143
         if reasons := assemble.stop_reasons(self.sender):
             return _exit_code(reasons[0], has_sent=self.sender.statistics().attempts > 0)
@@ -388,19 +374,3 @@ def _describe_failure(result: Result) -> str:
     return (
         f"{result.source}:{result.line}: {result.custom_id}: {result.failure.message} ({status}{result.failure.type})"
     )
-
-
-def _describe(lane: lanes.Statistics) -> str:
-    waiting = lane.waiting_for or ("answers" if lane.in_flight else "retries" if lane.retrying else "nothing")
-    return f"{lane.provider}/{lane.model}: {lane.waiting} waiting, {lane.in_flight} in flight, waits for {waiting}"
-
-
-def _only_error(group: BaseExceptionGroup[BaseException]) -> PipelineError | None:
-    """Return the error of ours in a group, unless there are bugs in it too: those must be seen whole."""
-    ours, others = group.split(PipelineError)
-    if ours is None or others is not None:
-        return None
-    error: BaseException = ours
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, PipelineError) else None

@@ -21,6 +21,8 @@ _CUT = 0.7
 _LONGEST_PAUSE = 10.0
 _SMOOTHING = 0.1
 _GUESSED_OUTPUT_TOKENS = 300.0
+_LARGEST_RATIO = 5.0  # a picture or a document may be far larger than its guess; the next text is not
+_MARGIN = 1.5  # by which an estimate may be too large
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,7 +71,7 @@ class Window:
             self.size = self._ceiling
             return 0.0
         self.size = 1.0
-        return min(_LONGEST_PAUSE, 0.25 * 2.0**self._failures)
+        return min(_LONGEST_PAUSE, 0.25 * 2.0 ** min(10, self._failures))
 
 
 class Forecast:
@@ -89,14 +91,18 @@ class Forecast:
     def learn(self, request: Request, usage: Usage) -> None:
         """Move towards what one call really used."""
         if request.estimated_input_tokens:
-            self._ratio += _SMOOTHING * (usage.input_tokens / request.estimated_input_tokens - self._ratio)
+            ratio = usage.input_tokens / request.estimated_input_tokens
+            self._ratio += _SMOOTHING * (min(_LARGEST_RATIO, ratio) - self._ratio)
         before = usage.output_tokens if self._output is None else self._output
         self._output = before + _SMOOTHING * (usage.output_tokens - before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """A lane at a moment; `waiting_for` is what its gate waits for, `cooldown_s` how long that lasts at most."""
+    """A lane at a moment; `waiting_for` is what its gate waits for, `cooldown_s` how long that lasts at most.
+
+    `trouble` is what the last call failed with, None since one succeeded.
+    """
 
     provider: str
     model: str
@@ -107,6 +113,7 @@ class Statistics:
     rate_limited: int
     cooldown_s: float
     waiting_for: str | None
+    trouble: str | None
     allowances: tuple[Allowance, ...]
     ended: str | None
 
@@ -124,6 +131,7 @@ class Lane:
         self.forecast = Forecast()
         self.in_flight = 0
         self.rate_limited = 0
+        self.trouble: str | None = None
         self.is_attended = False
         self.ended: PipelineError | None = None
         self._fresh: deque[Job] = deque()
@@ -156,11 +164,19 @@ class Lane:
             self.forecast.input_tokens(request), self.forecast.output_tokens(request), request.max_output_tokens
         )
 
+    def refusal(self, request: Request) -> str | None:
+        """Say why no waiting would ever let a request through; None where it may pass."""
+        return self.gate.never_fits(
+            self.codec.charge(request.estimated_input_tokens / _MARGIN, 0.0, request.max_output_tokens)
+        )
+
     def try_next(self) -> tuple[Job, Ticket] | None:
         """Take the next request through the gate, if there is one that may go now."""
         job = self._pop()
         if job is None:
             return None
+        if self.refusal(job.request):
+            return job, self.gate.pass_free()
         ticket = self.gate.try_pass(self.charge(job.request))
         if ticket is None:
             self._fresh.appendleft(job)
@@ -173,7 +189,10 @@ class Lane:
         ticket: Ticket | None = None
         with anyio.CancelScope() as self._door:
             self._at_gate = await self._wait_job()
-            ticket = await self.gate.wait_turn(self.charge(self._at_gate.request))
+            if self.refusal(self._at_gate.request):
+                ticket = self.gate.pass_free()
+            else:
+                ticket = await self.gate.wait_turn(self.charge(self._at_gate.request))
             while not has_slot:
                 await self.gate.wait_open()
                 await slots.acquire()
@@ -211,6 +230,7 @@ class Lane:
             rate_limited=self.rate_limited,
             cooldown_s=gate.cooldown_s,
             waiting_for=gate.waiting_for,
+            trouble=self.trouble,
             allowances=tuple(gate.allowances),
             ended=self.ended.message if self.ended else None,
         )

@@ -37,6 +37,9 @@ _TRUSTED_CALLS = 20.0  # a rate reckoned from fewer is tried from above sooner
 _FASTEST_GROWTH = 0.05  # per second
 _SHORTEST_PAUSE = 0.25
 _LONGEST_PAUSE = 10.0
+_LONGEST_QUIET = 5.0
+_MOST_DOUBLINGS = 10
+_LOOK_AGAIN_SECONDS = 5.0  # while waiting: a limit may have shrunk below what is waited for
 _CALLS_PER_PROBE = 100.0  # a rate that was found out is tried from above about once in so many calls
 
 
@@ -99,7 +102,10 @@ class Statistics:
 
 @dataclass(slots=True, kw_only=True)
 class Ticket:
-    """Lets one call through, and is handed back with what became of it. (Not frozen: that would cost 1 µs a call.)"""
+    """Lets one call through, and is handed back with what became of it; `charge` is what was really taken.
+
+    Not frozen: that would cost 1 µs a call.
+    """
 
     charge: Charge
     sent_at: float
@@ -142,17 +148,17 @@ class Gate:
     async def wait_turn(self, charge: Charge) -> Ticket:
         """Take what a call is charged out of every bucket; to be called by one task at a time.
 
-        What never fits is not waited for.
+        What is larger than a bucket is taken in parts.
         """
-        if self.never_fits(charge):
-            return self._ticket(charge)
         for bucket, amount, name in self._taken(charge):
             left = amount
-            while left > 0:
-                step = min(left, bucket.max_rate / 4 if left > bucket.max_rate else left)
+            while left > 1e-9:
+                step = min(left, bucket.max_rate)
                 self._waiting_for = None if bucket.has_capacity(step) else f"limit of {name} per minute"
-                await bucket.acquire(step)
-                left -= step
+                with anyio.move_on_after(_LOOK_AGAIN_SECONDS) as wait:
+                    await bucket.acquire(step)
+                if not wait.cancelled_caught:
+                    left -= step
         self._waiting_for = None
         return self._ticket(charge)
 
@@ -168,7 +174,7 @@ class Gate:
         self._waiting_for = None
 
     def never_fits(self, charge: Charge) -> str | None:
-        """Say why a call can never pass, because it is larger than a whole minute's allowance; None if it can."""
+        """Say why a call can never pass, as the least it takes is more than a minute's allowance; None if it can."""
         if not self._told and not self._caps:
             return None
         for kind, amount in charge.items():
@@ -182,11 +188,11 @@ class Gate:
 
     def settle(self, ticket: Ticket, used: Charge | None) -> None:
         """Put right what a call was charged: `used` is what the provider reported, None if it did nothing."""
-        if not self._told and not self._caps:
-            return
-        for kind in self._told:
-            self._in_flight[kind] = max(0.0, self._in_flight.get(kind, 0.0) - ticket.charge.get(kind, 0.0))
-        difference = {kind: amount - ticket.charge.get(kind, 0.0) for kind, amount in (used or {}).items()}
+        for kind, amount in ticket.charge.items():
+            self._in_flight[kind] = max(0.0, self._in_flight[kind] - amount)
+        difference = {
+            kind: amount - ticket.charge[kind] for kind, amount in (used or {}).items() if kind in ticket.charge
+        }
         if used is None:
             difference = {kind: -amount for kind, amount in ticket.charge.items() if kind != REQUESTS}
         for buckets in (self._caps, self._told):
@@ -255,11 +261,17 @@ class Gate:
             taken.append((self._found.bucket, 1.0, _words(REQUESTS)))
         return taken
 
-    def _ticket(self, charge: Charge) -> Ticket:
-        for kind in self._told:
-            self._in_flight[kind] = self._in_flight.get(kind, 0.0) + charge.get(kind, 0.0)
+    def pass_free(self) -> Ticket:
+        """Return a ticket for which nothing was taken."""
         now = self._now()
-        return Ticket(charge=charge, sent_at=now, number=self._found.sent(now))
+        return Ticket(charge={}, sent_at=now, number=self._found.sent(now))
+
+    def _ticket(self, charge: Charge) -> Ticket:
+        reserved = {kind: charge[kind] for kind in (*self._told, *self._caps) if kind in charge}
+        for kind, amount in reserved.items():
+            self._in_flight[kind] = self._in_flight.get(kind, 0.0) + amount
+        now = self._now()
+        return Ticket(charge=reserved, sent_at=now, number=self._found.sent(now))
 
     def _has_told_shortage(self) -> bool:
         """Tell whether a told allowance explains a refusal: then its mirror has only to be put right."""
@@ -314,18 +326,18 @@ class _Found:
             if not self._barren:
                 self._empty_at = ticket.sent_at
         assert self.bucket is not None
-        return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, 2.0**self._barren / self.bucket.rate))
+        return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, 2.0 ** min(_MOST_DOUBLINGS, self._barren) / self.bucket.rate))
 
     def grow(self) -> None:
         """Try a little more, the slower the rarer refusals are to be, and faster when there were none for long."""
-        if self.bucket is None:
-            return
+        if self.bucket is None or self.bucket.level < self.bucket.max_rate / 2:
+            return  # no limit was found, or it is not what binds: then more of it would tell nothing
         now = self._now()
         rate = self.bucket.rate
         cycle = _CALLS_PER_PROBE / rate
-        quiet = (now - self._cut_at) / cycle
+        quiet = min(_LONGEST_QUIET, (now - self._cut_at) / cycle)
         growth = min(0.005, 2 * rate / _CALLS_PER_PROBE**2) * (1 + quiet**3) / self._trust**2
-        self._set_rate(rate * (1 + min(_FASTEST_GROWTH, growth) * (now - self._grown_at)))
+        self._set_rate(rate * (1 + min(_FASTEST_GROWTH, growth) * min(1.0, now - self._grown_at)))
         self._grown_at = now
 
     def _reckon(self, ticket: Ticket, passed: int) -> float:

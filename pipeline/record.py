@@ -102,6 +102,7 @@ class Recorder:
         self._room = anyio.Event()
         self._is_closed = False
         self._closing = anyio.Event()
+        self._has_failed = False
         self._thread = anyio.CapacityLimiter(1)
 
     # ── opening ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -162,7 +163,15 @@ class Recorder:
             await self._room.wait()
 
     async def run(self) -> None:
-        """Write what comes until `close` was called and all is on the disk."""
+        """Write what comes until `close` was called and all is on the disk; cancelled, it still writes what came."""
+        try:
+            await self._write_groups()
+        finally:
+            with anyio.CancelScope(shield=True):
+                while self._lines and self._fd >= 0 and not self._has_failed:
+                    await self._write_group()
+
+    async def _write_groups(self) -> None:
         while self._lines or not self._is_closed:
             if not self._lines:
                 self._arrival = anyio.Event()
@@ -171,15 +180,18 @@ class Recorder:
             if not self._is_closed and len(self._lines) < _GROUP_LINES:
                 with anyio.move_on_after(_GROUP_SECONDS):
                     await self._closing.wait()
-            lines, self._lines = self._lines, []
-            records, self._records = self._records, []
-            with anyio.CancelScope(shield=True):
-                await to_thread.run_sync(self._write, lines, limiter=self._thread)
-            self._bytes -= sum(map(len, lines))
-            self._room.set()
-            self._room = anyio.Event()
-            for record in records:
-                self._on_done(record)
+            await self._write_group()
+
+    async def _write_group(self) -> None:
+        lines, self._lines = self._lines, []
+        records, self._records = self._records, []
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(self._write, lines, limiter=self._thread)
+        self._bytes -= sum(map(len, lines))
+        self._room.set()
+        self._room = anyio.Event()
+        for record in records:
+            self._on_done(record)
 
     def close(self) -> None:
         """Say that no more results come."""
@@ -200,6 +212,7 @@ class Recorder:
             if self._sync:
                 os.fdatasync(self._fd)
         except OSError as exc:
+            self._has_failed = True
             with suppress(OSError):
                 os.ftruncate(self._fd, size)
             raise StorageError(

@@ -144,7 +144,7 @@ def _lane(lane: Statistics) -> str:
     if lane.rate_limited:
         parts.append(f"{lane.rate_limited:,} × 429")
     if lane.cooldown_s:
-        parts.append(f"rate limit, {lane.cooldown_s:,.0f} s")
+        parts.append(f"waits {lane.cooldown_s:,.0f} s: {safe.text(lane.trouble or 'rate limit', 80)}")
     elif lane.waiting_for:
         parts.append(f"waits for {lane.waiting_for}")
     return f"{name}: {', '.join(parts)}"

@@ -1,6 +1,7 @@
 """The live lane: every request becomes exactly one result, at the pace the gates allow.
 
-Requests wait in lanes, one per (provider, model), so a model that is limited does not hold up the others. At most one
+Requests wait in lanes, one per (provider, model), so a model that is limited does not hold up the others, as long as
+what waits for it fits into `input.read_ahead_bytes`. At most one
 worker stands at the gate of a lane; when it is let through it goes on to send, and the next free worker takes its
 place. Nothing is handed from task to task, and a free gate costs no task switch. A request that failed goes back to
 its lane with a time before which it may not be tried again: a waiting retry holds neither a worker nor a slot.
@@ -119,15 +120,25 @@ class Sender:
         self._room.set()
         self.close()
 
+    async def stop_when_stalled(self, patience: float, is_idle: Callable[[], bool] = lambda: False) -> None:
+        """Stop when nothing was finished for `patience` seconds: whoever started this may come again later.
+
+        Time without open requests does not count, nor time in which `is_idle` says that somebody else is waited for.
+        """
+        while True:
+            if not self._open_jobs or is_idle():
+                self.changed_at = anyio.current_time()
+            idle = anyio.current_time() - self.changed_at
+            if idle >= patience:
+                waiting = "; ".join(_describe(lane) for lane in self.statistics().lanes)
+                self.stop(TryLaterError(f"nothing was finished for {idle:,.0f} s ({waiting})"))
+                return
+            await anyio.sleep(patience - idle)
+
     def statistics(self) -> Statistics:
         """Return a snapshot, for progress, totals and tests alike."""
         each = [lane.statistics() for lane in self._lanes.values()]
         return Statistics(in_flight=sum(lane.in_flight for lane in each), lanes=each, **self._counts)
-
-    @property
-    def open_jobs(self) -> int:
-        """How many requests have no result yet."""
-        return self._open_jobs
 
     @property
     def ended_lanes(self) -> list[Lane]:
@@ -186,6 +197,8 @@ class Sender:
         if admitted is not None:
             self._slots.acquire_nowait()
         elif lane:  # else it was cleared since it asked for a worker
+            if self._ready and self._slots.value:
+                self._wake_worker()  # this one may wait here for long
             admitted = await lane.wait_next(self._slots)
         lane.is_attended = False
         if admitted is not None:
@@ -195,7 +208,7 @@ class Sender:
         return admitted
 
     async def _send(self, lane: Lane, job: Job, ticket: Ticket) -> None:
-        if reason := lane.gate.never_fits(ticket.charge):
+        if reason := lane.refusal(job.request):
             await self._refuse(lane, job, ticket, reason)
             return
         self._counts["attempts"] += 1
@@ -225,6 +238,7 @@ class Sender:
 
     async def _succeeded(self, lane: Lane, job: Job, ticket: Ticket, reply: Reply, latency: float) -> None:
         self._counts["billed"] += 1
+        lane.trouble = None
         lane.window.widen()
         lane.gate.accepted()
         if reply.usage is not None:
@@ -234,6 +248,10 @@ class Sender:
 
     async def _failed(self, lane: Lane, job: Job, ticket: Ticket, error: ProviderError, latency: float) -> None:
         self._count_failure(lane, job, error, latency)
+        if error.reach is not Reach.REQUEST:
+            lane.trouble = error.message
+        if error.reach in (Reach.RUN, Reach.MODEL):
+            error.message = f"{lane.provider}/{lane.model}: {error.message}"
         lane.gate.settle(ticket, {} if error.may_be_billed else None)
         self._slow_down(lane, ticket, error)
         if error.reach is Reach.RUN:
@@ -242,7 +260,7 @@ class Sender:
         elif error.reach is Reach.MODEL:
             self._forget(job)
             self._end(lane, error)
-        elif error.retry_after is not None and error.retry_after > self._policy.max_retry_after:
+        elif error.reach is Reach.ATTEMPT and (error.retry_after or 0.0) > self._policy.max_retry_after:
             self._forget(job)
             self._end(lane, _parked(error, self._policy.max_retry_after))
         else:
@@ -331,7 +349,7 @@ class Sender:
     def _unqueue(self, job: Job) -> None:
         """Note that a request waits no more; lets the reader go on when half of the room is free."""
         self._queued_bytes -= _size(job.request)
-        if self._queued_bytes < self._read_ahead_bytes // 2:
+        if self._queued_bytes <= self._read_ahead_bytes // 2:
             self._room.set()
 
     def _close_job(self, count: int = 1) -> None:
@@ -341,6 +359,13 @@ class Sender:
     def _check_finished(self) -> None:
         if self._is_closed and self._open_jobs == 0:
             self._finished.set()
+
+
+def _describe(lane: lanes.Statistics) -> str:
+    waiting = lane.waiting_for or ("answers" if lane.in_flight else "retries" if lane.retrying else "nothing")
+    trouble = f", last failure: {lane.trouble}" if lane.trouble else ""
+    name = f"{lane.provider}/{lane.model}"
+    return f"{name}: {lane.waiting} waiting, {lane.in_flight} in flight, waits for {waiting}{trouble}"
 
 
 def _size(request: Request) -> int:

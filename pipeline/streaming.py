@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from pipeline import assemble, jsonl, transport
 from pipeline.assemble import Options
@@ -18,6 +19,8 @@ from pipeline.send import Sender
 from pipeline.types import Result
 
 _BATCH = 100
+_WAITING_RESULTS = 1_000
+_SOURCE = "<requests>"
 
 
 async def stream(
@@ -33,24 +36,32 @@ async def stream(
     early.
     """
     options = options or Options()
-    outgoing, incoming = anyio.create_memory_object_stream[Result](1_000)
+    outgoing, incoming = anyio.create_memory_object_stream[Result](_WAITING_RESULTS)
     with assemble.settings_for(config, options) as settings:
-        async with transport.Client(settings.sending) as client, anyio.create_task_group() as tasks, incoming:
-            clock = Clock()
+        planner = assemble.planner(settings, options)
+        clock = Clock()
+        async with transport.Client(settings.sending) as client:
             sender = assemble.sender(settings, client, clock, outgoing.send)
 
             async def work() -> None:
-                async with outgoing, anyio.create_task_group() as group:
-                    group.start_soon(sender.run)
-                    await _feed(requests, assemble.planner(settings, options), sender, clock, outgoing.send)
+                async with outgoing, anyio.create_task_group() as beside:
+                    beside.start_soon(sender.stop_when_stalled, assemble.patience(settings), is_consumer_slow)
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(sender.run)
+                        await _feed(requests, planner, sender, clock, outgoing.send)
+                    beside.cancel_scope.cancel()
 
-            tasks.start_soon(work)
-            try:
-                async for result in incoming:
-                    yield result
-            except GeneratorExit:
-                tasks.cancel_scope.cancel()
-                return
+            def is_consumer_slow() -> bool:
+                return outgoing.statistics().current_buffer_used >= _WAITING_RESULTS
+
+            async with anyio.create_task_group() as tasks, incoming:
+                tasks.start_soon(work)
+                try:
+                    async for result in incoming:
+                        yield result
+                except GeneratorExit:
+                    tasks.cancel_scope.cancel()
+                    return
         for reason in assemble.stop_reasons(sender):
             raise reason
 
@@ -63,7 +74,8 @@ async def _feed(
     record: Callable[[Result], Awaitable[None]],
 ) -> None:
     lines = _lines_of(requests)
-    while batch := list(islice(lines, _BATCH)):
+    while not sender.is_draining and (batch := list(islice(lines, _BATCH))):
+        await anyio.lowlevel.checkpoint()
         wanted = []
         for line in batch:
             item = planner.plan(line)
@@ -77,4 +89,7 @@ async def _feed(
 
 def _lines_of(requests: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
     for number, request in enumerate(requests, start=1):
-        yield Line(source="<requests>", number=number, data=jsonl.dumps(request))
+        try:
+            yield Line(source=_SOURCE, number=number, data=jsonl.dumps(request))
+        except (TypeError, ValueError, RecursionError) as exc:
+            yield Line(source=_SOURCE, number=number, data=b"%d" % number, problem=f"cannot be written as JSON: {exc}")

@@ -25,6 +25,7 @@ import httpx
 from pyreqwest import exceptions as reqwest
 from pyreqwest.client import Client as ReqwestClient
 from pyreqwest.client import ClientBuilder
+from pyreqwest.response import Response as ReqwestResponse
 
 from pipeline.config import Sending
 from pipeline.errors import Reach, TransportError, UsageError
@@ -108,7 +109,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
                 whole = _Whole(b"" if body is None else bytes(body))
                 if len(whole.content) > self._max_bytes:
                     raise httpx.DecodingError(f"answer larger than {self._max_bytes:,} bytes", request=request)
-                return httpx.Response(response.status, headers=list(response.headers.items()), stream=whole)
+                return httpx.Response(response.status, headers=_headers_of(response), stream=whole)
         except reqwest.PyreqwestError as exc:
             raise _as_httpx(exc, request) from exc
         except anyio.get_cancelled_exc_class():
@@ -118,6 +119,22 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._client.close()
+
+
+def _headers_of(response: ReqwestResponse) -> list[tuple[str, str]]:
+    """Return the headers that are text; one that is not (a gateway's city in Latin-1) must not cost the answer."""
+    try:
+        return list(response.headers.items())
+    except ValueError:
+        pairs = ((name, _text_header(response, name)) for name in set(response.headers))
+        return [(name, value) for name, value in pairs if value is not None]
+
+
+def _text_header(response: ReqwestResponse, name: str) -> str | None:
+    try:
+        return response.get_header(name)
+    except ValueError:
+        return None
 
 
 def _build(settings: Sending) -> ReqwestClient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -378,7 +379,7 @@ async def test_an_outage_without_end_is_given_up_for_now(tmp_path: Path) -> None
     """Nothing finished for the set time: exit 75, what it waited for is said, and the lines stay pending."""
     source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(5)])
     config = configuration.simulated(Config(), "http://127.0.0.1:1")
-    config = config.with_("sending", stall_timeout=0.6, timeout=0.2, connect_timeout=0.1)
+    config = config.with_("sending", stall_timeout=0.6, timeout=0.2, connect_timeout=0.1, max_retry_after=0.1)
 
     summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
 
@@ -398,3 +399,26 @@ async def test_a_missing_key_that_shows_late_stops_the_run_in_good_order(tmp_pat
 
     with pytest.raises(UsageError, match="ANTHROPIC_API_KEY"):
         [result async for result in pipeline.stream(requests[1:], config=config)]
+
+
+async def test_a_stream_before_a_server_that_is_away_gives_up() -> None:
+    """A stream ends with `TryLaterError` when nothing was finished for the set time."""
+    config = configuration.simulated(Config(), "http://127.0.0.1:1")
+    config = config.with_("sending", stall_timeout=0.6, timeout=0.2, connect_timeout=0.1, max_retry_after=0.1)
+
+    with pytest.raises(TryLaterError):
+        [result async for result in pipeline.stream([_line("a")], config=config)]
+
+
+async def test_a_request_that_is_not_json_is_a_failed_result() -> None:
+    """What cannot be written as JSON fails alone; the others are answered."""
+    with _world() as (config, _):
+        results = [result async for result in pipeline.stream([{"messages": {1, 2}}, _line("a")], config=config)]
+
+    assert sorted(result.success for result in results) == [False, True]
+
+
+async def test_an_endless_stream_ends_when_it_is_stopped() -> None:
+    """A wrong key ends a stream although its requests never end."""
+    with _world(keys=frozenset({"right"})) as (config, _), pytest.raises(OpenAIAPIError):
+        [result async for result in pipeline.stream((_line(f"q-{n}") for n in itertools.count()), config=config)]

@@ -6,7 +6,9 @@ import anyio
 import pytest
 
 from pipeline.config import Limits
+from pipeline.lane import Window
 from pipeline.limits import Charge, Gate
+from pipeline.types import Limit
 from tests.virtual import virtual_time
 
 pytestmark = virtual_time
@@ -98,3 +100,53 @@ async def test_a_cooldown_that_begins_while_waiting_holds_who_waits() -> None:
 async def _close_later(gate: Gate, after: float, seconds: float) -> None:
     await anyio.sleep(after)
     gate.close_for(seconds)
+
+
+async def test_a_rate_that_was_found_and_does_not_bind_does_not_grow_for_ever() -> None:
+    """One stray refusal and then hours at a slower pace leave the found rate near what is really sent."""
+    gate = Gate(Limits())
+    for _ in range(9):
+        await gate.wait_turn(SMALL)
+        await anyio.sleep(0.1)
+    gate.refused(await gate.wait_turn(SMALL), None)
+
+    for _ in range(20_000):
+        await gate.wait_open()
+        await gate.wait_turn(SMALL)
+        await anyio.sleep(1.0)
+        gate.accepted()
+
+    (allowance,) = gate.statistics().allowances
+    assert allowance.per_minute < 10_000
+
+
+async def test_refusals_without_end_only_lead_to_long_pauses() -> None:
+    """The thousandth refusal in a row costs ten seconds, not an overflow."""
+    gate = Gate(Limits())
+    window = Window(100)
+
+    pauses = []
+    for _ in range(3_000):
+        ticket = await gate.wait_turn(SMALL)
+        await anyio.sleep(0.01)
+        pauses.append(gate.refused(ticket, None))
+        window.narrow(ticket.sent_at)
+
+    assert max(pause for pause in pauses if pause) == 10.0
+
+
+async def test_a_limit_that_shrinks_below_what_is_waited_for_does_not_block() -> None:
+    """Who waits for more than a shrunken bucket holds gets it in parts."""
+    gate = Gate(Limits())
+    large: Charge = {"requests": 1, "input_tokens": 20_000, "output_tokens": 0}
+    gate.learn([Limit(kind="input_tokens", per_minute=30_000, remaining=0)])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_learn_later, gate, 1.0, Limit(kind="input_tokens", per_minute=10_000, remaining=0))
+        with anyio.fail_after(600.0):
+            await gate.wait_turn(large)
+
+
+async def _learn_later(gate: Gate, after: float, limit: Limit) -> None:
+    await anyio.sleep(after)
+    gate.learn([limit])

@@ -143,7 +143,7 @@ async def test_large_requests_are_not_starved() -> None:
 
 async def test_a_request_that_never_fits_fails_at_once() -> None:
     """What is larger than a minute's allowance is a failed line within a second, not a wait."""
-    world = World(limits={"m": Limits(input_tpm=9)})
+    world = World(limits={"m": Limits(input_tpm=6)})
 
     (result,) = await world.run(request("large"))
 

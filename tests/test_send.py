@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -296,3 +297,47 @@ async def test_every_request_is_accounted_for_whatever_happens(seed: int) -> Non
     assert len(ids) + world.sender.statistics().dropped == 60
     assert world.sender.statistics().in_flight == 0
     assert world.max_in_flight <= world.settings.concurrency
+
+
+async def test_a_bad_request_with_a_long_hint_does_not_park_its_model() -> None:
+    """A 400 that carries `retry-after` ends its own line and nothing else."""
+    world = World(scripts={"bad": lambda n: refusal(400, retry_after="300")})
+
+    await world.run(request("bad"), *(request(f"ok-{n}") for n in range(5)))
+
+    assert world.outcomes() == {"bad": False} | {f"ok-{n}": True for n in range(5)}
+
+
+async def test_a_request_that_never_fits_gives_nothing_back() -> None:
+    """Refusing large requests does not open the bucket for others: the cap is kept."""
+    world = World(limits={"m": Limits(input_tpm=60)})
+    large = replace(request("large"), estimated_input_tokens=10_000)
+    small = [replace(request(f"s-{n}"), estimated_input_tokens=1) for n in range(10)]
+
+    await world.run(small[0], large, *small[1:])
+
+    starts = sorted(world.calls[f"s-{n}"][0] for n in range(10))
+    assert world.outcomes()["large"] is False
+    assert starts[-1] >= 8.0
+
+
+async def test_the_smallest_read_ahead_still_reads() -> None:
+    """With room for less than one request the input is still read to its end."""
+    world = World(read_ahead_bytes=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(world.sender.run)
+        for n in range(5):
+            with anyio.fail_after(100.0):
+                await world.sender.submit([request(f"q-{n}")])
+        world.sender.close()
+
+    assert len(world.results) == 5
+
+
+async def test_a_free_slot_is_used_while_another_lane_waits() -> None:
+    """With one slot, a lane in a long cooldown does not keep the other lane's request waiting."""
+    world = World(scripts={"m-1": _then_reply(refusal(429, retry_after="100"))}, settings=Sending(concurrency=1))
+
+    await world.run(*(request(f"m-{n}") for n in range(3)), *(request(f"o-{n}", model="o") for n in range(3)))
+
+    assert max(world.calls[f"o-{n}"][0] for n in range(3)) < 50.0

@@ -213,3 +213,13 @@ async def test_the_exchange_with_openai_is_exact() -> None:
     assert sent.headers["authorization"] == "Bearer sk-canary"
     assert answer.headers["x-request-id"] == "req_9"
     assert answer.body == b'{"id":"chatcmpl-1"}'
+
+
+async def test_a_header_that_is_not_text_does_not_cost_the_answer() -> None:
+    """A gateway's Latin-1 header is left out; the answer and the other headers are there."""
+    answer = "HTTP/1.1 200 OK\r\nx-city: Z\u00fcrich\r\nrequest-id: r1\r\ncontent-length: 2\r\n\r\n{}".encode("latin-1")
+
+    async with _server(answer) as (url, _):
+        received = await _post(url)
+
+    assert (received.body, received.headers["request-id"]) == (b"{}", "r1")

@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from pipeline.types import Limit
 
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"[0-9]{1,15}")
 _HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
 
 
@@ -39,7 +40,7 @@ def limits(headers: Mapping[str, str], names: Mapping[str, tuple[str, str]]) -> 
         if limit is None:
             continue
         remaining = headers.get(remaining_name, "")
-        if limit.isascii() and limit.isdigit() and remaining.isascii() and remaining.isdigit() and int(limit) > 0:
+        if _WHOLE.fullmatch(limit) and _WHOLE.fullmatch(remaining) and int(limit) > 0:
             found.append(Limit(kind=kind, per_minute=int(limit), remaining=min(int(remaining), int(limit))))
     return found
 
