@@ -305,7 +305,8 @@ def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = N
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
-            f"the environment variable {variable} holds no key: it has spaces, controls or letters beyond ASCII"
+            f"the environment variable {variable} does not hold a key: "
+            "it has spaces, control characters or letters beyond ASCII"
         )
     return key
 
