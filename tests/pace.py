@@ -61,6 +61,7 @@ class Run:
         self.provider = provider
         self.app: Any = build_app(options)
         self.answers: list[float] = []
+        self.answered_lines: list[int] = []
         self.words = words
         self.max_tokens = max_tokens
         self._settings = Sending(concurrency=concurrency)
@@ -132,6 +133,7 @@ class Run:
     async def _record(self, result: Result) -> None:
         assert result.success, result.failure
         self.answers.append(anyio.current_time() - self.start)
+        self.answered_lines.append(result.line)
 
 
 def measure(run: Run, allowed: float, *, since: float = 0.0) -> Pace:
