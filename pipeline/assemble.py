@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.lane import Lane
 from pipeline.limits import Gate
 from pipeline.plan import Invalid, Planner
-from pipeline.send import Sender
+from pipeline.send import Recording, Sender
 from pipeline.types import Request, Result
 
 
@@ -63,9 +63,7 @@ def planner(settings: Config, options: Options) -> Planner:
     return Planner(settings, provider=options.provider, model=options.model, salt=salt)
 
 
-def sender(
-    settings: Config, client: transport.Client, clock: Clock, record: Callable[[Result], Awaitable[None]]
-) -> Sender:
+def sender(settings: Config, client: transport.Client, clock: Clock, recording: Recording) -> Sender:
     """Make the sender; lanes are opened when their model is first seen."""
 
     def open_lane(request: Request) -> Lane:
@@ -88,7 +86,7 @@ def sender(
         policy=retry.Policy(settings.sending),
         clock=clock,
         open_lane=open_lane,
-        record=record,
+        recording=recording,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,17 +20,17 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, errors, files, providers, read, record, transport
+from pipeline import assemble, disk, errors, files, providers, read, record, transport
 from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError, UsageError
 from pipeline.fingerprints import FingerprintMap
+from pipeline.journal import Sent
 from pipeline.plan import Invalid
 from pipeline.read import Line
 from pipeline.record import Done, Recorder
-from pipeline.results import Record
 from pipeline.send import Sender, Statistics
 from pipeline.totals import Attempts, Summary, Totals
 from pipeline.types import Request, Result
@@ -106,17 +106,21 @@ class _Run:
                 f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
             )
         self.clock = Clock()
+        self.run_id = f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}"
         self.run_totals = Totals()
         self.all_totals = Totals()
         self.recorder = Recorder(
             output,
+            run_id=self.run_id,
             form=configuration.output_format(settings),
             echo_request=settings.output.echo_request,
+            is_simulated=options.simulate,
             sync=settings.output.durability == "full",
             on_done=self._count,
         )
         self.planner = assemble.planner(settings, options)
         self.done = Done()
+        self.earlier_unknown: Sequence[Sent] = ()
         self.positions: FingerprintMap | None = None
         self.failures: list[str] = []
         self.read_lines = 0
@@ -129,7 +133,7 @@ class _Run:
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
         await to_thread.run_sync(self._open)
         async with transport.Client(self.settings.sending) as client:
-            self.sender = assemble.sender(self.settings, client, self.clock, self._record)
+            self.sender = assemble.sender(self.settings, client, self.clock, self.recorder)
             async with anyio.create_task_group() as writing:
                 writing.start_soon(self.recorder.run)
                 try:
@@ -139,7 +143,8 @@ class _Run:
         superseded = await to_thread.run_sync(self._tidy)
         summary = self._summary(superseded)
         totals = orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        record.write_file(record.beside(self.recorder.path, ".usage.json"), totals)
+        disk.write_file(disk.beside(self.recorder.path, ".usage.json"), totals)
+        self.recorder.end()
         return summary
 
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -165,6 +170,8 @@ class _Run:
         if self.options.fresh and (aside := self.recorder.set_aside()):
             self.say(f"earlier results are set aside as {aside}")
         self.done = self.recorder.done(self.all_totals.add)
+        self.recorder.begin()
+        self.earlier_unknown = self.recorder.unknown()
         if self.done.damaged:
             self.warnings += (f"{self.done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
         if self.done.lines or self.done.damaged or self.settings.output.ordered:
@@ -204,6 +211,7 @@ class _Run:
     async def _plan(self, batch: Sequence[Line]) -> list[Request]:
         """Return the requests of a batch that are to be sent; record the lines that cannot be."""
         wanted: list[Request] = []
+        invalid: list[Result] = []
         for line in batch:
             if self._is_limit_reached():
                 break
@@ -212,15 +220,12 @@ class _Run:
             if self._is_done(item):
                 continue
             if isinstance(item, Invalid):
-                await self._record(assemble.invalid_result(item, self.clock))
+                invalid.append(assemble.invalid_result(item, self.clock))
             else:
                 wanted.append(item)
+        if invalid:
+            await self.recorder.append(*invalid)
         return wanted
-
-    async def _record(self, result: Result) -> None:
-        if result.failure and len(self.failures) < SHOWN_FAILURES:
-            self.failures.append(_describe_failure(result))
-        await self.recorder.append(result)
 
     def _is_done(self, item: Request | Invalid) -> bool:
         """Tell whether a line's result is there already, and count it as reused."""
@@ -247,9 +252,11 @@ class _Run:
                 in_flight = self.sender.statistics().in_flight
                 self.say(f"{received.name}: finishing {in_flight} request(s) in flight; once more to stop now")
 
-    def _count(self, done: Record) -> None:
-        self.run_totals.add(done)
-        self.all_totals.add(done)
+    def _count(self, result: Result) -> None:
+        self.run_totals.add(result)
+        self.all_totals.add(result)
+        if result.failure and len(self.failures) < SHOWN_FAILURES:
+            self.failures.append(_describe_failure(result))
 
     def progress(self) -> Progress:
         """Return a snapshot of the run."""
@@ -282,8 +289,9 @@ class _Run:
         counts = self.sender.statistics()
         pending = self.read_lines - self.reused - self.run_totals.finished
         reason = self._reason() if pending else None
+        unknown = self.recorder.unknown()
         return Summary(
-            run_id=f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}",
+            run_id=self.run_id,
             status="completed" if not pending and self.is_all_read else "stopped" if reason else "partial",
             stop_reason=reason,
             exit_code=self._exit_code(pending),
@@ -298,16 +306,17 @@ class _Run:
             reused=self.reused,
             pending=pending,
             attempts=Attempts(
-                total=counts.attempts,
+                total=counts.attempts + len(self.earlier_unknown),
                 billed=counts.billed,
                 rate_limited=counts.rate_limited,
                 failed=counts.failed,
-                unknown=counts.unknown,
+                unknown=counts.unknown + len(self.earlier_unknown),
             ),
+            possibly_billed=unknown,
             run=self.run_totals,
             results=self.all_totals,
             superseded=superseded,
-            warnings=self.warnings,
+            warnings=(*self.warnings, *_possibly_billed(unknown)),
             failures=tuple(self.failures),
         )
 
@@ -363,6 +372,16 @@ def _exit_code(reason: PipelineError, *, has_sent: bool) -> int:
     if isinstance(reason, TryLaterError):
         return reason.exit_code
     return 2 if isinstance(reason, UsageError) and not has_sent else 3
+
+
+def _possibly_billed(calls: Sequence[Sent]) -> Iterator[str]:
+    """Say what calls without an answer may cost; nothing where there are none."""
+    if calls:
+        tokens = sum(call.input_tokens for call in calls)
+        yield (
+            f"{len(calls):,} call(s) were in flight when a run was stopped and may be billed without an answer, about "
+            f"{tokens:,} tokens in; they are sent again and listed in *.usage.json as possibly_billed"
+        )
 
 
 def _describe_failure(result: Result) -> str:

@@ -1,22 +1,18 @@
 """The one writer of results, and the one reader of what is already done.
 
 A result counts as done when its line is on the disk: lines are written whole, in groups, and synced before anybody is
-told. The first failed sync is final: the kernel may have thrown the pages away and would report success the second
-time (https://wiki.postgresql.org/wiki/Fsync_Errors). The file itself is locked, not a name beside it, so a dead
-holder blocks nobody and no second name leads around it.
+told. The same groups carry the intents of calls to the attempts journal (`journal`), so that one thread and one wait
+serve both. The file itself is locked, not a name beside it, so a dead holder blocks nobody and no second name leads
+around it.
 
 Nothing that was paid for is deleted: lines that a newer answer replaced go to `NAME.superseded.jsonl`.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import stat
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -24,24 +20,18 @@ from typing import BinaryIO
 import anyio
 from anyio import to_thread
 
-from pipeline import jsonl, results
-from pipeline.errors import LineError, StorageError, TryLaterError, UsageError
+from pipeline import disk, jsonl, results
+from pipeline.errors import LineError, StorageError, UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
+from pipeline.journal import Journal, Sent
 from pipeline.results import Record
-from pipeline.types import OutputFormat, Result
+from pipeline.types import OutputFormat, Request, Result
 
-MODE = 0o600
-MAX_BUFFERED_BYTES = 16 * 1024 * 1024
 # A write and its sync are shared by the lines of a moment: one for every line would cost more than all the rest.
 _GROUP_LINES = 64
-_GROUP_SECONDS = 0.01
+_GROUP_SECONDS = 0.005
 _FIRST_LOOK_BYTES = 1024 * 1024
 _MAX_RESULT_BYTES = 1024 * 1024 * 1024
-
-
-def beside(path: Path, suffix: str) -> Path:
-    """Return the name of a file that belongs to a results file: `a.jsonl`, `.usage.json` -> `a.usage.json`."""
-    return path.with_name(path.name.removesuffix(".jsonl") + suffix)
 
 
 def key(custom_id: str, digest: str) -> int:
@@ -74,34 +64,39 @@ class Done:
 
 
 class Recorder:
-    """Appends results to one file; `on_done` hears of each record once it is safe on the disk.
+    """Appends results to one file; `on_done` hears of each result once it is safe on the disk.
 
-    `open` locks and repairs the file, `run` writes until `close`. One thread writes; it is never the one that slow
-    name look-ups may fill.
+    `open` locks and repairs the file, `done` reads it, `begin` starts the journal, `run` writes until `close`.
+    One thread writes; it is never the one that slow name look-ups may fill.
     """
 
     def __init__(
         self,
         path: Path,
         *,
+        run_id: str,
         form: OutputFormat = OutputFormat.NATIVE,
         echo_request: bool = False,
+        is_simulated: bool = False,
         sync: bool = True,
-        on_done: Callable[[Record], None],
+        on_done: Callable[[Result], None],
     ) -> None:
         self.path = path
+        self._run_id = run_id
         self._form = form
         self._echo_request = echo_request
+        self._is_simulated = is_simulated
         self._sync = sync
         self._on_done = on_done
-        self._fd = -1
+        self._file: disk.Appender | None = None
+        self._journal = Journal(path, run_id, sync=sync)
         self._lines: list[bytes] = []
-        self._records: list[Record] = []
-        self._bytes = 0
+        self._results: list[Result] = []
+        self._waiting = 0
         self._arrival = anyio.Event()
-        self._room = anyio.Event()
+        self._full = anyio.Event()
+        self._written = anyio.Event()
         self._is_closed = False
-        self._closing = anyio.Event()
         self._has_failed = False
         self._thread = anyio.CapacityLimiter(1)
 
@@ -112,13 +107,14 @@ class Recorder:
 
         Raises `TryLaterError` when another run holds it, `StorageError` or `UsageError` when it cannot be used.
         """
-        self._fd = _open_locked(self.path)
+        self._file = disk.Appender(disk.open_locked(self.path), self.path, sync=self._sync)
         try:
-            _refuse_foreign(self._fd, self.path)
-            _repair_tail(self._fd, self.path)
-            _sync_directory(self.path.parent)
+            _refuse_foreign(self._file.fd, self.path)
+            _repair_tail(self._file.fd, self.path)
+            disk.sync_directory(self.path.parent)
         except OSError as exc:
             raise StorageError(f"cannot repair {str(self.path)!r} or a file beside it: {exc.strerror}") from exc
+        self._journal.read()
 
     def done(self, on_record: Callable[[Record], None]) -> Done:
         """Read what the file holds; every readable record is also given to `on_record`."""
@@ -133,92 +129,126 @@ class Recorder:
                     done.damaged += 1
                     continue
                 done.add(record)
+                self._journal.settle(record.run, record.custom_id, record.digest)
                 on_record(record)
         return done
 
     def set_aside(self) -> Path | None:
-        """Move the file's content to a free name beside it and start empty; None when there is none."""
-        if os.fstat(self._fd).st_size == 0:
+        """Move the file's content, and its journal, to a free name beside it and start empty; None if there is none."""
+        if os.fstat(self._open_file().fd).st_size == 0:
             return None
-        target = _target(self.path)
-        aside = next(name for n in count(1) if not (name := beside(target, f".old-{n}.jsonl")).exists())
+        target = disk.target_of(self.path)
+        aside = next(name for n in count(1) if not (name := disk.beside(target, f".old-{n}.jsonl")).exists())
         try:
             os.rename(target, aside)
+            self._journal.set_aside(aside)
         except OSError as exc:
             raise StorageError(f"cannot set {str(target)!r} aside: {exc.strerror}") from exc
         self.release()
         self.open()
         return aside
 
+    def begin(self) -> None:
+        """Start the journal of this run, after `done`."""
+        self._journal.begin()
+
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def append(self, result: Result) -> None:
-        """Take a result for writing; waits while too much is unwritten."""
-        line = results.encode(result, self._form, echo_request=self._echo_request)
-        self._lines.append(line)
-        self._records.append(results.record(result))
-        self._bytes += len(line)
-        self._arrival.set()
-        while self._bytes > MAX_BUFFERED_BYTES:
-            await self._room.wait()
+    async def append(self, *wanted: Result) -> None:
+        """Take results for writing; returns when they are on the disk."""
+        for result in wanted:
+            line = results.encode(
+                result,
+                self._form,
+                run_id=self._run_id,
+                echo_request=self._echo_request,
+                is_simulated=self._is_simulated,
+            )
+            self._lines.append(line)
+        self._results += wanted
+        await self._wait_written(len(wanted))
+
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        """Note that a call is about to be made; returns when that is on the disk."""
+        self._journal.sending(request, attempt, at)
+        try:
+            await self._wait_written(1)
+        except BaseException:
+            self._journal.unbilled(request, attempt)  # cancelled before it was made
+            raise
+
+    def unbilled(self, request: Request, attempt: int) -> None:
+        """Note that a call came back and was not billed."""
+        self._journal.unbilled(request, attempt)
+
+    def unknown(self) -> tuple[Sent, ...]:
+        """Return the calls that may be billed without an answer, of this run and of earlier ones that crashed."""
+        return self._journal.unknown()
 
     async def run(self) -> None:
         """Write what comes until `close` was called and all is on the disk; cancelled, it still writes what came."""
         try:
-            await self._write_groups()
+            while not self._is_closed:
+                await self._arrival.wait()
+                if not self._is_closed and self._waiting < _GROUP_LINES:
+                    with anyio.move_on_after(_GROUP_SECONDS):
+                        await self._full.wait()
+                await self._write_group()
         finally:
             with anyio.CancelScope(shield=True):
-                while self._lines and self._fd >= 0 and not self._has_failed:
+                if not self._has_failed:
                     await self._write_group()
 
-    async def _write_groups(self) -> None:
-        while self._lines or not self._is_closed:
-            if not self._lines:
-                self._arrival = anyio.Event()
-                await self._arrival.wait()
-                continue
-            if not self._is_closed and len(self._lines) < _GROUP_LINES:
-                with anyio.move_on_after(_GROUP_SECONDS):
-                    await self._closing.wait()
-            await self._write_group()
+    async def _wait_written(self, count: int) -> None:
+        self._waiting += count
+        self._arrival.set()
+        if self._waiting >= _GROUP_LINES:
+            self._full.set()
+        await self._written.wait()
 
     async def _write_group(self) -> None:
         lines, self._lines = self._lines, []
-        records, self._records = self._records, []
+        done, self._results = self._results, []
+        written, self._written = self._written, anyio.Event()
+        self._waiting = 0
+        if not self._is_closed:
+            self._arrival, self._full = anyio.Event(), anyio.Event()
         with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(self._write, lines, limiter=self._thread)
-        self._bytes -= sum(map(len, lines))
-        self._room.set()
-        self._room = anyio.Event()
-        for record in records:
-            self._on_done(record)
+            await to_thread.run_sync(self._write, lines, self._journal.take(), limiter=self._thread)
+        for result in done:
+            self._journal.finished(result.custom_id, result.digest)
+            self._on_done(result)
+        written.set()
 
     def close(self) -> None:
         """Say that no more results come."""
         self._is_closed = True
         self._arrival.set()
-        self._closing.set()
+        self._full.set()
+
+    def end(self) -> None:
+        """Close the journal, once the totals that list what is `unknown` are on the disk."""
+        self._journal.end()
 
     def release(self) -> None:
-        """Give the file and its lock back."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Give the files and the lock back."""
+        self._journal.release()
+        if self._file is not None:
+            self._file.close()
 
-    def _write(self, lines: list[bytes]) -> None:
-        size = os.fstat(self._fd).st_size
+    def _write(self, lines: list[bytes], journal: list[bytes]) -> None:
+        """Write answers first: they are paid for, and a journal that finds no room must not cost them."""
         try:
-            _write_all(self._fd, b"".join(lines))
-            if self._sync:
-                os.fdatasync(self._fd)
-        except OSError as exc:
+            if lines:
+                self._open_file().append(b"".join(lines))
+            self._journal.write(journal)
+        except StorageError:
             self._has_failed = True
-            with suppress(OSError):
-                os.ftruncate(self._fd, size)
-            raise StorageError(
-                f"cannot write results to {str(self.path)!r}: {exc.strerror}",
-                hint="what was reported done is safe; make room and repeat the command to go on",
-            ) from exc
+            raise
+
+    def _open_file(self) -> disk.Appender:
+        assert self._file is not None, "open() comes first"
+        return self._file
 
     # ── tidying ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -235,9 +265,9 @@ class Recorder:
             return 0
         with self.path.open("rb") as old:
             if leaving:
-                superseded = beside(self.path, ".superseded.jsonl")
+                superseded = disk.beside(self.path, ".superseded.jsonl")
                 try:
-                    _append_file(superseded, (_line_at(old, offset) for offset in leaving))
+                    disk.append_lines(superseded, (_line_at(old, offset) for offset in leaving))
                 except OSError as exc:
                     raise StorageError(f"cannot write {str(superseded)!r}: {exc.strerror}") from exc
             self._replace(_line_at(old, offset) for offset in staying)
@@ -268,74 +298,13 @@ class Recorder:
         return (kept + extra if ordered else sorted(kept + extra)), sorted(leaving)
 
     def _replace(self, lines: Iterator[bytes]) -> None:
-        """Put a new file in the place of the old one, locked before it can be seen."""
-        target = _target(self.path)
-        temporary = beside(target, ".tmp.jsonl")
-        fd = -1
+        """Put a new file in the place of the old one."""
         try:
-            temporary.unlink(missing_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND, MODE)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for line in lines:
-                _write_all(fd, line)
-            os.fsync(fd)
-            os.rename(temporary, target)
-            _sync_directory(target.parent)
+            fd = disk.replace(disk.target_of(self.path), lines)
         except OSError as exc:
-            with suppress(OSError):
-                os.close(fd)
-                temporary.unlink()
             raise StorageError(f"cannot rewrite {str(self.path)!r}: {exc.strerror}; it is as it was") from exc
-        os.close(self._fd)
-        self._fd = fd
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all (0600, atomic)."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, MODE)
-        try:
-            _write_all(fd, content)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as exc:
-        with suppress(OSError):
-            temporary.unlink()
-        raise StorageError(f"cannot write {str(path)!r}: {exc.strerror}") from exc
-
-
-def _target(path: Path) -> Path:
-    """Return the file itself where a name is a symbolic link: a rename must not put a file in the link's place."""
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
-
-
-def _open_locked(path: Path) -> int:
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, MODE)
-        except OSError as exc:
-            raise UsageError(f"the output {str(path)!r} cannot be written: {exc.strerror}") from exc
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise UsageError(f"the output {str(path)!r} is not a regular file; results must stay readable to go on")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            os.close(fd)
-            if exc.errno not in (errno.EAGAIN, errno.EACCES):
-                raise StorageError(f"cannot lock {str(path)!r}: {exc.strerror}") from exc
-            raise TryLaterError(
-                f"another run is writing {str(path)!r}", hint="wait until it has ended, or choose another -o"
-            ) from exc
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        os.close(fd)  # the holder put a new file in its place meanwhile
+        self._open_file().close()
+        self._file = disk.Appender(fd, self.path, sync=self._sync)
 
 
 def _refuse_foreign(fd: int, path: Path) -> None:
@@ -350,27 +319,14 @@ def _repair_tail(fd: int, path: Path) -> None:
     size = os.fstat(fd).st_size
     if not size or os.pread(fd, 1, size - 1) == b"\n":
         return
-    start = _last_line_start(fd, size)
+    start = disk.last_line_start(fd, size)
     tail = os.pread(fd, size - start, start)
     if _decode_or_none(tail) is not None:
-        _write_all(fd, b"\n")
+        disk.write_all(fd, b"\n")
     else:
-        _append_file(beside(path, ".torn"), iter([tail.rstrip(b"\0") + b"\n"]))
+        disk.append_lines(disk.beside(path, ".torn"), [tail.rstrip(b"\0") + b"\n"])
         os.ftruncate(fd, start)
     os.fsync(fd)
-
-
-def _last_line_start(fd: int, size: int) -> int:
-    """Return where the last line begins, looking backwards."""
-    block = 64 * 1024
-    end = size
-    while end > 0:
-        start = max(0, end - block)
-        found = os.pread(fd, end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
 
 
 def _decode_or_none(line: bytes) -> Record | None:
@@ -383,28 +339,3 @@ def _decode_or_none(line: bytes) -> Record | None:
 def _line_at(file: BinaryIO, offset: int) -> bytes:
     file.seek(offset)
     return file.readline()
-
-
-def _append_file(path: Path, lines: Iterator[bytes]) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, MODE)
-    try:
-        for line in lines:
-            _write_all(fd, line)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    """Write every byte; a short write is gone on with."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -48,25 +48,17 @@ class Record:
     model: str | None = None
     lane: str = "live"
     usage: Usage | None = None
+    run: str | None = None
 
 
-def record(result: Result) -> Record:
-    """Return the record of a result."""
-    return Record(
-        custom_id=result.custom_id,
-        digest=result.digest,
-        success=result.success,
-        is_invalid=result.request is None,
-        provider=result.request.provider if result.request else None,
-        model=_model(result),
-        lane=result.lane,
-        usage=result.usage,
-    )
-
-
-def encode(result: Result, form: OutputFormat, *, echo_request: bool = False) -> bytes:
-    """Return the line of a result, with its line end."""
+def encode(
+    result: Result, form: OutputFormat, *, run_id: str = "", echo_request: bool = False, is_simulated: bool = False
+) -> bytes:
+    """Return the line of a result, with its line end; `run_id` names the run that it belongs to."""
     line = _ENCODERS[form](result)
+    line["run"] = run_id
+    if is_simulated:
+        line["simulated"] = True
     if echo_request and result.request:
         line["request"] = orjson.Fragment(result.request.body)
     try:
@@ -95,8 +87,8 @@ def _native(result: Result) -> dict[str, Any]:
         "custom_id": result.custom_id,
         "line": result.line,
         "success": result.success,
-        "provider": result.request.provider if result.request else None,
-        "model": _model(result),
+        "provider": result.provider,
+        "model": result.model,
     }
     if reply := result.reply:
         line["content"] = reply.content
@@ -163,7 +155,7 @@ def _tail(result: Result) -> dict[str, Any]:
     return {
         "digest": result.digest,
         "line": result.line,
-        "provider": result.request.provider if result.request else None,
+        "provider": result.provider,
         "lane": result.lane,
         "usage": _usage(result.usage),
     }
@@ -174,13 +166,6 @@ _ENCODERS = {
     OutputFormat.OPENAI_BATCH: _openai_batch,
     OutputFormat.ANTHROPIC_BATCH: _anthropic_batch,
 }
-
-
-def _model(result: Result) -> str | None:
-    """Return the model that answered, else (a server that does not tell it, a failure) the one that was asked."""
-    if result.reply and result.reply.model:
-        return result.reply.model
-    return result.request.model if result.request else None
 
 
 def _usage(usage: Usage | None) -> dict[str, int] | None:
@@ -238,7 +223,7 @@ def _as_chat_completion(result: Result, reply: Reply) -> dict[str, Any]:
         "id": _answer_id(reply),
         "object": "chat.completion",
         "created": int(datetime.fromisoformat(result.completed_at).timestamp()),
-        "model": _model(result),
+        "model": result.model,
         "choices": [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}],
     }
     if usage := reply.usage:
@@ -261,7 +246,7 @@ def _as_message(result: Result, reply: Reply) -> dict[str, Any]:
         "id": _answer_id(reply),
         "type": "message",
         "role": "assistant",
-        "model": _model(result),
+        "model": result.model,
         "content": content,
         "stop_reason": _ANTHROPIC_STOP.get(reply.finish_reason or "", reply.finish_reason),
         "stop_sequence": None,
@@ -323,6 +308,7 @@ def _from_native(value: Mapping[str, Any]) -> Record:
         model=value["model"],
         lane=value.get("lane", "live"),
         usage=_to_usage(value.get("usage")),
+        run=value.get("run"),
     )
 
 
@@ -348,6 +334,7 @@ def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> R
         model=model,
         lane=value["lane"],
         usage=_to_usage(value["usage"]),
+        run=value.get("run"),
     )
 
 

@@ -12,8 +12,9 @@ How fast a lane may go is its gate's to say, and how many of its calls may be in
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import anyio
 
@@ -42,10 +43,27 @@ class Statistics:
     lanes: Sequence[lanes.Statistics]
 
 
-class Sender:
-    """Fans requests out over lanes with a bounded number of workers; gives each result to `record`.
+class Recording(Protocol):
+    """Where calls and results are written down."""
 
-    `open_lane` makes the lane of a request's model when it is first seen.
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        """Note that a call is about to be made; returns when that can be told after a crash."""
+        ...
+
+    def unbilled(self, request: Request, attempt: int) -> None:
+        """Note that the last call for a request came back and was not billed."""
+        ...
+
+    async def append(self, result: Result) -> None:
+        """Take a result; returns when a crash cannot undo it."""
+        ...
+
+
+class Sender:
+    """Fans requests out over lanes with a bounded number of workers; gives each result to `recording`.
+
+    A request holds its place among those in flight until its result is recorded, so a crash costs no more repeated
+    calls than `concurrency`. `open_lane` makes the lane of a request's model when it is first seen.
     """
 
     def __init__(
@@ -56,14 +74,14 @@ class Sender:
         policy: Policy,
         clock: Clock,
         open_lane: Callable[[Request], Lane],
-        record: Callable[[Result], Awaitable[None]],
+        recording: Recording,
     ) -> None:
         self._concurrency = concurrency
         self._read_ahead_bytes = read_ahead_bytes
         self._policy = policy
         self._clock = clock
         self._open_lane = open_lane
-        self._record = record
+        self._recording = recording
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._ready: deque[Lane] = deque()
         self._idle: deque[anyio.Event] = deque()
@@ -211,9 +229,11 @@ class Sender:
         if reason := lane.refusal(job.request):
             await self._refuse(lane, job, ticket, reason)
             return
-        self._counts["attempts"] += 1
         reply: Reply | None = None
         error: ProviderError | None = None
+        await self._recording.sending(job.request, len(job.attempts) + 1, self._clock.utc())
+        self._counts["attempts"] += 1
+        sent_at = self._clock.now()
         try:
             answer = await lane.post(job.request.body)
             lane.gate.learn(lane.codec.limits(answer.headers))
@@ -224,14 +244,14 @@ class Sender:
             error = exc
         finally:
             lane.in_flight -= 1
-            self._slots.release()
             if reply is None and error is None:  # cancelled in flight: it may be billed, and nobody will know
                 self._counts["unknown"] += 1
-        latency = self._clock.now() - ticket.sent_at
+        latency = self._clock.now() - sent_at
         if reply is not None:
             await self._succeeded(lane, job, ticket, reply, latency)
         elif error is not None:
             await self._failed(lane, job, ticket, error, latency)
+        self._slots.release()
         self._offer(lane, wake=False)
 
     # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -269,9 +289,9 @@ class Sender:
     async def _refuse(self, lane: Lane, job: Job, ticket: Ticket, reason: str) -> None:
         """End a request that no waiting would let through."""
         lane.in_flight -= 1
-        self._slots.release()
         lane.gate.settle(ticket, None)
         await self._finish(job, 0.0, failure=Failure(type="request_too_large", message=f"the request {reason}"))
+        self._slots.release()
         self._offer(lane, wake=False)
 
     def _slow_down(self, lane: Lane, ticket: Ticket, error: ProviderError) -> None:
@@ -297,6 +317,8 @@ class Sender:
 
     def _count_failure(self, lane: Lane, job: Job, error: ProviderError, latency: float) -> None:
         job.attempts.append(_attempt(error, self._clock.utc(), latency))
+        if not error.may_be_billed:
+            self._recording.unbilled(job.request, len(job.attempts))
         job.counted += not is_capacity(error)
         if error.status == 429:
             self._counts["rate_limited"] += 1
@@ -310,7 +332,7 @@ class Sender:
     ) -> None:
         request = job.request
         self.changed_at = self._clock.now()
-        await self._record(
+        await self._recording.append(
             Result(
                 custom_id=request.custom_id,
                 line=request.line,

@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+from anyio.streams.memory import MemoryObjectSendStream
 
 from pipeline import assemble, jsonl, transport
 from pipeline.assemble import Options
@@ -16,7 +17,7 @@ from pipeline.config import Config
 from pipeline.plan import Invalid, Planner
 from pipeline.read import Line
 from pipeline.send import Sender
-from pipeline.types import Result
+from pipeline.types import Request, Result
 
 _BATCH = 100
 _WAITING_RESULTS = 1_000
@@ -41,7 +42,7 @@ async def stream(
         planner = assemble.planner(settings, options)
         clock = Clock()
         async with transport.Client(settings.sending) as client:
-            sender = assemble.sender(settings, client, clock, outgoing.send)
+            sender = assemble.sender(settings, client, clock, _Outgoing(outgoing))
 
             async def work() -> None:
                 async with outgoing, anyio.create_task_group() as beside:
@@ -64,6 +65,19 @@ async def stream(
                     return
         for reason in assemble.stop_reasons(sender):
             raise reason
+
+
+class _Outgoing:
+    """Gives results to whoever reads the stream; nothing outlives the process, so nothing is noted of calls."""
+
+    def __init__(self, stream: MemoryObjectSendStream[Result]) -> None:
+        self.append = stream.send
+
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        pass
+
+    def unbilled(self, request: Request, attempt: int) -> None:
+        pass
 
 
 async def _feed(

@@ -7,12 +7,13 @@ spent; `results` tells the same for the whole results file, earlier runs include
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.journal import Sent
 from pipeline.results import Record
-from pipeline.types import Usage
+from pipeline.types import Result, Usage
 
 _TOKENS = ("input", "output", "cache_read", "cache_write", "reasoning")
 
@@ -58,8 +59,8 @@ class Totals:
         """How many results there are, of every kind."""
         return self.succeeded + self.failed + self.invalid
 
-    def add(self, record: Record) -> None:
-        """Count one result."""
+    def add(self, record: Record | Result) -> None:
+        """Count one result, just written or read back."""
         if not record.success:
             self.invalid += record.is_invalid
             self.failed += not record.is_invalid
@@ -106,7 +107,9 @@ class Summary:
 
     `status` is `completed` (every line has a result), `partial` (ended early, can be continued) or `stopped` (by the
     provider, the budget, a signal or storage; `stop_reason` says by what). `results_file` is None for a Python stream.
-    `warnings` and `failures` (the first few, with file and line) are for people.
+    `possibly_billed` are calls that brought no answer and may be billed all the same, and that no result line tells
+    of: in flight at the end, or when an earlier run was killed. `warnings` and `failures` (the first few, with file
+    and line) are for people.
     """
 
     run_id: str
@@ -126,6 +129,7 @@ class Summary:
     attempts: Attempts
     run: Totals
     results: Totals
+    possibly_billed: Sequence[Sent] = ()
     superseded: int = 0
     warnings: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
@@ -166,6 +170,7 @@ class Summary:
                 "cost": _cost(self.results),
                 "by_model": self.results.by_model(),
             },
+            "possibly_billed": [sent.as_dict() for sent in self.possibly_billed],
             "superseded": self.superseded,
             "warnings": list(self.warnings),
         }

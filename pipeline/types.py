@@ -149,6 +149,22 @@ class Result:
         return self.reply is not None
 
     @property
+    def is_invalid(self) -> bool:
+        """Tell whether the line could not become a request."""
+        return self.request is None
+
+    @property
+    def provider(self) -> str | None:
+        return self.request.provider if self.request else None
+
+    @property
+    def model(self) -> str | None:
+        """The model that answered, else (a server that does not tell it, a failure) the one that was asked."""
+        if self.reply and self.reply.model:
+            return self.reply.model
+        return self.request.model if self.request else None
+
+    @property
     def content(self) -> str | None:
         return self.reply.content if self.reply else None
 

@@ -77,7 +77,7 @@ class Run:
             policy=Policy(self._settings),
             clock=Clock(),
             open_lane=lambda request: self._lane(client, request),
-            record=self._record,
+            recording=self,
         )
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.sender.run)
@@ -130,7 +130,13 @@ class Run:
                 estimated_input_tokens=providers.estimate_input_tokens(body, codec, model),
             )
 
-    async def _record(self, result: Result) -> None:
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        pass
+
+    def unbilled(self, request: Request, attempt: int) -> None:
+        pass
+
+    async def append(self, result: Result) -> None:
         assert result.success, result.failure
         self.answers.append(anyio.current_time() - self.start)
         self.answered_lines.append(result.line)

@@ -73,6 +73,7 @@ class World:
     limits: Mapping[str, Limits] = field(default_factory=dict)
     read_ahead_bytes: int = 1_000_000
     results: list[Result] = field(default_factory=list)
+    attempts: list[tuple[str, int]] = field(default_factory=list)
     calls: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     in_flight: Counter[str] = field(default_factory=Counter)
     max_in_flight: int = 0
@@ -85,7 +86,7 @@ class World:
             policy=Policy(self.settings),
             clock=Clock(),
             open_lane=self._open_lane,
-            record=self._record,
+            recording=self,
         )
 
     async def run(self, *requests: Request) -> list[Result]:
@@ -126,5 +127,11 @@ class World:
             raise answer
         return answer
 
-    async def _record(self, result: Result) -> None:
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        self.attempts.append((request.custom_id, attempt))
+
+    def unbilled(self, request: Request, attempt: int) -> None:
+        self.attempts.remove((request.custom_id, attempt))
+
+    async def append(self, result: Result) -> None:
         self.results.append(result)

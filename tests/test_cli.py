@@ -168,7 +168,12 @@ def test_a_directory_gets_one_results_file_per_input(tmp_path: Path) -> None:
     again = _call(["run", "inbox", "-d", "outbox", "--simulate", "--json", "-q"], tmp_path)
 
     assert first.returncode == 0, first.stderr
-    assert sorted(path.name for path in (tmp_path / "outbox").glob("*.jsonl")) == ["a.results.jsonl", "b.results.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "outbox").glob("*.jsonl")) == [
+        "a.results.attempts.jsonl",
+        "a.results.jsonl",
+        "b.results.attempts.jsonl",
+        "b.results.jsonl",
+    ]
     assert [orjson.loads(line)["attempts"]["total"] for line in again.stdout.splitlines()] == [0, 0]
 
 

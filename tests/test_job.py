@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import anyio
 import orjson
 import pytest
+from anyio import to_thread
 
 import pipeline
 from pipeline import config as configuration
@@ -422,3 +426,35 @@ async def test_an_endless_stream_ends_when_it_is_stopped() -> None:
     """A wrong key ends a stream although its requests never end."""
     with _world(keys=frozenset({"right"})) as (config, _), pytest.raises(OpenAIAPIError):
         [result async for result in pipeline.stream((_line(f"q-{n}") for n in itertools.count()), config=config)]
+
+
+def _kill_on_the_way(command: Sequence[str], environ: Mapping[str, str], output: Path) -> None:
+    """Start a run and kill it once it has recorded some results."""
+    with subprocess.Popen(command, env=environ) as run:
+        while not output.exists() or output.read_bytes().count(b"\n") < 20:
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.kill()
+
+
+async def test_a_killed_run_tells_what_it_may_have_paid_for(tmp_path: Path) -> None:
+    """After SIGKILL the next run sends what was in flight again, finishes, and lists exactly those calls."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(60)])
+    output = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "pipeline", "run", str(source), "-o", str(output), "--concurrency", "5", "-q"]
+
+    with _world(latency=0.2) as (config, server):
+        environ = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "any"}
+        await to_thread.run_sync(_kill_on_the_way, command, environ, output)
+        answered = {each["custom_id"] for each in _results(output)}
+        config = config.with_("sending", concurrency=5)
+        second = await pipeline.run_batch([source], output=output, config=config)
+        third = await pipeline.run_batch([source], output=output, config=config)
+        truth = server.statistics()
+
+    unknown = [sent.sent for sent in second.possibly_billed]
+    assert 0 < len(unknown) <= 5
+    assert answered.isdisjoint(unknown)
+    assert truth["duplicates_paid"] <= len(unknown) == second.attempts.unknown
+    assert sorted(each["custom_id"] for each in _results(output)) == sorted(f"q-{n}" for n in range(60))
+    assert (second.exit_code, third.reused, third.possibly_billed) == (0, 60, ())
