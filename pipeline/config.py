@@ -13,13 +13,14 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError, UsageError
 from pipeline.types import OutputFormat, Protocol
@@ -31,6 +32,16 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _exact(value: Any) -> Any:
+    """Take a number of the file as it is written there: 0.1 is a tenth, not the binary fraction next to it."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise ValueError("must be a number")
+    return Decimal(str(value))
+
+
+Exact = Annotated[Decimal, BeforeValidator(_exact), Field(ge=0, le=1_000_000, decimal_places=9, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -60,6 +71,17 @@ class ModelLimits(Limits):
             input_tpm=own.input_tpm or self.input_tpm,
             output_tpm=own.output_tpm or self.output_tpm,
         )
+
+
+class Price(Section):
+    """What a model costs, in USD per million tokens; None: as a shorter write, else as input."""
+
+    input: Exact
+    output: Exact
+    cache_read: Exact | None = None
+    cache_write_5m: Exact | None = None
+    cache_write_1h: Exact | None = None
+    batch_multiplier: Annotated[Exact, Field(le=1)] = Decimal("0.5")
 
 
 class Endpoint(Section):
@@ -213,6 +235,7 @@ class Config(Section):
     providers: dict[str, Endpoint] = Field(default_factory=dict, validate_default=True)
     request: RequestDefaults = RequestDefaults()
     limits: ModelLimits = ModelLimits()
+    prices: dict[str, Price] = Field(default_factory=dict)
     input: Input = Input()
     sending: Sending = Sending()
     output: Output = Output()
@@ -430,6 +453,8 @@ def _known_keys(path: tuple[str, ...]) -> list[str]:
     """Return the settings that exist at a place in the tree."""
     if path[:1] == ("providers",):
         return list(Endpoint.model_fields)
+    if path[:1] == ("prices",):
+        return list(Price.model_fields)
     if path[:2] == ("limits", "models"):
         return list(Limits.model_fields)
     section: Any = Config

@@ -168,10 +168,10 @@ _ENCODERS = {
 }
 
 
-def _usage(usage: Usage | None) -> dict[str, int] | None:
+def _usage(usage: Usage | None) -> dict[str, Any] | None:
     if usage is None:
         return None
-    tokens = {
+    tokens: dict[str, Any] = {
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,
         "total_tokens": usage.total_tokens,
@@ -181,6 +181,10 @@ def _usage(usage: Usage | None) -> dict[str, int] | None:
     }
     if usage.cache_write_1h_tokens:
         tokens["cache_write_1h_tokens"] = usage.cache_write_1h_tokens
+    if usage.web_searches:
+        tokens["web_searches"] = usage.web_searches
+    if usage.service_tier is not None:
+        tokens["service_tier"] = usage.service_tier
     return tokens
 
 
@@ -350,13 +354,17 @@ _USAGE_FIELDS: Sequence[str] = (
     "cache_write_tokens",
     "cache_write_1h_tokens",
     "reasoning_tokens",
+    "web_searches",
 )
 
 
-def _to_usage(value: Mapping[str, int] | None) -> Usage | None:
+def _to_usage(value: Mapping[str, Any] | None) -> Usage | None:
     if value is None:
         return None
     counts: dict[str, Any] = {name: value.get(name, 0) for name in _USAGE_FIELDS}
     if not all(type(count) is int and count >= 0 for count in counts.values()):
         raise TypeError("a number of tokens is not a whole number")
-    return Usage(**counts)
+    tier = value.get("service_tier")
+    if not isinstance(tier, str | None):
+        raise TypeError("a service tier is not a text")
+    return Usage(**counts, service_tier=tier)

@@ -50,7 +50,8 @@ class Usage:
 
     `input_tokens` is the whole prompt including cache reads and writes; `output_tokens` includes reasoning.
     `cache_write_1h_tokens` is the part of `cache_write_tokens` that was written for one hour (priced differently).
-    `service_tier` is the tier of the response where it tells one (it changes the price).
+    `web_searches` are those that the provider made and bills. `service_tier` is the tier of the response where it tells
+    one (it changes the price).
     """
 
     input_tokens: int = 0
@@ -59,6 +60,7 @@ class Usage:
     cache_write_tokens: int = 0
     cache_write_1h_tokens: int = 0
     reasoning_tokens: int = 0
+    web_searches: int = 0
     service_tier: str | None = None
 
     @property

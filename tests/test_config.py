@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args
 
@@ -260,6 +261,48 @@ def test_another_protocol_starts_afresh(load: Load) -> None:
             "providers: {anthropic: {store: true}}",
             "store: not a setting of the anthropic protocol",
             id="other protocol's store",
+        ),
+        pytest.param(
+            "prices:\n  m: {input: 1, output: 1, cached: 1}",
+            ":2: prices.m.cached: unknown setting",
+            id="typo in a price",
+        ),
+        pytest.param(
+            "prices:\n  m: {input: 1, ouput: 1}", "did you mean 'output'?", id="typo in a price that has to be there"
+        ),
+        pytest.param(
+            "prices:\n  openai/m: {input: 1}", ":2: prices.openai/m.output: Field required", id="half a price"
+        ),
+        pytest.param("prices: {m: 5}", ":1: prices.m: Input should be", id="a price is a number"),
+        pytest.param("prices: {m: {input: '1', output: 1}}", ":1: prices.m.input: must be a number", id="quoted price"),
+        pytest.param(
+            "prices: {m: {input: true, output: 1}}", ":1: prices.m.input: must be a number", id="true dollars"
+        ),
+        pytest.param("prices: {m: {input: null, output: 1}}", ":1: prices.m.input: must be a number", id="no price"),
+        pytest.param(
+            "prices: {m: {input: -1, output: 1}}",
+            ":1: prices.m.input: Input should be greater than or equal to 0",
+            id="negative price",
+        ),
+        pytest.param(
+            "prices: {m: {input: .inf, output: 1}}",
+            ":1: prices.m.input: Input should be a finite number",
+            id="endless price",
+        ),
+        pytest.param(
+            "prices: {m: {input: .nan, output: 1}}",
+            ":1: prices.m.input: Input should be a finite number",
+            id="NaN dollars",
+        ),
+        pytest.param(
+            "prices: {m: {input: 1.0e-10, output: 1}}",
+            ":1: prices.m.input: Decimal input should have no more than 9 decimal places",
+            id="price too fine",
+        ),
+        pytest.param(
+            "prices: {m: {input: 1, output: 1, batch_multiplier: 2}}",
+            ":1: prices.m.batch_multiplier: Input should be less than or equal to 1",
+            id="a batch that costs more",
         ),
         pytest.param("[a, b]", "must hold settings", id="list"),
         pytest.param("just text", "must hold settings", id="text"),
@@ -556,6 +599,27 @@ def test_limits_of_a_model_complete_the_common_ones(load: Load) -> None:
 
     assert limits.of("openai", "m").model_dump() == {"rpm": 5, "input_tpm": 100, "output_tpm": 7}
     assert limits.of("openai", "other").model_dump() == {"rpm": 10, "input_tpm": 100, "output_tpm": None}
+
+
+def test_prices_are_taken_as_they_are_written(load: Load) -> None:
+    """A price is the decimal number that stands in the file, and stays it in copies."""
+    row = "{input: 0.10, output: 3, cache_read: 0.07, cache_write_5m: null}"
+    loaded = load(f'prices: {{"openai/gpt-6-luna": {row}}}')
+
+    for settings in (loaded, loaded.with_("sending", concurrency=1), loaded.replace(progress="none")):
+        price = settings.prices["openai/gpt-6-luna"]
+        assert (price.input, price.output, price.cache_read) == (Decimal("0.1"), Decimal(3), Decimal("0.07"))
+        assert (price.cache_write_5m, price.cache_write_1h, price.batch_multiplier) == (None, None, Decimal("0.5"))
+
+
+def test_the_example_of_a_price_is_one(load: Load) -> None:
+    """The row of prices that config.yaml shows in a comment can be taken as it stands."""
+    lines = SHIPPED.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith('#   "openai/gpt-6-luna"'))
+
+    shown = load("prices:\n" + "\n".join(line.removeprefix("#") for line in lines[start : start + 2]))
+
+    assert shown.prices["openai/gpt-6-luna"].cache_write_5m == Decimal("0.125")
 
 
 def test_a_rehearsal_goes_to_the_simulator_only(load: Load) -> None:

@@ -725,6 +725,7 @@ def test_reply(protocol: Protocol, value: Any, expected: dict[str, Any]) -> None
                     "cache_read_input_tokens": 40,
                     "cache_creation": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20},
                     "output_tokens_details": {"thinking_tokens": 4},
+                    "server_tool_use": {"web_search_requests": 2, "web_fetch_requests": 3},
                     "service_tier": "standard",
                     "speed": "standard",
                 }
@@ -736,6 +737,7 @@ def test_reply(protocol: Protocol, value: Any, expected: dict[str, Any]) -> None
                 cache_write_tokens=30,
                 cache_write_1h_tokens=20,
                 reasoning_tokens=4,
+                web_searches=2,
                 service_tier="standard",
             ),
             id="cached tokens are input too",

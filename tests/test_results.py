@@ -183,6 +183,14 @@ def test_optional_fields_stand_only_where_they_say_something() -> None:
     assert full.keys() - bare.keys() == {"tool_calls", "refusal", "failed_attempts"}
 
 
+def test_what_changes_the_price_stands_in_the_usage() -> None:
+    """The tier of the answer and the searches that are billed stand beside the tokens, where there are any."""
+    usage = encoded(success(reply(usage=dataclasses.replace(USAGE, web_searches=3, service_tier="flex"))))["usage"]
+
+    assert (usage["web_searches"], usage["service_tier"]) == (3, "flex")
+    assert usage.keys() - encoded(success())["usage"].keys() == {"web_searches", "service_tier"}
+
+
 def test_unknown_usage_is_null() -> None:
     """An answer whose server told no tokens has null, never zero."""
     assert encoded(success(reply(usage=None)))["usage"] is None
@@ -370,6 +378,8 @@ USAGES = st.builds(
     cache_write_tokens=TOKENS,
     cache_write_1h_tokens=TOKENS,
     reasoning_tokens=TOKENS,
+    web_searches=TOKENS,
+    service_tier=st.none() | TEXTS,
 )
 REPLIES = st.builds(
     reply,
@@ -438,6 +448,7 @@ KNOWN = b'{"custom_id":"a","digest":"d","success":true,"provider":"p","model":"m
         pytest.param(KNOWN + b',"usage":5}', id="number as usage"),
         pytest.param(KNOWN + b',"usage":{"input_tokens":"5"}}', id="text as tokens"),
         pytest.param(KNOWN + b',"usage":{"input_tokens":-5}}', id="negative tokens"),
+        pytest.param(KNOWN + b',"usage":{"service_tier":5}}', id="number as a tier"),
         pytest.param(b'{"custom_id":"a","result":{"type":"succeeded","message":[]}}', id="list as a message"),
         pytest.param(b"[" * 2_000, id="deep"),
     ],

@@ -148,6 +148,7 @@ def _usage(message: Mapping[str, Any]) -> Usage | None:
     if written_1h > written:
         raise Malformed("usage has more tokens written for 1h than written at all")
     reasoning = answers.count(answers.optional_object(usage, "output_tokens_details"), "thinking_tokens") or 0
+    searches = answers.count(answers.optional_object(usage, "server_tool_use"), "web_search_requests") or 0
     tier = "fast" if usage.get("speed") == "fast" else usage.get("service_tier")
     return Usage(
         input_tokens=uncached + written + read,
@@ -156,5 +157,6 @@ def _usage(message: Mapping[str, Any]) -> Usage | None:
         cache_write_tokens=written,
         cache_write_1h_tokens=written_1h,
         reasoning_tokens=reasoning,
+        web_searches=searches,
         service_tier=tier if isinstance(tier, str) else None,
     )
