@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -188,7 +188,7 @@ class Prices:
                 return rates
         elif len(self._known) >= _REMEMBERED:  # names come from servers: they must not fill the memory
             self._known.clear()
-        since = at.astimezone(UTC).replace(second=0, microsecond=0)
+        since = at.replace(second=0, microsecond=0)
         rates = self._find(provider, [name for name in (model, asked) if name], tier, lane, since)
         self._known[key] = since, since + timedelta(minutes=1), rates
         return rates

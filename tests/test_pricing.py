@@ -120,6 +120,13 @@ def tokens(input: int, output: int = 0, *, read: int = 0, written: int = 0, hour
         ),
         pytest.param(
             "claude-sonnet-5-5",
+            tokens(1_000, 100, service_tier="batch"),
+            "live",
+            "0.0015",
+            id="an answer that says it was a batch",
+        ),
+        pytest.param(
+            "claude-sonnet-5-5",
             tokens(3_000, read=1_000, written=2_000, hour=1_000, service_tier="batch"),
             "batch",
             "0.0033",
@@ -359,6 +366,7 @@ def test_a_price_needs_a_seller(provider: str, address: str, model: str, dollars
             id="flex before its rates begin",
         ),
         pytest.param("openrouter", "openai/gpt-6-luna", tokens(1), {"lane": "batch"}, id="nobody promises half there"),
+        pytest.param("azure", "gpt-4o", tokens(1, service_tier="priority"), {}, id="OpenAI's tiers are not Azure's"),
         pytest.param("openai", "gpt-4o", tokens(1, read=2), {}, id="more cached than there is"),
         pytest.param("anthropic", "claude-opus-5", tokens(9, written=1, hour=2), {}, id="more for an hour than at all"),
         pytest.param("anthropic", "claude-3-haiku-20240307", tokens(1, web_searches=1), {}, id="no price of searches"),
@@ -547,6 +555,13 @@ HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
         pytest.param(request("openai", "gpt-4o", service_tier="auto"), 1_000, {}, 3_500_000, id="auto"),
         pytest.param(request("openai", "gpt-4o", service_tier="flex"), 1_000, {}, None, id="a tier without rates"),
         pytest.param(request("openai", "gpt-4o", service_tier=["x"]), 1_000, {}, None, id="a tier that is none"),
+        pytest.param(
+            request("vllm", "m"),
+            1_000,
+            {"prices": Prices(settings({"m": {"input": 1, "output": 0, "cache_read": 5}}))},
+            5_000_000,
+            id="reads that are dearer: 1,000×5",
+        ),
         pytest.param(request("openai", "gpt-99"), 1_000, {}, None, id="unknown model"),
         pytest.param(request("vllm", "gpt-oss-20b"), 1_000, {}, None, id="a server of one's own"),
         pytest.param(request("nobody", "gpt-4o"), 1_000, {}, None, id="unknown provider"),
@@ -627,4 +642,4 @@ def test_names_from_servers_do_not_fill_the_memory() -> None:
     prices = Prices(settings({"*": {"input": 1, "output": 1}}))
 
     assert {cost(tokens(1), "vllm", f"m-{number}", prices) for number in range(2_500)} == {1_000}
-    assert "500 rates remembered" in repr(prices)
+    assert ", 500 rates remembered" in repr(prices)
