@@ -8,14 +8,21 @@ from dataclasses import dataclass
 
 from pipeline import config as configuration
 from pipeline import providers, retry, transport
+from pipeline.budget import Budget
 from pipeline.clock import Clock
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.lane import Lane
 from pipeline.limits import Gate
 from pipeline.plan import Invalid, Planner
+from pipeline.pricing import Prices
 from pipeline.send import Recording, Sender
-from pipeline.types import Request, Result
+from pipeline.types import Cost, Request, Result, Usage
+
+_LIVE = "live"
+# What an answer without a limit of its own is held for when money is set aside. It may be longer: then the cap is
+# passed by that much, at most once for each call in flight.
+_ASSUMED_OUTPUT_TOKENS = 8_192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +41,52 @@ class Options:
     simulate: bool = False
 
 
+class Pricing:
+    """What calls of a run cost: `send.Pricing` over the price tables."""
+
+    def __init__(self, prices: Prices, clock: Clock) -> None:
+        self._prices = prices
+        self._clock = clock
+
+    def cost(self, request: Request, model: str, usage: Usage) -> Cost:
+        """Price an answer; the tier counts that the answer names."""
+        rates = self._prices.rates(
+            provider=request.provider,
+            model=model,
+            asked=request.model,
+            tier=usage.service_tier,
+            lane=_LIVE,
+            at=self._clock.moment(),
+        )
+        if rates is None:
+            return Cost()
+        is_cached = usage.cache_read_tokens or usage.cache_write_tokens
+        return Cost(nanos=rates.cost(usage), saved=(rates.saved(usage) or 0) if is_cached else 0)
+
+    def worst_case(self, request: Request) -> int:
+        """Price a call before it is made: a token is a byte of the body at least, but for pictures and documents.
+
+        Raises `UsageError` where no price is known.
+        """
+        most = self._prices.worst_case(
+            request,
+            input_tokens=max(len(request.body), 2 * request.estimated_input_tokens),
+            max_output_tokens=request.max_output_tokens or _ASSUMED_OUTPUT_TOKENS,
+            lane=_LIVE,
+            at=self._clock.moment(),
+        )
+        if most is None:
+            raise UsageError(
+                f"no price is known for {request.provider}/{request.model}, and with a budget nothing is sent whose "
+                "price is unknown",
+                hint="add a line for it under prices in config.yaml, or leave out --max-cost and budget",
+            )
+        return most
+
+
 @contextmanager
-def settings_for(config: Config | None, options: Options) -> Iterator[Config]:
+def settings_for(settings: Config, options: Options) -> Iterator[Config]:
     """Yield the configuration to use; with `simulate` a simulator runs meanwhile and stands for every provider."""
-    settings = config or configuration.load()
     if not options.simulate:
         yield settings
         return
@@ -63,7 +112,25 @@ def planner(settings: Config, options: Options) -> Planner:
     return Planner(settings, provider=options.provider, model=options.model, salt=salt)
 
 
-def sender(settings: Config, client: transport.Client, clock: Clock, recording: Recording) -> Sender:
+def budget(settings: Config, *, spent_today: int = 0, spent_this_month: int = 0) -> Budget | None:
+    """Make the budget of a run, in nano-dollars: the tightest of the caps, less what other runs spent; None if none."""
+    caps = settings.budget
+    rooms = [
+        int(cap * 1_000_000_000) - spent
+        for cap, spent in ((caps.per_run, 0), (caps.per_day, spent_today), (caps.per_month, spent_this_month))
+        if cap is not None
+    ]
+    return Budget(max(0, min(rooms))) if rooms else None
+
+
+def sender(
+    settings: Config,
+    client: transport.Client,
+    clock: Clock,
+    recording: Recording,
+    pricing: Pricing,
+    budget: Budget | None = None,
+) -> Sender:
     """Make the sender; lanes are opened when their model is first seen."""
 
     def open_lane(request: Request) -> Lane:
@@ -87,6 +154,8 @@ def sender(settings: Config, client: transport.Client, clock: Clock, recording: 
         clock=clock,
         open_lane=open_lane,
         recording=recording,
+        pricing=pricing,
+        budget=budget,
     )
 
 

@@ -73,10 +73,16 @@ _model_option = click.option("--model", help="Model for lines that name none.")
 @click.option("--rpm", type=int, metavar="N", help="Cap of requests per minute and model.")
 @click.option("--input-tpm", type=int, metavar="N", help="Cap of input tokens per minute and model.")
 @click.option("--output-tpm", type=int, metavar="N", help="Cap of output tokens per minute and model.")
+@click.option("--max-cost", type=float, metavar="USD", help="Stop before more is spent (exit 4).")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N lines only.")
 @click.option("--ordered", is_flag=True, help="Put results in input order when the run ends.")
 @click.option(
     "--format", "form", type=click.Choice(["native", "openai-batch", "anthropic-batch"]), help="Dialect of results."
+)
+@click.option(
+    "--durability",
+    type=click.Choice(["full", "fast"]),
+    help="fast: leave syncing to the kernel.",
 )
 @click.option("--retry-failed", is_flag=True, help="Send again what failed before.")
 @click.option("--fresh", is_flag=True, help="Set earlier results aside and start over.")
@@ -208,8 +214,10 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
         "output",
         format=options["form"],
         ordered=options["ordered"] or None,
+        durability=options["durability"],
         echo_request=options["echo_request"] or None,
     )
+    settings = settings.with_("budget", per_run=options["max_cost"])
     settings = settings.replace(
         provider=options["provider"], tags={**settings.tags, **dict(options["tags"])} if options["tags"] else None
     )

@@ -28,6 +28,10 @@ class Clock:
             self._text = f"{self._started_at + timedelta(seconds=second):%Y-%m-%dT%H:%M:%SZ}"
         return self._text
 
+    def moment(self) -> datetime:
+        """Return the time of day in UTC."""
+        return self._started_at + timedelta(seconds=self.elapsed())
+
     @property
     def started_at(self) -> str:
         """When the run began: UTC, ISO 8601."""

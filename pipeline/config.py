@@ -190,6 +190,14 @@ class Output(Section):
     durability: Literal["full", "fast"] = "full"
 
 
+class BudgetCaps(Section):
+    """What may be spent, in USD: by one run, and by all runs of a day or a month (UTC) as the ledger knows them."""
+
+    per_run: Exact | None = None
+    per_day: Exact | None = None
+    per_month: Exact | None = None
+
+
 class Simulator(Section):
     """The provider that `--simulate` starts: its limits per minute, latency and faults."""
 
@@ -239,6 +247,7 @@ class Config(Section):
     input: Input = Input()
     sending: Sending = Sending()
     output: Output = Output()
+    budget: BudgetCaps = BudgetCaps()
     simulator: Simulator = Simulator()
     progress: Literal["auto", "bar", "log", "none"] = "auto"
     tags: dict[str, str] = Field(default_factory=dict)

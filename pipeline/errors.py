@@ -3,6 +3,7 @@
     PipelineError
     ├── UsageError            the command line, the configuration or an environment variable; nothing was sent
     │   └── ConfigError       config.yaml: all problems at once, each with its key and line
+    ├── BudgetReachedError    the cap on what a run may spend does not cover the next call
     ├── StorageError          results, journal or totals cannot be written
     ├── DamagedResultsError   a results file holds lines that are not results
     ├── TryLaterError         somebody else's turn: another run holds the output, an outage
@@ -62,6 +63,12 @@ class UsageError(PipelineError):
 
 class ConfigError(UsageError):
     """The configuration is wrong; the message lists every problem with its key and line."""
+
+
+class BudgetReachedError(PipelineError):
+    """The cap on spending does not cover the next call; what was paid for is recorded."""
+
+    exit_code = 4
 
 
 class StorageError(PipelineError):

@@ -25,10 +25,11 @@ from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
-from pipeline.errors import PipelineError, TryLaterError, UsageError
+from pipeline.errors import BudgetReachedError, PipelineError, TryLaterError, UsageError
 from pipeline.fingerprints import FingerprintMap
 from pipeline.journal import Sent
 from pipeline.plan import Invalid
+from pipeline.pricing import Prices
 from pipeline.read import Line
 from pipeline.record import Done, Recorder
 from pipeline.send import Sender, Statistics
@@ -75,8 +76,10 @@ async def run_batch(
     results and the summary.
     """
     options = options or Options()
+    config = config or configuration.load()
+    prices = Prices(config)
     with assemble.settings_for(config, options) as settings:
-        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, say)
+        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, prices, say)
         try:
             return await run.execute(watch, handle_signals=handle_signals)
         except BaseExceptionGroup as group:
@@ -91,13 +94,23 @@ class _Run:
     """The state of one run of `run_batch`."""
 
     def __init__(
-        self, inputs: Sequence[str], output: Path, settings: Config, options: Options, say: Callable[[str], None]
+        self,
+        inputs: Sequence[str],
+        output: Path,
+        settings: Config,
+        options: Options,
+        prices: Prices,
+        say: Callable[[str], None],
     ) -> None:
         room = files.room_for(settings.sending.concurrency)
         wanted = settings.sending.concurrency
         self.settings = settings.with_("sending", concurrency=room)
         self.options = options
+        self.prices = prices
         self.say = say
+        self.clock = Clock()
+        self.pricing = assemble.Pricing(prices, self.clock)
+        self.budget = assemble.budget(settings)
         self.sources = read.sources(inputs)
         _refuse_overwriting_input(output, self.sources)
         self.warnings = self._preview()
@@ -105,7 +118,6 @@ class _Run:
             self.warnings += (
                 f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
             )
-        self.clock = Clock()
         self.run_id = f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}"
         self.run_totals = Totals()
         self.all_totals = Totals()
@@ -133,7 +145,7 @@ class _Run:
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
         await to_thread.run_sync(self._open)
         async with transport.Client(self.settings.sending) as client:
-            self.sender = assemble.sender(self.settings, client, self.clock, self.recorder)
+            self.sender = assemble.sender(self.settings, client, self.clock, self.recorder, self.pricing, self.budget)
             async with anyio.create_task_group() as writing:
                 writing.start_soon(self.recorder.run)
                 try:
@@ -152,15 +164,18 @@ class _Run:
     def _preview(self) -> tuple[str, ...]:
         """Look at the first lines before anything is sent: keys must be there, retired models are told."""
         planner = assemble.planner(self.settings, self.options)
-        wanted: dict[tuple[str, str], None] = {}
+        wanted: dict[tuple[str, str], Request] = {}
         files = [source for source in self.sources if Path(source).is_file()]
         lines = (line for source in files for line in read.lines(source, self.settings.input.max_line_bytes))
         for line in islice(lines, min(PREVIEW_LINES, self.options.limit or PREVIEW_LINES)):
             item = planner.plan(line)
             if isinstance(item, Request):
-                wanted[item.provider, item.model] = None
+                wanted.setdefault((item.provider, item.model), item)
         for name in dict.fromkeys(name for name, _ in wanted):
             configuration.api_key(name, self.settings.providers[name])
+        if self.budget:
+            for request in wanted.values():
+                self.pricing.worst_case(request)
         notices = (_retirement(self.settings, name, model) for name, model in wanted)
         return tuple(notice for notice in notices if notice)
 
@@ -186,6 +201,7 @@ class _Run:
                     beside.start_soon(self._heed_signals, scope)
                 if watch:
                     beside.start_soon(watch, self.progress)
+                beside.start_soon(to_thread.run_sync, self.prices.load)
                 beside.start_soon(self.sender.stop_when_stalled, assemble.patience(self.settings))
                 async with anyio.create_task_group() as work:
                     work.start_soon(self._read_and_submit)
@@ -312,6 +328,8 @@ class _Run:
                 failed=counts.failed,
                 unknown=counts.unknown + len(self.earlier_unknown),
             ),
+            price_source=self.prices.source,
+            cap=self.budget.cap / 1e9 if self.budget else None,
             possibly_billed=unknown,
             run=self.run_totals,
             results=self.all_totals,
@@ -369,7 +387,7 @@ def _explain(reason: PipelineError) -> str:
 
 def _exit_code(reason: PipelineError, *, has_sent: bool) -> int:
     """Return the exit code of what stopped a run; a key that was missing later on is the provider's stop."""
-    if isinstance(reason, TryLaterError):
+    if isinstance(reason, TryLaterError | BudgetReachedError):
         return reason.exit_code
     return 2 if isinstance(reason, UsageError) and not has_sent else 3
 

@@ -8,7 +8,7 @@ API it is rewritten in that provider's terms, so that tools which read such file
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ import orjson
 
 from pipeline import jsonl
 from pipeline.errors import LineError
-from pipeline.types import Attempt, Failure, OutputFormat, Reply, Result, Usage
+from pipeline.types import Attempt, Cost, Failure, OutputFormat, Reply, Result, Usage
 
 _ANTHROPIC_STOP = {
     "stop": "end_turn",
@@ -48,6 +48,8 @@ class Record:
     model: str | None = None
     lane: str = "live"
     usage: Usage | None = None
+    cost: Cost = field(default_factory=Cost)
+    wasted: Sequence[tuple[Usage, int | None]] = ()
     run: str | None = None
 
 
@@ -99,7 +101,9 @@ def _native(result: Result) -> dict[str, Any]:
         if reply.tool_calls:
             line["tool_calls"] = [{"id": t.id, "name": t.name, "arguments": t.arguments} for t in reply.tool_calls]
         line["usage"] = _usage(reply.usage)
-        line["cost_usd"] = result.cost_usd
+        line["cost_usd"] = _usd(result.cost.nanos)
+        if result.cost.saved:
+            line["saved_usd"] = _usd(result.cost.saved)
         line["lane"] = result.lane
     elif failure := result.failure:
         line["error"] = _error(failure)
@@ -152,13 +156,20 @@ def _anthropic_batch(result: Result) -> dict[str, Any]:
 
 def _tail(result: Result) -> dict[str, Any]:
     """What a later run must know and the batch dialects have no place for."""
-    return {
+    tail = {
         "digest": result.digest,
         "line": result.line,
         "provider": result.provider,
         "lane": result.lane,
         "usage": _usage(result.usage),
+        "cost_usd": _usd(result.cost.nanos),
+        "completed_at": result.completed_at,
     }
+    if result.cost.saved:
+        tail["saved_usd"] = _usd(result.cost.saved)
+    if result.failed_attempts:
+        tail["failed_attempts"] = [_attempt(attempt) for attempt in result.failed_attempts]
+    return tail
 
 
 _ENCODERS = {
@@ -202,7 +213,14 @@ def _error(failure: Failure) -> dict[str, Any]:
 def _attempt(attempt: Attempt) -> dict[str, Any]:
     values = asdict(attempt)
     values["latency_s"] = round(attempt.latency_s, 3)
+    values["usage"] = _usage(attempt.usage)
+    values["cost_usd"] = _usd(values.pop("cost_nano"))
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _usd(nanos: int | None) -> float | None:
+    """Return nano-dollars as a number of dollars; below a million dollars its digits are exact."""
+    return None if nanos is None else nanos / 1e9
 
 
 def _own_or(result: Result, reply: Reply, mark: str, rewrite: Callable[[Result, Reply], dict[str, Any]]) -> Any:
@@ -312,6 +330,8 @@ def _from_native(value: Mapping[str, Any]) -> Record:
         model=value["model"],
         lane=value.get("lane", "live"),
         usage=_to_usage(value.get("usage")),
+        cost=_to_cost(value),
+        wasted=_to_wasted(value["failed_attempts"] if "failed_attempts" in value else value.get("error")),
         run=value.get("run"),
     )
 
@@ -338,6 +358,8 @@ def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> R
         model=model,
         lane=value["lane"],
         usage=_to_usage(value["usage"]),
+        cost=_to_cost(value),
+        wasted=_to_wasted(value.get("failed_attempts")),
         run=value.get("run"),
     )
 
@@ -368,3 +390,18 @@ def _to_usage(value: Mapping[str, Any] | None) -> Usage | None:
     if not isinstance(tier, str | None):
         raise TypeError("a service tier is not a text")
     return Usage(**counts, service_tier=tier)
+
+
+def _to_cost(value: Mapping[str, Any]) -> Cost:
+    nanos, saved = value.get("cost_usd"), value.get("saved_usd", 0)
+    return Cost(nanos=None if nanos is None else round(nanos * 1e9), saved=round(saved * 1e9))
+
+
+def _to_wasted(attempts: Any) -> Sequence[tuple[Usage, int | None]]:
+    """Return what failed attempts used and cost, from the list of them or from the error that holds it."""
+    if isinstance(attempts, Mapping):
+        attempts = attempts["attempts"]
+    if not attempts:
+        return ()
+    found = ((_to_usage(attempt.get("usage")), _to_cost(attempt).nanos) for attempt in attempts)
+    return [(usage, nanos) for usage, nanos in found if usage]

@@ -19,12 +19,21 @@ from typing import Protocol
 import anyio
 
 from pipeline import lane as lanes
+from pipeline.budget import Budget
 from pipeline.clock import Clock
-from pipeline.errors import PipelineError, ProviderError, Reach, TransportError, TryLaterError, UsageError
+from pipeline.errors import (
+    BudgetReachedError,
+    PipelineError,
+    ProviderError,
+    Reach,
+    TransportError,
+    TryLaterError,
+    UsageError,
+)
 from pipeline.lane import Job, Lane
 from pipeline.limits import Ticket
 from pipeline.retry import Policy, is_capacity, is_overload
-from pipeline.types import Attempt, Failure, Reply, Request, Result
+from pipeline.types import Attempt, Cost, Failure, Reply, Request, Result, Usage
 
 _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured
 
@@ -59,11 +68,24 @@ class Recording(Protocol):
         ...
 
 
+class Pricing(Protocol):
+    """What calls cost, in nano-dollars."""
+
+    def cost(self, request: Request, model: str, usage: Usage) -> Cost:
+        """Return what an answer of a model to a request cost."""
+        ...
+
+    def worst_case(self, request: Request) -> int:
+        """Return the most that one call for a request can cost."""
+        ...
+
+
 class Sender:
     """Fans requests out over lanes with a bounded number of workers; gives each result to `recording`.
 
     A request holds its place among those in flight until its result is recorded, so a crash costs no more repeated
-    calls than `concurrency`. `open_lane` makes the lane of a request's model when it is first seen.
+    calls than `concurrency`. `open_lane` makes the lane of a request's model when it is first seen. With a `budget`
+    nothing is sent whose worst case it does not cover.
     """
 
     def __init__(
@@ -75,6 +97,8 @@ class Sender:
         clock: Clock,
         open_lane: Callable[[Request], Lane],
         recording: Recording,
+        pricing: Pricing,
+        budget: Budget | None = None,
     ) -> None:
         self._concurrency = concurrency
         self._read_ahead_bytes = read_ahead_bytes
@@ -82,6 +106,8 @@ class Sender:
         self._clock = clock
         self._open_lane = open_lane
         self._recording = recording
+        self._pricing = pricing
+        self._budget = budget
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._ready: deque[Lane] = deque()
         self._idle: deque[anyio.Event] = deque()
@@ -229,8 +255,13 @@ class Sender:
         if reason := lane.refusal(job.request):
             await self._refuse(lane, job, ticket, reason)
             return
+        reserved = await self._reserve(job.request) if self._budget else 0
+        if reserved is None:
+            self._leave_pending(lane, job, ticket)
+            return
         reply: Reply | None = None
         error: ProviderError | None = None
+        usage: Usage | None = None
         await self._recording.sending(job.request, len(job.attempts) + 1, self._clock.utc())
         self._counts["attempts"] += 1
         sent_at = self._clock.now()
@@ -238,25 +269,32 @@ class Sender:
             answer = await lane.post(job.request.body)
             lane.gate.learn(lane.codec.limits(answer.headers))
             reply = lane.codec.decode(answer)
+            usage = reply.usage
         except TransportError as exc:
             error = lane.codec.lost(exc)
         except ProviderError as exc:
             error = exc
+            usage = lane.codec.usage(answer) if exc.may_be_billed else None
         finally:
             lane.in_flight -= 1
             if reply is None and error is None:  # cancelled in flight: it may be billed, and nobody will know
                 self._counts["unknown"] += 1
         latency = self._clock.now() - sent_at
+        model = (reply and reply.model) or job.request.model
+        cost = self._pricing.cost(job.request, model, usage) if usage else Cost()
+        if self._budget:
+            is_free = error is not None and not error.may_be_billed
+            self._budget.settle(reserved, 0 if is_free else reserved if cost.nanos is None else cost.nanos)
         if reply is not None:
-            await self._succeeded(lane, job, ticket, reply, latency)
+            await self._succeeded(lane, job, ticket, reply, cost, latency)
         elif error is not None:
-            await self._failed(lane, job, ticket, error, latency)
+            await self._failed(lane, job, ticket, error, _attempt(error, self._clock.utc(), latency, usage, cost))
         self._slots.release()
         self._offer(lane, wake=False)
 
     # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _succeeded(self, lane: Lane, job: Job, ticket: Ticket, reply: Reply, latency: float) -> None:
+    async def _succeeded(self, lane: Lane, job: Job, ticket: Ticket, reply: Reply, cost: Cost, latency: float) -> None:
         self._counts["billed"] += 1
         lane.trouble = None
         lane.window.widen()
@@ -264,10 +302,10 @@ class Sender:
         if reply.usage is not None:
             lane.forecast.learn(job.request, reply.usage)
         lane.gate.settle(ticket, lane.codec.used(reply.usage) if reply.usage else {})
-        await self._finish(job, latency, reply=reply)
+        await self._finish(job, latency, reply=reply, cost=cost)
 
-    async def _failed(self, lane: Lane, job: Job, ticket: Ticket, error: ProviderError, latency: float) -> None:
-        self._count_failure(lane, job, error, latency)
+    async def _failed(self, lane: Lane, job: Job, ticket: Ticket, error: ProviderError, attempt: Attempt) -> None:
+        self._count_failure(lane, job, attempt, error)
         if error.reach is not Reach.REQUEST:
             lane.trouble = error.message
         if error.reach in (Reach.RUN, Reach.MODEL):
@@ -284,7 +322,7 @@ class Sender:
             self._forget(job)
             self._end(lane, _parked(error, self._policy.max_retry_after))
         else:
-            await self._retry_or_give_up(lane, job, error, latency)
+            await self._retry_or_give_up(lane, job, error, attempt.latency_s)
 
     async def _refuse(self, lane: Lane, job: Job, ticket: Ticket, reason: str) -> None:
         """End a request that no waiting would let through."""
@@ -315,8 +353,29 @@ class Sender:
             self._queued_bytes += _size(job.request)
             lane.add_delayed(job, seconds)
 
-    def _count_failure(self, lane: Lane, job: Job, error: ProviderError, latency: float) -> None:
-        job.attempts.append(_attempt(error, self._clock.utc(), latency))
+    async def _reserve(self, request: Request) -> int | None:
+        """Set the worst case of a call aside; None, and nothing more is sent, where the budget does not cover it."""
+        assert self._budget is not None
+        try:
+            amount = self._pricing.worst_case(request)
+            await self._budget.reserve(amount)
+        except (UsageError, BudgetReachedError) as exc:
+            self.stop(exc)
+            return None
+        if self.is_draining:
+            self._budget.settle(amount, 0)
+            return None
+        return amount
+
+    def _leave_pending(self, lane: Lane, job: Job, ticket: Ticket) -> None:
+        """Give back what was taken for a call that is not made."""
+        lane.in_flight -= 1
+        self._slots.release()
+        lane.gate.settle(ticket, None)
+        self._forget(job)
+
+    def _count_failure(self, lane: Lane, job: Job, attempt: Attempt, error: ProviderError) -> None:
+        job.attempts.append(attempt)
         if not error.may_be_billed:
             self._recording.unbilled(job.request, len(job.attempts))
         job.counted += not is_capacity(error)
@@ -325,10 +384,16 @@ class Sender:
             lane.rate_limited += 1
         else:
             self._counts["failed"] += 1
-        self._counts["unknown"] += error.may_be_billed
+        self._counts["unknown"] += attempt.is_unknown
 
     async def _finish(
-        self, job: Job, latency: float, *, reply: Reply | None = None, failure: Failure | None = None
+        self,
+        job: Job,
+        latency: float,
+        *,
+        reply: Reply | None = None,
+        failure: Failure | None = None,
+        cost: Cost | None = None,
     ) -> None:
         request = job.request
         self.changed_at = self._clock.now()
@@ -345,6 +410,7 @@ class Sender:
                 failure=failure,
                 failed_attempts=tuple(job.attempts),
                 latency_s=latency,
+                cost=cost or Cost(),
                 metadata=request.metadata,
             )
         )
@@ -394,7 +460,7 @@ def _size(request: Request) -> int:
     return len(request.body) + _REQUEST_OVERHEAD_BYTES
 
 
-def _attempt(error: ProviderError, at: str, latency: float) -> Attempt:
+def _attempt(error: ProviderError, at: str, latency: float, usage: Usage | None, cost: Cost) -> Attempt:
     return Attempt(
         at=at,
         type=error.type,
@@ -404,6 +470,8 @@ def _attempt(error: ProviderError, at: str, latency: float) -> Attempt:
         code=error.code,
         request_id=error.request_id,
         may_be_billed=error.may_be_billed,
+        usage=usage,
+        cost_nano=cost.nanos,
     )
 
 

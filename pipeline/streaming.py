@@ -11,10 +11,12 @@ import anyio.lowlevel
 from anyio.streams.memory import MemoryObjectSendStream
 
 from pipeline import assemble, jsonl, transport
+from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
 from pipeline.plan import Invalid, Planner
+from pipeline.pricing import Prices
 from pipeline.read import Line
 from pipeline.send import Sender
 from pipeline.types import Request, Result
@@ -37,12 +39,15 @@ async def stream(
     early.
     """
     options = options or Options()
+    config = config or configuration.load()
     outgoing, incoming = anyio.create_memory_object_stream[Result](_WAITING_RESULTS)
     with assemble.settings_for(config, options) as settings:
         planner = assemble.planner(settings, options)
         clock = Clock()
         async with transport.Client(settings.sending) as client:
-            sender = assemble.sender(settings, client, clock, _Outgoing(outgoing))
+            pricing = assemble.Pricing(Prices(config), clock)
+            budget = assemble.budget(config)
+            sender = assemble.sender(settings, client, clock, _Outgoing(outgoing), pricing, budget)
 
             async def work() -> None:
                 async with outgoing, anyio.create_task_group() as beside:

@@ -1,7 +1,8 @@
 """Results -> the totals of a run, as `*.usage.json` and `--json` show them (DESIGN: per-run totals). Pure.
 
-Tokens are summed from what the provider reported and from nothing else. The top level tells what this run did and
-spent; `results` tells the same for the whole results file, earlier runs included.
+Tokens are summed from what the provider reported and from nothing else, money in whole nano-dollars. What failed
+attempts reported counts too: it is billed. The top level tells what this run did and spent; `results` tells the same
+for the whole results file, earlier runs included.
 """
 
 from __future__ import annotations
@@ -42,6 +43,56 @@ class Tokens:
 
 
 @dataclass(slots=True)
+class Spending:
+    """Requests answered, tokens, and money in nano-dollars.
+
+    `nanos` is all that has a price; `wasted` is the part of it that failed attempts cost; `saved` is what the cache
+    saved. `priced` and `unpriced` count the billed calls with and without a known price.
+    """
+
+    requests: int = 0
+    tokens: Tokens = field(default_factory=Tokens)
+    nanos: int = 0
+    wasted: int = 0
+    saved: int = 0
+    priced: int = 0
+    unpriced: int = 0
+
+    def add(self, record: Record | Result) -> None:
+        if record.success:
+            self.requests += 1
+            self.saved += record.cost.saved
+            self._add_call(record.usage, record.cost.nanos)
+        for usage, nanos in record.wasted:
+            self.wasted += nanos or 0
+            self._add_call(usage, nanos)
+
+    def _add_call(self, usage: Usage | None, nanos: int | None) -> None:
+        if usage is not None:
+            self.tokens.add(usage)
+        if nanos is None:
+            self.unpriced += 1
+        else:
+            self.priced += 1
+            self.nanos += nanos
+
+    @property
+    def usd(self) -> float | None:
+        """Dollars; None where not one of the calls has a known price, as unknown is not zero."""
+        return None if self.unpriced and not self.priced else self.nanos / 1e9
+
+    def as_dict(self, price_source: str | None) -> dict[str, Any]:
+        return {
+            "currency": "USD",
+            "total": self.usd,
+            "wasted": self.wasted / 1e9,
+            "saved_by_cache": self.saved / 1e9,
+            "unpriced_requests": self.unpriced,
+            "price_source": price_source,
+        }
+
+
+@dataclass(slots=True)
 class Totals:
     """Running totals over results; `without_usage` counts answers whose server reported no tokens."""
 
@@ -49,45 +100,45 @@ class Totals:
     failed: int = 0
     invalid: int = 0
     without_usage: int = 0
-    tokens: Tokens = field(default_factory=Tokens)
-    _models: dict[tuple[str, str, str], tuple[list[int], Tokens]] = field(
-        default_factory=lambda: defaultdict(lambda: ([0], Tokens()))
-    )
+    spending: Spending = field(default_factory=Spending)
+    _models: dict[tuple[str, str, str], Spending] = field(default_factory=lambda: defaultdict(Spending))
 
     @property
     def finished(self) -> int:
         """How many results there are, of every kind."""
         return self.succeeded + self.failed + self.invalid
 
+    @property
+    def tokens(self) -> Tokens:
+        return self.spending.tokens
+
     def add(self, record: Record | Result) -> None:
         """Count one result, just written or read back."""
-        if not record.success:
+        if record.success:
+            self.succeeded += 1
+            self.without_usage += record.usage is None
+        else:
             self.invalid += record.is_invalid
             self.failed += not record.is_invalid
-            return
-        self.succeeded += 1
-        requests, tokens = self._models[record.provider or "", record.model or "", record.lane]
-        requests[0] += 1
-        if record.usage is None:
-            self.without_usage += 1
-        else:
-            self.tokens.add(record.usage)
-            tokens.add(record.usage)
+            if not record.wasted:
+                return
+        self.spending.add(record)
+        self._models[record.provider or "", record.model or "", record.lane].add(record)
 
     def by_model(self) -> list[dict[str, Any]]:
-        """Return requests and tokens of each (provider, model, lane), the largest first."""
+        """Return requests, tokens and dollars of each (provider, model, lane), the largest first."""
         rows = [
             {
                 "provider": provider,
                 "model": model,
                 "lane": lane,
-                "requests": requests[0],
-                "tokens": tokens.as_dict(),
-                "cost": None,
+                "requests": spending.requests,
+                "tokens": spending.tokens.as_dict(),
+                "cost": spending.usd,
             }
-            for (provider, model, lane), (requests, tokens) in self._models.items()
+            for (provider, model, lane), spending in self._models.items()
         ]
-        return sorted(rows, key=lambda row: -row["tokens"]["total"])
+        return sorted(rows, key=lambda row: (-(row["cost"] or 0.0), -row["tokens"]["total"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +159,8 @@ class Summary:
     `status` is `completed` (every line has a result), `partial` (ended early, can be continued) or `stopped` (by the
     provider, the budget, a signal or storage; `stop_reason` says by what). `results_file` is None for a Python stream.
     `possibly_billed` are calls that brought no answer and may be billed all the same, and that no result line tells
-    of: in flight at the end, or when an earlier run was killed. `warnings` and `failures` (the first few, with file
-    and line) are for people.
+    of: in flight at the end, or when an earlier run was killed. `cap` is what the run may spend, in dollars.
+    `warnings` and `failures` (the first few, with file and line) are for people.
     """
 
     run_id: str
@@ -129,6 +180,8 @@ class Summary:
     attempts: Attempts
     run: Totals
     results: Totals
+    price_source: str | None = None
+    cap: float | None = None
     possibly_billed: Sequence[Sent] = ()
     superseded: int = 0
     warnings: tuple[str, ...] = ()
@@ -136,6 +189,7 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the documented JSON object."""
+        cost = self.run.spending.as_dict(self.price_source)
         return {
             "run_id": self.run_id,
             "status": self.status,
@@ -158,7 +212,7 @@ class Summary:
             },
             "attempts": asdict(self.attempts),
             "tokens": self.run.tokens.as_dict(),
-            "cost": _cost(self.run),
+            "cost": {**cost, "cap": self.cap},
             "by_model": self.run.by_model(),
             "results": {
                 "requests": {
@@ -167,20 +221,10 @@ class Summary:
                     "invalid": self.results.invalid,
                 },
                 "tokens": self.results.tokens.as_dict(),
-                "cost": _cost(self.results),
+                "cost": self.results.spending.as_dict(self.price_source),
                 "by_model": self.results.by_model(),
             },
             "possibly_billed": [sent.as_dict() for sent in self.possibly_billed],
             "superseded": self.superseded,
             "warnings": list(self.warnings),
         }
-
-
-def _cost(totals: Totals) -> dict[str, Any]:
-    """Say what is known of the cost: with no price table, every answer is unpriced, and unknown is not zero."""
-    return {
-        "currency": "USD",
-        "total": None if totals.succeeded else 0,
-        "unpriced_requests": totals.succeeded,
-        "price_source": None,
-    }

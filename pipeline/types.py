@@ -98,8 +98,22 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What an answer cost, in nano-dollars (1e-9 USD): None where no price is known, never 0 for unknown.
+
+    `saved` is what the same tokens would have cost more without a cache (below 0 where writing it cost more).
+    """
+
+    nanos: int | None = None
+    saved: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One failed call for a request: when (UTC, ISO 8601), what came back, how long it took."""
+    """One failed call for a request: when (UTC, ISO 8601), what came back, how long it took.
+
+    `usage` and `cost_nano` are there when an answer that could not be used told what it used: it is billed.
+    """
 
     at: str
     type: str
@@ -109,6 +123,13 @@ class Attempt:
     code: str | None = None
     request_id: str | None = None
     may_be_billed: bool = False
+    usage: Usage | None = None
+    cost_nano: int | None = None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Tell whether it may be billed and nobody knows for how much."""
+        return self.may_be_billed and self.usage is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +164,7 @@ class Result:
     failed_attempts: Sequence[Attempt] = ()
     latency_s: float | None = None
     lane: str = "live"
-    cost_usd: str | None = None
+    cost: Cost = field(default_factory=Cost)
     metadata: Any = None
 
     @property
@@ -173,6 +194,11 @@ class Result:
     @property
     def usage(self) -> Usage | None:
         return self.reply.usage if self.reply else None
+
+    @property
+    def wasted(self) -> Sequence[tuple[Usage, int | None]]:
+        """What failed attempts used and cost (nano-dollars), as far as their answers told it."""
+        return [(attempt.usage, attempt.cost_nano) for attempt in self.failed_attempts if attempt.usage]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from pipeline.limits import Gate
 from pipeline.retry import Policy
 from pipeline.send import Sender
 from pipeline.simulator import Options, build_app
-from pipeline.types import Request, Result
+from pipeline.types import Cost, Request, Result, Usage
 
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-4o"}
 PATHS = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}
@@ -78,6 +78,7 @@ class Run:
             clock=Clock(),
             open_lane=lambda request: self._lane(client, request),
             recording=self,
+            pricing=self,
         )
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.sender.run)
@@ -129,6 +130,12 @@ class Run:
                 max_output_tokens=self.max_tokens,
                 estimated_input_tokens=providers.estimate_input_tokens(body, codec, model),
             )
+
+    def cost(self, request: Request, model: str, usage: Usage) -> Cost:
+        return Cost()
+
+    def worst_case(self, request: Request) -> int:
+        return 0
 
     async def sending(self, request: Request, attempt: int, at: str) -> None:
         pass

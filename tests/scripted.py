@@ -11,6 +11,7 @@ import anyio
 import orjson
 
 from pipeline import providers
+from pipeline.budget import Budget
 from pipeline.clock import Clock
 from pipeline.config import Limits, Sending
 from pipeline.errors import TransportError
@@ -18,7 +19,7 @@ from pipeline.lane import Lane
 from pipeline.limits import Gate
 from pipeline.retry import Policy
 from pipeline.send import Sender
-from pipeline.types import Answer, Protocol, Request, Result
+from pipeline.types import Answer, Cost, Protocol, Request, Result, Usage
 
 Script = Callable[[int], Answer | TransportError]
 """What to answer to the n-th call (from 1) for one request."""
@@ -72,6 +73,9 @@ class World:
     settings: Sending = field(default_factory=Sending)
     limits: Mapping[str, Limits] = field(default_factory=dict)
     read_ahead_bytes: int = 1_000_000
+    price: int = 10
+    worst: int = 500
+    budget: Budget | None = None
     results: list[Result] = field(default_factory=list)
     attempts: list[tuple[str, int]] = field(default_factory=list)
     calls: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -87,6 +91,8 @@ class World:
             clock=Clock(),
             open_lane=self._open_lane,
             recording=self,
+            pricing=self,
+            budget=self.budget,
         )
 
     async def run(self, *requests: Request) -> list[Result]:
@@ -126,6 +132,12 @@ class World:
         if isinstance(answer, TransportError):
             raise answer
         return answer
+
+    def cost(self, request: Request, model: str, usage: Usage) -> Cost:
+        return Cost(nanos=usage.total_tokens * self.price)
+
+    def worst_case(self, request: Request) -> int:
+        return self.worst
 
     async def sending(self, request: Request, attempt: int, at: str) -> None:
         self.attempts.append((request.custom_id, attempt))

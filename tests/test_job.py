@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,10 @@ async def test_the_totals_file_says_what_the_results_say(provider: str, tmp_path
     assert totals["tokens"]["output"] == sum(result["usage"]["output_tokens"] for result in results)
     assert totals["results"]["tokens"] == totals["tokens"]
     assert [row["requests"] for row in totals["by_model"]] == [20]
-    assert totals["cost"]["total"] is None
+    assert totals["cost"]["total"] == pytest.approx(sum(result["cost_usd"] for result in results), abs=1e-12)
+    assert totals["cost"]["total"] == totals["results"]["cost"]["total"] > 0
+    assert (totals["cost"]["unpriced_requests"], totals["cost"]["wasted"]) == (0, 0)
+    assert totals["by_model"][0]["cost"] == totals["cost"]["total"]
 
 
 async def test_the_same_command_again_sends_nothing(tmp_path: Path) -> None:
@@ -222,6 +226,44 @@ async def test_a_limited_account_is_obeyed_without_configuration(tmp_path: Path)
         summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
 
     assert (summary.exit_code, summary.run.succeeded) == (0, 60)
+
+
+async def test_a_cap_is_never_passed_and_raised_the_job_goes_on(tmp_path: Path) -> None:
+    """With 500 in flight nothing is overspent; exit 4, the rest pending; with a higher cap the same call finishes."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}", max_tokens=100) for n in range(600)])
+    output = tmp_path / "out.jsonl"
+
+    with _world(latency=0.02) as (config, server):
+        config = config.with_("sending", concurrency=500)
+        capped = config.with_("budget", per_run=Decimal("0.004"))
+        first = await pipeline.run_batch([source], output=output, config=capped)
+        answered = server.statistics()["answered"]
+        second = await pipeline.run_batch([source], output=output, config=config)
+
+    spent = first.run.spending.usd
+    assert spent is not None
+    assert 0.003 < spent <= 0.004
+    assert (first.exit_code, first.status, first.cap) == (4, "stopped", 0.004)
+    assert "budget is reached" in (first.stop_reason or "")
+    assert 0 < first.run.succeeded == answered < 600
+    assert (second.reused, second.run.succeeded, second.exit_code) == (answered, 600 - answered, 0)
+
+
+async def test_with_a_cap_nothing_is_sent_whose_price_is_unknown(tmp_path: Path) -> None:
+    """An unpriced model is refused before anything is sent, with the way out; without a cap it is answered."""
+    source = _write(tmp_path / "in.jsonl", [_line("q-1"), {**_line("q-2"), "model": "gpt-oss-20b"}])
+
+    with _world() as (config, server):
+        capped = config.with_("budget", per_run=Decimal(1))
+        with pytest.raises(UsageError, match=r"no price is known for openai/gpt-oss-20b.*"):
+            await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=capped)
+        assert server.statistics()["answered"] == 0
+        summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
+
+    costs = {each["custom_id"]: each["cost_usd"] for each in _results(tmp_path / "out.jsonl")}
+    assert costs["q-2"] is None
+    assert costs["q-1"] == summary.run.spending.usd
+    assert summary.as_dict()["cost"]["unpriced_requests"] == 1
 
 
 async def test_ordered_results_stand_in_input_order(tmp_path: Path) -> None:

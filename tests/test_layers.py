@@ -25,7 +25,7 @@ PACKAGE = ROOT / "pipeline"
 LAYERS = (
     ("errors",),
     ("files", "safe", "types"),
-    ("aio", "clock", "config", "disk", "fingerprints", "jsonl"),
+    ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl"),
     ("formats", "journal", "limits", "pricing", "providers", "read", "results", "retry", "simulator", "transport"),
     ("lane", "plan", "record", "totals"),
     ("send",),

@@ -6,10 +6,12 @@ import random
 from dataclasses import replace
 
 import anyio
+import orjson
 import pytest
 
+from pipeline.budget import Budget
 from pipeline.config import Limits, Sending
-from pipeline.errors import OpenAIAPIError, Reach, TransportError, TryLaterError
+from pipeline.errors import BudgetReachedError, OpenAIAPIError, Reach, TransportError, TryLaterError
 from pipeline.lane import FIRST_WAVE
 from pipeline.types import Answer
 from tests.scripted import Script, World, refusal, reply, request
@@ -341,3 +343,52 @@ async def test_a_free_slot_is_used_while_another_lane_waits() -> None:
     await world.run(*(request(f"m-{n}") for n in range(3)), *(request(f"o-{n}", model="o") for n in range(3)))
 
     assert max(world.calls[f"o-{n}"][0] for n in range(3)) < 50.0
+
+
+# ── money ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_no_cap_is_passed_whatever_is_in_flight() -> None:
+    """500 at a time, each reserved at its worst and settled at a third of it: all the money is used, none over."""
+    world = World(settings=Sending(concurrency=500), budget=Budget(40_000), worst=450)
+
+    results = await world.run(*(request(f"r-{n}") for n in range(1_000)))
+
+    spent = sum(result.cost.nanos or 0 for result in results)
+    assert 40_000 - 450 < spent <= 40_000
+    assert isinstance(world.sender.stopped, BudgetReachedError)
+    assert world.sender.statistics().dropped == 1_000 - len(results)
+
+
+async def test_a_call_that_may_be_billed_keeps_its_reserve() -> None:
+    """A timeout may have cost the worst case, so that is what it counts."""
+    lost = TransportError("late", type="timeout", is_sent=True)
+    world = World(scripts={"a": _then_reply(lost)}, budget=Budget(1_000), worst=500)
+
+    await world.run(request("a"))
+
+    assert world.budget is not None
+    assert world.budget.spent == 500 + 150
+
+
+async def test_a_refused_call_costs_nothing() -> None:
+    """429s give their reserve back: any number of them leaves the whole budget."""
+    world = World(scripts={"a": _then_reply(*[refusal(429)] * 20)}, budget=Budget(500), worst=500)
+
+    results = await world.run(request("a"))
+
+    assert [result.success for result in results] == [True]
+    assert world.budget is not None
+    assert world.budget.spent == 150
+
+
+async def test_an_answer_that_cannot_be_used_is_paid_for() -> None:
+    """A 200 without an answer in it, but with a usage, is billed: its tokens and cost stand with the attempt."""
+    body = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+    world = World(scripts={"a": _then_reply(Answer(status=200, headers={}, body=orjson.dumps(body)))})
+
+    (result,) = await world.run(request("a"))
+
+    assert result.success
+    assert [(usage.total_tokens, nanos) for usage, nanos in result.wasted] == [(10, 100)]
+    assert world.sender.statistics().unknown == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +15,7 @@ from pipeline.errors import LineError, ProviderError, Reach, TransportError
 from pipeline.providers.complaints import Rule, complaint_of, description, member, reach_of
 from pipeline.providers.hints import retry_after
 from pipeline.providers.outside import MAX_WORD, printable, word
-from pipeline.types import Answer
+from pipeline.types import Answer, Usage
 
 MAX_TOKENS = 10**9
 """More tokens than any answer can have: a number beyond it is a server's mistake."""
@@ -71,6 +71,15 @@ def invalid_response(answer: Answer, error: type[ProviderError], reason: str) ->
         retry_after=retry_after(answer.headers),
         may_be_billed=True,
     )
+
+
+def usage_of(answer: Answer, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
+    """Return the usage in an answer that could not be used, None where it tells none that can be."""
+    value, _ = _parsed(answer.body)
+    try:
+        return read(value) if isinstance(value, dict) else None
+    except Malformed:
+        return None
 
 
 def lost(error: TransportError, kind: type[ProviderError]) -> ProviderError:

@@ -72,6 +72,9 @@ class AnthropicCodec:
         except Malformed as exc:
             raise answers.invalid_response(answer, AnthropicAPIError, str(exc)) from exc
 
+    def usage(self, answer: Answer) -> Usage | None:
+        return answers.usage_of(answer, _usage)
+
     def lost(self, error: TransportError) -> ProviderError:
         return answers.lost(error, AnthropicAPIError)
 

@@ -46,6 +46,10 @@ class Provider(typing.Protocol):
         """
         ...
 
+    def usage(self, answer: Answer) -> Usage | None:
+        """Return what an answer that is no reply says that it used: it is billed all the same; None if nothing."""
+        ...
+
     def lost(self, error: TransportError) -> ProviderError:
         """Return the provider's error for an answer that never came."""
         ...

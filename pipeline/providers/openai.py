@@ -84,6 +84,9 @@ class OpenAICodec:
         except Malformed as exc:
             raise answers.invalid_response(answer, OpenAIAPIError, str(exc)) from exc
 
+    def usage(self, answer: Answer) -> Usage | None:
+        return answers.usage_of(answer, _usage)
+
     def lost(self, error: TransportError) -> ProviderError:
         return answers.lost(error, OpenAIAPIError)
 
