@@ -115,6 +115,19 @@ def check(**options: Any) -> None:
     _guarded(_check, **options)
 
 
+@main.command(epilog="Example: pipeline verify answers.jsonl --input questions.jsonl")
+@click.argument("results", metavar="RESULTS")
+@click.option("--input", "inputs", multiple=True, metavar="INPUT", help="What was answered; repeatable.")
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object on stdout.")
+def verify(**options: Any) -> None:
+    """Prove from the files alone that RESULTS are whole: no line torn or twice, totals the sum of the lines.
+
+    With --input also that every line of it has one result. Exit 0 if all is proven, 6 if results are damaged, else 1.
+    """
+    _guarded(_verify, **options)
+
+
 @main.command(epilog="Example: pipeline simulate --port 8080 --rpm 600 --fault 529=0.05")
 @click.option("--port", type=click.IntRange(0, 65_535), default=8080, show_default=True, help="0: any free port.")
 @click.option("--rpm", type=int, help="Requests per minute, for each key and model.")
@@ -270,7 +283,7 @@ def _worst(codes: Any) -> int:
     return max(codes, key=order.index, default=0)
 
 
-# ── check and simulate ────────────────────────────────────────────────────────────────────────────────────────────
+# ── check, verify, simulate ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check(
@@ -290,6 +303,25 @@ def _check(
             _say(console, f"{count:,} × {name}")
         _say(console, f"{report.lines:,} lines, {report.invalid:,} invalid")
     return int(report.invalid > 0)
+
+
+def _verify(*, results: str, inputs: tuple[str, ...], config_file: str | None, as_json: bool) -> int:
+    from pipeline import config, safe, verifying
+
+    report = verifying.verify(Path(results), inputs, config.load(config_file))
+    if as_json:
+        _print_json([report.as_dict()])
+        return report.exit_code
+    for text in report.shown:
+        print(f"✗ {safe.text(text)}")
+    if hidden := report.problems.total() - len(report.shown):
+        print(f"✗ … and {hidden:,} more")
+    for text in report.notes:
+        print(f"! {safe.text(text)}")
+    verdict = "NOT PROVEN" if report.exit_code else "proven"
+    looked = f"{report.results:,} results" + (f", {report.inputs:,} input lines" if inputs else "")
+    print(f"{verdict}: {looked}" + ("" if inputs else "; without --input nobody knows whether lines are missing"))
+    return report.exit_code
 
 
 def _simulate(*, port: int, faults: tuple[str, ...], no_rate_headers: bool, **options: Any) -> int:

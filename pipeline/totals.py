@@ -125,6 +125,15 @@ class Totals:
         self.spending.add(record)
         self._models[record.provider or "", record.model or "", record.lane].add(record)
 
+    def as_dict(self, price_source: str | None) -> dict[str, Any]:
+        """Return what is told of a whole results file."""
+        return {
+            "requests": {"succeeded": self.succeeded, "failed": self.failed, "invalid": self.invalid},
+            "tokens": self.tokens.as_dict(),
+            "cost": self.spending.as_dict(price_source),
+            "by_model": self.by_model(),
+        }
+
     def by_model(self) -> list[dict[str, Any]]:
         """Return requests, tokens and dollars of each (provider, model, lane), the largest first."""
         rows = [
@@ -138,7 +147,7 @@ class Totals:
             }
             for (provider, model, lane), spending in self._models.items()
         ]
-        return sorted(rows, key=lambda row: (-(row["cost"] or 0.0), -row["tokens"]["total"]))
+        return sorted(rows, key=lambda row: (-(row["cost"] or 0.0), -row["tokens"]["total"], row["model"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,16 +223,7 @@ class Summary:
             "tokens": self.run.tokens.as_dict(),
             "cost": {**cost, "cap": self.cap},
             "by_model": self.run.by_model(),
-            "results": {
-                "requests": {
-                    "succeeded": self.results.succeeded,
-                    "failed": self.results.failed,
-                    "invalid": self.results.invalid,
-                },
-                "tokens": self.results.tokens.as_dict(),
-                "cost": self.results.spending.as_dict(self.price_source),
-                "by_model": self.results.by_model(),
-            },
+            "results": self.results.as_dict(self.price_source),
             "possibly_billed": [sent.as_dict() for sent in self.possibly_billed],
             "superseded": self.superseded,
             "warnings": list(self.warnings),

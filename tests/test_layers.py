@@ -29,7 +29,7 @@ LAYERS = (
     ("formats", "journal", "limits", "pricing", "providers", "read", "results", "retry", "simulator", "transport"),
     ("lane", "plan", "record", "totals"),
     ("send",),
-    ("assemble", "checking"),
+    ("assemble", "checking", "verifying"),
     ("job", "streaming"),
     ("screen",),
     ("cli",),

@@ -1,0 +1,137 @@
+"""`pipeline verify`: proves from the files alone that nothing is missing, torn, twice or wrongly summed. Reads only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from pipeline import disk, jsonl, read, results
+from pipeline.config import Config
+from pipeline.errors import LineError, UsageError
+from pipeline.fingerprints import FingerprintMap, fingerprint
+from pipeline.plan import Planner
+from pipeline.totals import Totals
+
+SHOWN = 20
+_MAX_LINE_BYTES = 1024 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found: how much was looked at, what is wrong, what a person should know all the same.
+
+    `problems` counts every kind of problem, `shown` holds the first few of them in words.
+    """
+
+    results: int = 0
+    inputs: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    shown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, text: str) -> None:
+        self.problems[kind] += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(text)
+
+    @property
+    def exit_code(self) -> int:
+        """6 when results are damaged, 1 when anything else is wrong, else 0."""
+        return 6 if self.problems["damaged"] else int(self.problems.total() > 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "proven": self.exit_code == 0,
+            "results": self.results,
+            "inputs": self.inputs,
+            "problems": dict(self.problems),
+            "shown": self.shown,
+            "notes": self.notes,
+        }
+
+
+def verify(path: Path, inputs: Sequence[str], settings: Config) -> Report:
+    """Look at a results file, at its totals and, with `inputs`, at whether each of their lines has one result."""
+    if not path.is_file():
+        raise UsageError(f"the results {str(path)!r} are not a file")
+    report = Report()
+    totals = Totals()
+    ids = _results(path, report, totals)
+    _totals(path, report, totals)
+    if inputs:
+        _inputs(inputs, settings, report, ids)
+    return report
+
+
+def _results(path: Path, report: Report, totals: Totals) -> FingerprintMap:
+    """Read every result line; return how many lines each id has."""
+    ids = FingerprintMap()
+    for number, line in _lines(path, report):
+        try:
+            record = results.decode(line)
+        except LineError as exc:
+            report.add("damaged", f"{path}:{number}: {exc.message}")
+            continue
+        report.results += 1
+        totals.add(record)
+        mark = fingerprint(record.custom_id)
+        count = (ids.get(mark) or 0) + 1
+        ids.put(mark, count)
+        if count == 2:
+            report.add("twice", f"{path}:{number}: {record.custom_id!r} has a result before; a finished run keeps one")
+    return ids
+
+
+def _lines(path: Path, report: Report) -> Iterator[tuple[int, bytes]]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number, (line, length) in enumerate(jsonl.lines(file, _MAX_LINE_BYTES), start=1):
+            if length:
+                yield number, line
+        file.seek(max(0, size - 1))
+        if size and file.read(1) != b"\n":
+            report.add("damaged", f"{path}: the last line has no end: the run was killed, repeat it")
+
+
+def _totals(path: Path, report: Report, totals: Totals) -> None:
+    """Compare the totals file with the sum over the lines."""
+    name = disk.beside(path, ".usage.json")
+    try:
+        told = orjson.loads(name.read_bytes())
+        stated, unknown = told["results"], told["possibly_billed"]
+    except FileNotFoundError:
+        report.add("totals", f"{name}: is not there: no run of {path} has ended yet, repeat it")
+        return
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as exc:
+        report.add("totals", f"{name}: cannot be read: {exc}")
+        return
+    if told.get("status") != "completed":
+        report.notes.append(f"the last run has not finished: {told.get('stop_reason') or told.get('status')}")
+    if unknown:
+        report.notes.append(f"{len(unknown):,} call(s) may be billed without an answer; see possibly_billed in {name}")
+    for key, found in totals.as_dict(stated.get("cost", {}).get("price_source")).items():
+        if stated.get(key) != found:
+            report.add("totals", f"{name}: results.{key} is {stated.get(key)}, and the lines add up to {found}")
+
+
+def _inputs(inputs: Sequence[str], settings: Config, report: Report, ids: FingerprintMap) -> None:
+    """Look for the result of every line; ids do not depend on settings."""
+    planner = Planner(settings)
+    found = 0
+    for source in read.sources(inputs):
+        for line in read.lines(source, settings.input.max_line_bytes):
+            report.inputs += 1
+            custom_id = planner.plan(line).custom_id
+            count = ids.get(fingerprint(custom_id))
+            if count:
+                ids.put(fingerprint(custom_id), count - 1)
+                found += 1
+            else:
+                report.add("missing", f"{line.source}:{line.number}: {custom_id!r} has no result")
+    if extra := report.results - found:
+        report.notes.append(f"{extra:,} result(s) belong to no line of the input; they are kept, as they were paid for")

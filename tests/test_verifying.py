@@ -1,0 +1,106 @@
+"""`verify`: what is whole is proven, and every kind of harm that files can come to is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+
+import pipeline
+from pipeline import config as configuration
+from pipeline.config import Config
+from pipeline.simulator import Options, serving
+from pipeline.verifying import Report, verify
+
+QUESTIONS = [
+    {"custom_id": f"q-{n}", "model": "gpt-6-luna", "messages": [{"role": "user", "content": f"question {n}"}]}
+    for n in range(10)
+] + [{"custom_id": "bad", "model": "gpt-6-luna", "messages": []}]
+
+
+@pytest.fixture
+async def folder(tmp_path: Path) -> Path:
+    """A finished job: in.jsonl, out.jsonl, out.usage.json."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in QUESTIONS))
+    with serving(Options()) as server:
+        settings = configuration.simulated(Config(), server.url)
+        await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=settings)
+    return tmp_path
+
+
+def look(folder: Path) -> Report:
+    return verify(folder / "out.jsonl", [str(folder / "in.jsonl")], Config())
+
+
+def change_lines(folder: Path, name: str, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    path = folder / name
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+
+
+async def test_a_finished_job_is_proven(folder: Path) -> None:
+    """Every line has its result, invalid ones too, nothing is torn, the totals are the sums."""
+    report = look(folder)
+
+    assert (report.exit_code, report.results, report.inputs) == (0, 11, 11)
+    assert (report.shown, report.notes) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds", "code"),
+    [
+        pytest.param(lambda lines: lines[1:], {"missing", "totals"}, 1, id="a line is gone"),
+        pytest.param(lambda lines: [*lines, lines[0]], {"twice", "totals"}, 1, id="a line stands twice"),
+        pytest.param(lambda lines: [*lines, lines[0][:40]], {"damaged"}, 6, id="a torn tail"),
+        pytest.param(lambda lines: [*lines[:-1], lines[-1][:-1]], {"damaged"}, 6, id="no end of line"),
+        pytest.param(
+            lambda lines: [lines[0][:50] + b"\0" * 20 + lines[0][70:], *lines[1:]],
+            {"damaged", "missing", "totals"},
+            6,
+            id="a block of NULs",
+        ),
+        pytest.param(
+            lambda lines: [line.replace(b'"output_tokens":', b'"output_tokens":1') for line in lines],
+            {"totals"},
+            1,
+            id="other tokens",
+        ),
+    ],
+)
+async def test_harm_to_results_is_found(
+    folder: Path, change: Callable[[list[bytes]], list[bytes]], kinds: set[str], code: int
+) -> None:
+    """Whatever happened to the file, the proof fails, and says where."""
+    change_lines(folder, "out.jsonl", change)
+
+    report = look(folder)
+
+    assert set(report.problems) == kinds
+    assert report.exit_code == code
+    assert all(str(folder) in text for text in report.shown)
+
+
+async def test_a_line_that_was_never_answered_is_missing(folder: Path) -> None:
+    """A line added to the input after the run is told by file, line and id."""
+    change_lines(folder, "in.jsonl", lambda lines: [*lines, lines[0].replace(b"q-0", b"new")])
+
+    assert look(folder).shown == [f"{folder}/in.jsonl:12: 'new' has no result"]
+
+
+async def test_results_beyond_the_input_are_noted(folder: Path) -> None:
+    """Answers to lines that are gone were paid for: no problem, but told."""
+    change_lines(folder, "in.jsonl", lambda lines: lines[2:])
+
+    report = look(folder)
+
+    assert report.exit_code == 0
+    assert report.notes == ["2 result(s) belong to no line of the input; they are kept, as they were paid for"]
+
+
+async def test_totals_that_are_gone_are_a_problem(folder: Path) -> None:
+    """Without totals nothing says that a run has ended."""
+    (folder / "out.usage.json").unlink()
+
+    assert set(look(folder).problems) == {"totals"}
