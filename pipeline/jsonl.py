@@ -1,14 +1,16 @@
 """JSON Lines, exactly: bytes to lines and values and back, with nothing changed in silence.
 
-orjson is fast and strict (it refuses NaN, lone surrogates, invalid UTF-8), but it turns integers beyond 64 bits into
-floats and keeps the last of two equal keys without a word. Both are rare, so a cheap look at the bytes decides
-whether the exact, slow parser of the standard library has to be asked.
+orjson is fast and strict (it refuses NaN, lone surrogates, invalid UTF-8), but without a word it turns integers beyond
+64 bits into floats and tiny numbers into 0, and keeps the last of two equal keys. All that is rare, so a cheap look at
+the bytes decides whether the exact, slow parser of the standard library has to be asked.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import reprlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from pipeline.errors import LineError
 MAX_DEPTH = 200
 _BEYOND_INTEGERS = 2.0**63  # from here on a float may be what orjson made of an integer
 _KEY = re.compile(rb'"\s*:')
+_TINY = re.compile(rb"[eE]-[0-9]{3}|0{200}")  # one of these is in every number that is not 0 but becomes 0
 _BLOCK_BYTES = 256 * 1024
 
 
@@ -32,7 +35,8 @@ def loads(data: bytes) -> Any:
     _measure(value, 1, shape)
     if shape.depth > MAX_DEPTH:
         raise LineError(f"nested more than {MAX_DEPTH} deep")
-    if shape.has_huge_number or len(_KEY.findall(data)) != shape.keys:
+    is_lossy = shape.has_huge_number or (shape.has_zero and _TINY.search(data))
+    if is_lossy or len(_KEY.findall(data)) != shape.keys:
         return _loads_exactly(data)
     return value
 
@@ -51,14 +55,15 @@ def one_line(raw: bytes) -> bytes:
 
 
 class _Shape:
-    """What a parsed value is made of: object keys in all, depth, and whether an integer may have become a float."""
+    """What a parsed value is made of: object keys in all, depth, and which numbers may be others than those written."""
 
-    __slots__ = ("depth", "has_huge_number", "keys")
+    __slots__ = ("depth", "has_huge_number", "has_zero", "keys")
 
     def __init__(self) -> None:
         self.keys = 0
         self.depth = 0
         self.has_huge_number = False
+        self.has_zero = False
 
 
 def _measure(value: Any, depth: int, shape: _Shape) -> None:
@@ -66,6 +71,7 @@ def _measure(value: Any, depth: int, shape: _Shape) -> None:
     kind = type(value)
     if kind is float:
         shape.has_huge_number |= abs(value) >= _BEYOND_INTEGERS
+        shape.has_zero |= not value
         return
     if kind is not dict and kind is not list:
         return
@@ -81,7 +87,7 @@ def _measure(value: Any, depth: int, shape: _Shape) -> None:
 
 
 def _loads_exactly(data: bytes) -> Any:
-    return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    return json.loads(data, object_pairs_hook=_unique, parse_float=_float, parse_constant=_refuse_constant)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,6 +97,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise LineError(f"the key {twice!r} is given twice in one object")
     return result
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not value and text.lower().partition("e")[0].strip("-0."):
+        raise LineError(f"the number {reprlib.repr(text)} is too small: it would become 0")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:
@@ -103,11 +116,12 @@ class Source(Protocol):
     def read1(self, size: int = -1, /) -> bytes: ...
 
 
-def lines(file: Source, max_bytes: int) -> Iterator[tuple[bytes, int]]:
+def lines(file: Source, max_bytes: int, endless: float = math.inf) -> Iterator[tuple[bytes, int]]:
     """Yield each line without its `\\n`, split on `\\n` only, with its full length in bytes.
 
     Never holds more than `max_bytes` and a block: of a longer line only the first `max_bytes` are kept, and the length
-    tells. A last line without `\\n` is a line; an empty one after the last `\\n` is not.
+    tells. A last line without `\\n` is a line; an empty one after the last `\\n` is not. Raises `LineError` where no
+    line ends within `endless` bytes.
     """
     kept = bytearray()
     length = 0
@@ -124,5 +138,7 @@ def lines(file: Source, max_bytes: int) -> Iterator[tuple[bytes, int]]:
             start = end + 1
         kept += block[start : start + max(0, max_bytes - len(kept))]
         length += len(block) - start
+        if length > endless:
+            raise LineError(f"no line ends within {endless:,} bytes")
     if length:
         yield bytes(kept), length

@@ -1,7 +1,8 @@
 """Inputs -> lines: files, globs, directories, stdin; plain, .gz or .zst; streaming, split on `\\n` only.
 
 Memory does not follow the size of a file: a block and one line are held at a time, and of a line beyond the limit
-only the beginning. What kind of compression a file has is told by its first bytes, not by its name.
+only the beginning; a line that never ends (a device, a bomb) ends its input. What kind of compression a file has is
+told by its first bytes, not by its name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline import jsonl
-from pipeline.errors import UsageError
+from pipeline.errors import LineError, UsageError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -31,9 +32,12 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # What this program writes: x.results.jsonl and what comes to lie beside it, compressed by somebody or not.
 _OURS = re.compile(r"\.(results(\.old-[0-9]+|\.tmp)?|superseded|attempts)\.jsonl(\.gz|\.zst)?$")
 _BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
+_ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to skip: pzstd begins with that
+_ENDLESS_BYTES = 2**30  # nobody's line, and soon read
 _BATCH_LINES = 256
 _BATCH_BYTES = 1024 * 1024
-_DAMAGED = (OSError, EOFError, zlib.error, zstd.ZstdError)
+_UNREADABLE = (OSError, EOFError, zlib.error, zstd.ZstdError, LineError)
 _File = BufferedReader | gzip.GzipFile | zstd.ZstdFile
 
 
@@ -64,12 +68,13 @@ def sources(inputs: Sequence[str]) -> list[str]:
 def lines(source: str, max_line_bytes: int) -> Iterator[Line]:
     """Yield the lines of one input that are not blank, numbered from 1 as an editor numbers them.
 
-    An input that turns out damaged (a cut archive, a disk error) ends with a line that says so.
+    An input that turns out damaged (a cut archive, a disk error) or endless ends with a line that says so.
     """
     number = 0
+    endless = max(_ENDLESS_BYTES, max_line_bytes)
     try:
         with _open(source) as raw, _decompressed(raw) as file:
-            for number, (data, length) in enumerate(jsonl.lines(file, max_line_bytes), start=1):
+            for number, (data, length) in enumerate(jsonl.lines(file, max_line_bytes, endless), start=1):
                 if number == 1:
                     data = data.removeprefix(_BOM)
                 if length > max_line_bytes:
@@ -79,7 +84,7 @@ def lines(source: str, max_line_bytes: int) -> Iterator[Line]:
                     yield Line(source=source, number=number, data=data[:4096], problem=problem)
                 elif data and not data.isspace():
                     yield Line(source=source, number=number, data=data)
-    except _DAMAGED as exc:
+    except _UNREADABLE as exc:
         reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
         problem = f"the input cannot be read beyond this line: {reason}"
         yield Line(source=source, number=number + 1, data=f"{source}:{problem}".encode(), problem=problem)
@@ -149,8 +154,8 @@ def _open(source: str) -> BufferedReader:
 def _decompressed(raw: BufferedReader) -> _File:
     """Return a file to read lines from; closing it does not close `raw`."""
     magic = raw.peek(4)[:4]
-    if magic[:2] == b"\x1f\x8b":
+    if magic.startswith(_GZIP):
         return gzip.GzipFile(fileobj=raw)
-    if magic == b"\x28\xb5\x2f\xfd":
+    if _ZSTD.match(magic):
         return zstd.ZstdFile(raw)
     return raw

@@ -78,6 +78,15 @@ def test_the_line_after_an_overlong_one_is_intact() -> None:
     assert split(data, 10) == [(b"x" * 10, 1_000_000), (b'{"a":1}', 7)]
 
 
+def test_a_line_that_never_ends_is_given_up() -> None:
+    """Where no line ends within the bytes that are given, reading stops with a line error; before that it does not."""
+    data = b"a\n" + b"x" * 1_000_000 + b"\nb\n"
+
+    assert len(list(jsonl.lines(BytesIO(data), 10, 1_000_000))) == 3
+    with pytest.raises(LineError, match="no line ends within 300,000 bytes"):
+        list(jsonl.lines(BytesIO(data), 10, 300_000))
+
+
 # ── loads ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -99,6 +108,7 @@ def test_the_line_after_an_overlong_one_is_intact() -> None:
         pytest.param("-9223372036854775809", -(2**63) - 1, id="-2^63-1"),
         pytest.param('{"a":[1180591620717411303424]}', {"a": [2**70]}, id="2^70"),
         pytest.param("9" * 300, 10**300 - 1, id="300 digits"),
+        pytest.param("[0.0, -0.0e-999, 5e-324]", [0.0, -0.0, 5e-324], id="zeros and the smallest double"),
     ],
 )
 def test_values_are_read_exactly(text: str, expected: Any) -> None:
@@ -116,6 +126,9 @@ def test_values_are_read_exactly(text: str, expected: Any) -> None:
         pytest.param(b'{"a":1,"\\u0061":1}', "'a' is given twice", id="key twice, once escaped"),
         pytest.param(b'[[{"b":{"a":1,"a":2}}]]', "'a' is given twice", id="key twice deep inside"),
         pytest.param(b"1e400", "not valid JSON", id="1e400"),
+        pytest.param(b"1e-400", "'1e-400' is too small", id="1e-400"),
+        pytest.param(b'{"a":0.0,"b":[-2E-324]}', "'-2E-324' is too small", id="half the smallest double"),
+        pytest.param(b"0." + b"0" * 400 + b"1", "is too small", id="400 zeros and a one"),
         pytest.param(b'{"n":NaN}', "not valid JSON", id="NaN"),
         pytest.param(b"[Infinity]", "not valid JSON", id="Infinity"),
         pytest.param(b"[-Infinity]", "not valid JSON", id="-Infinity"),
