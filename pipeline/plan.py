@@ -22,6 +22,7 @@ from pipeline.read import Line
 from pipeline.types import Failure, Request
 
 _REMEMBERED_MODELS = 1_000
+_MOST_TOKENS = 10**9  # more than any answer can have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ class Planner:
             provider=name,
             model=model,
             body=encoded,
-            max_output_tokens=codec.max_output_tokens(body),
+            max_output_tokens=_as_limit(codec.max_output_tokens(body)),
             estimated_input_tokens=providers.estimate_input_tokens(body, config.protocol(endpoint), model),
             metadata=draft.metadata,
         )
@@ -135,9 +136,10 @@ class Planner:
         mark = fingerprint(base)
         if self.ids.add(mark):
             return base
-        count = self._repeats[mark] = self._repeats.get(mark, 1) + 1
-        self.ids.add(fingerprint(f"{base}-{count}"))
-        return f"{base}-{count}"
+        while True:
+            count = self._repeats[mark] = self._repeats.get(mark, 1) + 1
+            if self.ids.add(fingerprint(f"{base}-{count}")):
+                return f"{base}-{count}"
 
     def _require_new(self, custom_id: str) -> None:
         if not self.ids.add(fingerprint(custom_id)):
@@ -158,6 +160,11 @@ class Planner:
         repeat = self._repeats[mark] = self._repeats.get(mark, 0) + 1
         digest = _digest(f"invalid {repeat}\n".encode() + line.data)
         return Invalid(custom_id=custom_id, digest=digest, line=line, failure=failure)
+
+
+def _as_limit(tokens: int | None) -> int | None:
+    """Return a bound to reckon with: a body in its own dialect may say anything, and only its provider judges it."""
+    return min(tokens, _MOST_TOKENS) if tokens and tokens > 0 else None
 
 
 def _known(name: str, endpoints: Mapping[str, Endpoint]) -> str:
