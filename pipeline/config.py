@@ -20,7 +20,16 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import ConfigError, UsageError
 from pipeline.types import OutputFormat, Protocol
@@ -29,6 +38,7 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20
 DEFAULT_FILE = "config.yaml"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -115,6 +125,8 @@ class Endpoint(Section):
 
     @model_validator(mode="after")
     def _has_safe_address(self) -> Self:
+        if not self.url.isprintable() or " " in self.url:
+            raise ValueError("base_url and path must not hold spaces or control characters")
         parts = urlsplit(self.base_url)
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError("base_url must not hold a user, password, query or fragment; use headers or api_key_env")
@@ -144,6 +156,18 @@ class Endpoint(Section):
         for name in self.headers:
             if name.lower() in ("authorization", "x-api-key", "api-key", "cookie"):
                 raise ValueError(f"headers: {name} holds a secret; name its variable in api_key_env instead")
+        return self
+
+    @model_validator(mode="after")
+    def _has_sendable_headers(self) -> Self:
+        """Check what becomes headers; values are not shown, as one may be a secret in the wrong place."""
+        for name in (*self.headers, self.api_key_header or "x"):
+            if not _HEADER.fullmatch(name):
+                raise ValueError(f"{name!r} cannot be the name of a header")
+        own = {"version": self.version, "organization": self.organization, "project": self.project}
+        for name, value in (self.headers | own).items():
+            if value is not None and not (value.isascii() and value.isprintable()):
+                raise ValueError(f"the value of {name} has control characters or letters beyond ASCII")
         return self
 
 
@@ -179,6 +203,17 @@ class Sending(Section):
     use_env_proxy: bool = False
     ca_file: str | None = None
     http2: bool = False
+
+    @field_validator("ca_file")
+    @classmethod
+    def _holds_certificates(cls, path: str | None) -> str | None:
+        """Look now: a file without certificates would be told by failing connections only."""
+        try:
+            if path is not None and b"CERTIFICATE-----" not in Path(path).read_bytes():
+                raise ValueError(f"{path!r} holds no certificates in PEM form")
+        except OSError as exc:
+            raise ValueError(f"cannot read {path!r}: {exc.strerror}") from exc
+        return path
 
 
 class Output(Section):
@@ -239,8 +274,8 @@ _BASE_URL_VARIABLES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE
 class Config(Section):
     """The whole configuration; the defaults are the documented ones of config.yaml, but for the models' names."""
 
-    provider: str = "anthropic"
     providers: dict[str, Endpoint] = Field(default_factory=dict, validate_default=True)
+    provider: str = "anthropic"
     request: RequestDefaults = RequestDefaults()
     limits: ModelLimits = ModelLimits()
     prices: dict[str, Price] = Field(default_factory=dict)
@@ -277,11 +312,22 @@ class Config(Section):
                 merged[name].setdefault("path", default_path)
         return {**data, "providers": merged}
 
-    @model_validator(mode="after")
-    def _knows_its_provider(self) -> Self:
-        if self.provider not in self.providers:
-            raise ValueError(f"provider {self.provider!r} is not one of {', '.join(sorted(self.providers))}")
-        return self
+    @field_validator("provider")
+    @classmethod
+    def _is_known(cls, name: str, info: ValidationInfo) -> str:
+        _require_provider(name, info)
+        return name
+
+    @field_validator("limits")
+    @classmethod
+    def _limits_known_providers(cls, limits: ModelLimits, info: ValidationInfo) -> ModelLimits:
+        """Refuse a cap that would bind nothing."""
+        for name in limits.models:
+            provider, _, model = name.partition("/")
+            if not model:
+                raise ValueError(f"models: {name!r} must be PROVIDER/MODEL")
+            _require_provider(provider, info)
+        return limits
 
     def with_(self, section: str, **changes: Any) -> Config:
         """Return a copy with some fields of one section changed; values of None change nothing."""
@@ -296,6 +342,13 @@ class Config(Section):
         """Return a copy with some top-level fields changed; values of None change nothing."""
         kept = {name: value for name, value in changes.items() if value is not None}
         return _validated({**self.model_dump(), **kept}, path=None, lines={}) if kept else self
+
+
+def _require_provider(name: str, info: ValidationInfo) -> None:
+    """Refuse the name of no provider; where the providers themselves are wrong, that is told instead."""
+    known = info.data.get("providers")
+    if known is not None and name not in known:
+        raise ValueError(f"provider {name!r} is not one of {', '.join(sorted(known))}")
 
 
 def load(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Config:
