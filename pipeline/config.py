@@ -36,6 +36,7 @@ from pipeline.types import OutputFormat, Protocol
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20
+MAX_CONFIG_PARTS = 10_000
 DEFAULT_FILE = "config.yaml"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
@@ -452,7 +453,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; this is not a configuration")
     try:
-        _refuse_depth(text)
+        _refuse_growth(text)
         loader = _Loader(text)
         node = loader.get_single_node()
         data = (loader.construct_document(node) if node else None) or {}
@@ -466,13 +467,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     return data, lines
 
 
-def _refuse_depth(text: bytes) -> None:
-    """Stop before the recursive composer does: it raises RecursionError on deep nesting."""
+def _refuse_growth(text: bytes) -> None:
+    """Stop before the composer does: deep nesting is a RecursionError there, and many small parts take minutes."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_CONFIG_DEPTH:
-            problem = f"nested more than {MAX_CONFIG_DEPTH} deep"
+        if depth > MAX_CONFIG_DEPTH or count > MAX_CONFIG_PARTS:
+            problem = (
+                f"nested more than {MAX_CONFIG_DEPTH} deep"
+                if depth > MAX_CONFIG_DEPTH
+                else f"more than {MAX_CONFIG_PARTS:,} keys and values; this is not a configuration"
+            )
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
 
 

@@ -117,6 +117,7 @@ MUTANTS: tuple[Mutant, ...] = (
     wrong("merge key", "sending: &a {timeout: 5}\noutput: {<<: *a}", ":2: not valid YAML: aliases"),
     wrong("call", "tags: !!python/object/apply:os.abort []", ":1: not valid YAML: could not determine a constructor"),
     wrong("depth 5,000", f"tags: {_NESTED}", ":1: not valid YAML: nested more than 20 deep"),
+    wrong("400,000 values", f"tags: [{'a,' * 400_000}]", ":1: not valid YAML: more than 10,000 keys and values"),
     wrong("2 MB", "# " + "x" * 2_000_000, "larger than 1,000,000 bytes"),
     wrong("invalid UTF-8", b"progress: \xff", "not valid YAML"),
     wrong("NUL", b"progress: log\0", "not valid YAML"),
