@@ -49,6 +49,7 @@ class Planner:
         if provider is not None and provider not in settings.providers:
             raise UsageError(f"provider {provider!r} is not one of {', '.join(sorted(settings.providers))}")
         self._config = settings
+        self._protocols = {name: config.protocol(endpoint) for name, endpoint in settings.providers.items()}
         self._provider = provider
         self._model = model or settings.request.model
         self._salt = salt
@@ -75,8 +76,8 @@ class Planner:
 
     def _request(self, draft: Draft, custom_id: str, line: Line) -> Request:
         name, model = self._destination(draft)
-        endpoint = self._config.providers[name]
-        codec = providers.codec(config.protocol(endpoint))
+        endpoint, protocol = self._config.providers[name], self._protocols[name]
+        codec = providers.codec(protocol)
         if draft.is_portable:
             body: Mapping[str, Any] = codec.body(draft.fields, endpoint, self._config.request, model)
         else:
@@ -92,7 +93,7 @@ class Planner:
             model=model,
             body=encoded,
             max_output_tokens=_as_limit(codec.max_output_tokens(body)),
-            estimated_input_tokens=providers.estimate_input_tokens(body, config.protocol(endpoint), model),
+            estimated_input_tokens=providers.estimate_input_tokens(body, protocol, model),
             metadata=draft.metadata,
         )
 
