@@ -168,6 +168,15 @@ _WHOLE: Mapping[str, tuple[bytes, str]] = {
     "a key twice at the top": (b'{"custom_id":"x",' + openai_line("one")[1:], "'custom_id' is given twice"),
     "body is text": (b'{"custom_id":"x","url":"/v1/chat/completions","body":"{}"}', "body must be an object"),
     "a misspelt key": (b'{"custmo_id":"x",' + anthropic_line("one")[1:], "['custmo_id']: no keys of this dialect"),
+    "escape sequence in a key": (rb'{"\u001b]0;x\u0007":1,' + anthropic_line("one")[1:], "no keys of this dialect"),
+    "escape sequence in a url": (rb'{"url":"\u001b]52;c;eA==\u0007","body":{}}', "url must be"),
+    "escape sequence in a role": (
+        rb'{"messages":[{"role":"\u009b2J\u202e","content":"x"}]}',
+        "messages[0].role must be",
+    ),
+    "escape sequence in a provider": (rb'{"provider":"[/x]\u001b[2J","messages":[{}]}', "is not configured"),
+    "escape sequence in a key twice": (rb'{"\u001bPq\u001b\\":1,"\u001bPq\u001b\\":2}', "is given twice in one object"),
+    "separators in a model": (rb'{"model":["\u2028\r\n"],"messages":[{}]}', "model must be"),
     "a batch of embeddings": (b'{"custom_id":"x","url":"/v1/embeddings","body":{}}', "url must be"),
     "a batch to another host": (b'{"custom_id":"x","url":"http://169.254.169.254/","body":{}}', "url must be"),
 }
