@@ -3,7 +3,8 @@
     python -m tests.torture.fuzz --inputs 1000000 --seed 1
 
 Half of the mutations harm bytes, half put a value where another belongs in well-formed JSON: the first find what a
-parser cannot take, the second what a reader of parsed values took for granted. The same seed gives the same inputs.
+parser cannot take, the second what a reader of parsed values took for granted. What is accepted must have been read,
+and be sent, as what an exact parser reads in it. The same seed gives the same inputs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pipeline.plan import Invalid, Planner
 from pipeline.providers import hints
 from pipeline.read import Line
 from pipeline.types import Answer, Attempt, Failure, OutputFormat, Protocol, Request, Result
+from tests.torture.lines import exactly
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -38,7 +40,6 @@ else:
     from backports import zstd
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_PLANNED_AT_ONCE = 5_000
 
 _TOKENS = (
     b"\0 \xff \xed\xa0\x80 \xef\xbb\xbf \xe2\x80\xa8 \r \n \t \x1b \\ \\ud800 \\u0000 \\u0022 \\ud83d\\ude42 { } [ ] "
@@ -187,22 +188,23 @@ def _is_json(data: bytes) -> bool:
 
 
 class _Plan:
-    """Planners for both default providers; what they make of a line is written as a run writes it."""
+    """A planner for each line, of both default providers in turn; what it refuses is written as a run writes it."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._planners: list[Planner] = []
+        self._settings = [Config(provider=name) for name in ("anthropic", "openai")]
 
     def take(self, data: bytes) -> bool:
-        if self._count % _PLANNED_AT_ONCE == 0:
-            self._planners = [Planner(Config(provider=name)) for name in ("anthropic", "openai")]
         self._count += 1
-        item = self._planners[self._count % 2].plan(Line(source="q.jsonl", number=self._count, data=data))
+        planner = Planner(self._settings[self._count % 2])
+        item = planner.plan(Line(source="q.jsonl", number=self._count, data=data))
         if isinstance(item, Invalid):
             assert item.failure.message.startswith(f"q.jsonl:{self._count}: ")
             results.decode(results.encode(_failed(item), OutputFormat.NATIVE))
             return False
-        assert jsonl.loads(item.body)["model"] == item.model
+        written = dict(exactly(data))
+        for own in ("body", "params"):
+            assert own not in written or exactly(item.body) == written[own], "sent as something else"
         protocol = Protocol(item.provider)
         charge = providers.codec(protocol).charge(item.estimated_input_tokens, 0.0, item.max_output_tokens)
         assert all(0 <= amount < 1e12 for amount in charge.values())
@@ -231,7 +233,7 @@ def _loads(data: bytes) -> bool:
         value = jsonl.loads(data)
     except LineError:
         return False
-    assert jsonl.loads(jsonl.dumps(value)) == value
+    assert exactly(jsonl.dumps(value)) == exactly(data), "read as something else"
     return True
 
 
