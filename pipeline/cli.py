@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ def main() -> None:
     pipeline run questions.jsonl -o answers.jsonl      answer every line
     pipeline run questions.jsonl --simulate            rehearse, without key and network
     pipeline check questions.jsonl                     validate, send nothing
+    pipeline report --by model                         what all runs cost
     """
 
 
@@ -126,6 +128,29 @@ def verify(**options: Any) -> None:
     With --input also that every line of it has one result. Exit 0 if all is proven, 6 if results are damaged, else 1.
     """
     _guarded(_verify, **options)
+
+
+@main.command(epilog="Example: pipeline report --by model --since 30d --format html -o costs.html")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.option("--by", default="day", show_default=True, help="day, week, month, model, provider, run or tag:NAME.")
+@click.option("--since", metavar="DAY", help="First day: 2026-11-26, or 30d for the last 30 days [default: all].")
+@click.option("--until", metavar="DAY", help="Last day; 7d leaves out the last 7 days [default: today].")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv", "html", "prometheus"]),
+    default="table",
+    show_default=True,
+    help="Form of the report; html is one page that works without a network.",
+)
+@click.option("-o", "output", metavar="FILE", help="Write it there instead of to stdout, whole or not at all.")
+@click.option("--include-simulated", is_flag=True, help="Count simulated runs too.")
+@click.option("--ledger", "ledger_file", metavar="FILE", help="Another ledger than that of the settings.")
+@click.option("--rebuild", is_flag=True, help="Instead: record the runs of these result FILEs anew, from them alone.")
+@_config_option
+def report(**options: Any) -> None:
+    """Tell what all recorded runs cost, with the period before to compare; days are UTC."""
+    _guarded(_report, **options)
 
 
 @main.command(epilog="Example: pipeline simulate --port 8080 --rpm 600 --fault 529=0.05")
@@ -346,6 +371,42 @@ def _simulate(*, port: int, faults: tuple[str, ...], no_rate_headers: bool, **op
         simulator.serve_forever(wanted, "127.0.0.1", port, announce)
     except OSError as exc:
         raise UsageError(f"cannot listen on port {port}: {exc.strerror}", hint="--port 0 takes any free one") from exc
+    return 0
+
+
+# ── report ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _report(
+    *,
+    files: tuple[str, ...],
+    rebuild: bool,
+    config_file: str | None,
+    ledger_file: str | None,
+    form: str,
+    output: str | None,
+    **options: Any,
+) -> int:
+    from pipeline import clock, config, report
+
+    ledger = Path(ledger_file) if ledger_file else config.ledger_path(config.load(config_file))
+    if rebuild != bool(files):
+        raise UsageError("--rebuild wants result files, and they want --rebuild: pipeline report --rebuild RESULTS...")
+    if rebuild:
+        rebuilt = report.rebuild(ledger, [Path(file) for file in files])
+        _say(_console(quiet=False), f"{rebuilt} recorded in {str(ledger)!r}")
+        return 6 if rebuilt.damaged else 0
+    content = report.render(
+        report.load(ledger, **options, form=form, now=clock.utc_now()),
+        form,
+        width=shutil.get_terminal_size((120, 24)).columns,
+        is_colored=sys.stdout.isatty() and not output,
+    )
+    if output:
+        report.write(Path(output), content, form=form, ledger=ledger)
+    else:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
     return 0
 
 

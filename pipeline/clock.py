@@ -36,3 +36,8 @@ class Clock:
     def started_at(self) -> str:
         """When the run began: UTC, ISO 8601."""
         return f"{self._started_at:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def utc_now() -> datetime:
+    """Return the time of day in UTC, for what has no event loop."""
+    return datetime.now(UTC)

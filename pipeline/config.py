@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pwd
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -287,6 +288,7 @@ class Config(Section):
     simulator: Simulator = Simulator()
     progress: Literal["auto", "bar", "log", "none"] = "auto"
     tags: dict[str, str] = Field(default_factory=dict)
+    ledger: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -410,6 +412,24 @@ def simulated(settings: Config, url: str) -> Config:
         for name, endpoint in settings.providers.items()
     }
     return settings.replace(providers=providers)
+
+
+def ledger_path(settings: Config, environ: Mapping[str, str] | None = None) -> Path:
+    """Return where the ledger is: `PIPELINE_LEDGER`, else the setting, else the user's data directory.
+
+    cron sets no HOME; then the user database tells the home directory.
+    """
+    environ = os.environ if environ is None else environ
+    try:
+        if named := environ.get("PIPELINE_LEDGER") or settings.ledger:
+            return Path(named).expanduser()
+        data = environ.get("XDG_DATA_HOME", "")
+        home = environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+    except (KeyError, RuntimeError) as exc:
+        hint = "name the file: --ledger FILE, PIPELINE_LEDGER, or ledger: in the configuration"
+        raise UsageError("there is no home directory for the ledger", hint=hint) from exc
+    base = Path(data) if os.path.isabs(data) else Path(home) / ".local" / "share"
+    return base / "pipeline" / "ledger.sqlite"
 
 
 def output_format(config: Config) -> OutputFormat:
