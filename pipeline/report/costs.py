@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -145,16 +145,17 @@ def costs(entries: Entries, runs: Mapping[str, Run], *, by: str, earlier: Entrie
     key = key_of(by)
     rows = grouped(entries, runs, key)
     before = grouped(earlier or {}, runs, key)
-    if by in TIMES:  # a bucket that the period cuts is compared as a whole with the next one
-        known = {name: row.cost_nano for name, row in before.items()}
-        for name, row in rows.items():
-            known[name] = known.get(name, 0) + row.cost_nano
-        with_previous = [_compared(row, known.get(_bucket_before(by, name))) for name, row in rows.items()]
+    if by in TIMES:
+        known = grouped(_joined(earlier or {}, entries), runs, key)
+        cut = before.keys() & rows.keys()  # a part of this week or month lies before the period
+        with_previous = [
+            row if name in cut else _compared(row, known.get(_bucket_before(by, name))) for name, row in rows.items()
+        ]
         return tuple(sorted(with_previous, key=lambda row: row.key))
     if by == "run":
         return tuple(sorted(rows.values(), key=lambda row: (runs[row.key].started_at, row.key)))
     if earlier is not None:
-        rows = {name: _compared(row, before[name].cost_nano if name in before else 0) for name, row in rows.items()}
+        rows = {name: _compared(row, before.get(name, Row(key=name))) for name, row in rows.items()}
     return tuple(sorted(rows.values(), key=lambda row: (-row.cost_nano, -row.total_tokens, row.key)))
 
 
@@ -164,12 +165,15 @@ def total(entries: Entries, runs: Mapping[str, Run], earlier: Entries | None = N
     row = grouped(entries, runs, lambda run, entry: "total").get("total", empty)
     if earlier is None:
         return row
-    return _compared(row, grouped(earlier, runs, lambda run, entry: "total").get("total", empty).cost_nano)
+    return _compared(row, grouped(earlier, runs, lambda run, entry: "total").get("total", empty))
 
 
-def _compared(row: Row, previous: int | None) -> Row:
-    values = {each.name: getattr(row, each.name) for each in fields(Row)}
-    return Row(**{**values, "previous_cost_nano": previous})
+def _joined(earlier: Entries, later: Entries) -> Entries:
+    return {run_id: [*earlier.get(run_id, ()), *later.get(run_id, ())] for run_id in earlier.keys() | later.keys()}
+
+
+def _compared(row: Row, previous: Row | None) -> Row:
+    return replace(row, previous_cost_nano=previous.cost_nano) if previous and previous.is_priced else row
 
 
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────

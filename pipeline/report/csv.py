@@ -15,7 +15,7 @@ _ACTIVE = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠
 def render(report: Report) -> bytes:
     """Return a line of names and one line for each row; figures stay figures, what nobody knows is empty."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    writer = csv.writer(file)  # ends lines as RFC 4180 says, and so quotes a lone return in a text
     writer.writerow(Row(key="").as_dict())
     writer.writerows([_cell(value) for value in row.as_dict().values()] for row in report.rows)
     return file.getvalue().encode()

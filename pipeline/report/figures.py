@@ -29,14 +29,14 @@ def cost_per_1000(row: Row) -> str:
 
 
 def change(row: Row) -> str:
-    """Return e.g. +12 %, against the previous period."""
+    """Return e.g. +12%, against the previous period."""
     if row.change is None:
         return UNKNOWN
-    return f"{row.change:+,.0%}".replace("%", " %") if row.change < 10 else f"×{row.change + 1:,.0f}"
+    return f"{row.change:+.0%}" if row.change < 10 else f"×{row.change + 1:,.0f}"
 
 
 def share(part: float | None) -> str:
-    return UNKNOWN if part is None else f"{part:.0%}".replace("%", " %")
+    return UNKNOWN if part is None else f"{part:.0%}"
 
 
 def short(count: int) -> str:
@@ -55,17 +55,17 @@ def heading(by: str) -> str:
 
 
 def period(report: Report) -> str:
-    return f"{report.first_day} to {report.period.until}"
-
-
-def comparison(report: Report) -> str:
-    """Say what the total is compared with; empty where there is nothing."""
+    """Return the period, and the one that it is compared with."""
     previous = report.period.previous()
-    if previous is None or report.total.previous_cost_nano is None:
+    compared = f", compared with {previous.since} to {previous.until}" if previous else ""
+    return f"{report.first_day} to {report.period.until} (UTC){compared}"
+
+
+def comparison(row: Row) -> str:
+    """Say what was spent in the previous period; empty where there is nothing to compare with."""
+    if row.previous_cost_nano is None:
         return ""
-    before = money(report.total.previous_cost_nano)
-    difference = f", {change(report.total)}" if report.total.change is not None else ""
-    return f"{before} in {previous.since} to {previous.until}{difference}"
+    return f"{money(row.previous_cost_nano)} before" + (f" ({change(row)})" if row.change is not None else "")
 
 
 def caveats(report: Report) -> list[str]:

@@ -54,7 +54,7 @@ def render(report: Report) -> bytes:
         f"default-src 'none'; script-src {_hash(library)} {_hash(script)}; style-src {_hash(style)}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    title = f"Costs by {safe.text(report.by, _KEY_CHARACTERS)}, {figures.period(report)}"
+    title = f"Cost report, {report.first_day} to {report.period.until}"
     head = _element(
         "head",
         _element("meta", charset="utf-8"),
@@ -88,7 +88,7 @@ def _header(report: Report) -> Markup:
     return _element(
         "header",
         _element("h1", "Cost report"),
-        _element("p", f"{figures.period(report)} (UTC)"),
+        _element("p", figures.period(report)),
         _element("button", "Dark", id="theme", type="button", hidden=""),
     )
 
@@ -96,7 +96,7 @@ def _header(report: Report) -> Markup:
 def _tiles(report: Report) -> Markup:
     row = report.total
     tiles = (
-        ("Cost", figures.cost(row), f"before: {figures.comparison(report)}" if figures.comparison(report) else ""),
+        ("Cost", figures.cost(row), figures.comparison(row)),
         (
             "Tokens",
             figures.short(row.total_tokens),

@@ -12,7 +12,7 @@
     return "$" + value.toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: digits });
   };
   const count = (value) => value.toLocaleString("en-US", { notation: value >= 10000 ? "compact" : "standard" });
-  const percent = (value) => Math.round(value) + " %";
+  const percent = (value) => Math.round(value) + "%";
 
   // Colours are resolved by the browser: light-dark() follows the system and the button.
   const color = (name) => {
@@ -29,7 +29,7 @@
   });
   const line = (series, place) => ({
     label: series.label, data: series.data, borderColor: PALETTE[place % PALETTE.length],
-    backgroundColor: PALETTE[place % PALETTE.length], type: "line", borderWidth: 2, tension: 0.2,
+    backgroundColor: PALETTE[place % PALETTE.length], type: "line", borderWidth: 2, cubicInterpolationMode: "monotone",
     pointRadius: series.data.length > 31 ? 0 : 2, pointHitRadius: 8, spanGaps: true,
   });
 
