@@ -17,7 +17,14 @@ asyncio.set_event_loop(None)
 settings.register_profile("pipeline", deadline=None, database=None, max_examples=60)
 settings.load_profile("pipeline")
 
-_VARIABLES = ("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "OPENAI_BASE_URL", "PIPELINE_CONFIG")
+_VARIABLES = (
+    "ANTHROPIC_API_KEY",
+    "OPENAI_API_KEY",
+    "ANTHROPIC_BASE_URL",
+    "OPENAI_BASE_URL",
+    "PIPELINE_CONFIG",
+    "PIPELINE_LEDGER",
+)
 
 
 @pytest.fixture(autouse=True)

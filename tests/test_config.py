@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -663,3 +665,40 @@ def test_a_deep_file_costs_no_stack(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", LOAD_DEEP, str(tmp_path / "c.yaml")], capture_output=True, check=True)
 
     assert done.stdout == b"refused\n"
+
+
+# ── the ledger ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("setting", "environ", "expected"),
+    [
+        pytest.param(None, {"HOME": "/h"}, "/h/.local/share/pipeline/ledger.sqlite", id="home"),
+        pytest.param(None, {"HOME": "/h", "XDG_DATA_HOME": "/d"}, "/d/pipeline/ledger.sqlite", id="XDG_DATA_HOME"),
+        pytest.param(
+            None, {"HOME": "/h", "XDG_DATA_HOME": "d"}, "/h/.local/share/pipeline/ledger.sqlite", id="relative"
+        ),
+        pytest.param("l.sqlite", {"HOME": "/h", "XDG_DATA_HOME": "/d"}, "l.sqlite", id="setting"),
+        pytest.param("l.sqlite", {"PIPELINE_LEDGER": "/x/l"}, "/x/l", id="PIPELINE_LEDGER"),
+        pytest.param("l.sqlite", {"PIPELINE_LEDGER": ""}, "l.sqlite", id="PIPELINE_LEDGER is empty"),
+    ],
+)
+def test_the_nearest_word_names_the_ledger(setting: str | None, environ: Mapping[str, str], expected: str) -> None:
+    """PIPELINE_LEDGER wins over the setting, and that over the user's data directory."""
+    assert config.ledger_path(Config(ledger=setting), environ) == Path(expected)
+
+
+def test_without_home_the_user_database_tells_it() -> None:
+    """cron may set no HOME; the ledger is in the same place all the same."""
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+
+    assert config.ledger_path(Config(), {}) == home / ".local" / "share" / "pipeline" / "ledger.sqlite"
+    assert config.ledger_path(Config(ledger="~/l.sqlite"), {}).is_absolute()
+
+
+def test_a_home_that_is_not_there_is_told() -> None:
+    """A home directory that nobody knows is an error that says how to name the ledger."""
+    with pytest.raises(UsageError, match="no home directory") as caught:
+        config.ledger_path(Config(ledger="~nobody-is-called-so/l.sqlite"), {})
+
+    assert "PIPELINE_LEDGER" in (caught.value.hint or "")

@@ -218,6 +218,8 @@ def _data(report: Report) -> dict[str, Any]:
     by_time = grouped(report.entries, report.runs, time)
     cells = grouped(report.entries, report.runs, lambda run, entry: (time(run, entry), model(run, entry)))
     models = list(dict.fromkeys(name for _, name in sorted(cells, key=lambda cell: (cell[1] == _OTHERS, cell[1]))))
+    priced = {name for (_, name), row in cells.items() if row.cost_nano}
+    models = [name for name in models if name in priced] or models
     empty = Row(key="")
 
     def series(label: str, value: Callable[[Row], float | None]) -> dict[str, Any]:

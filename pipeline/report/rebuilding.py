@@ -135,7 +135,7 @@ def _counts(value: Mapping[str, Any], record: Record) -> dict[str, int]:
         "requests": 1,
         "succeeded": int(record.success),
         "failed": int(not record.success),
-        "attempts": _count(value.get("attempts")) or len(failed) + record.success,
+        "attempts": _count(value.get("attempts")) or max(1, len(failed) + record.success),
         "rate_limited": rate_limited,
         "failed_attempts": len(failed) - rate_limited,
         "unknown": sum(attempt.get("may_be_billed") is True for attempt in failed),
