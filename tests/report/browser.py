@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 _FLAGS = (
     "--headless",
     "--no-sandbox",  # CI runs as root in a container
@@ -138,7 +140,9 @@ class Page:
 def browsing(profile: Path) -> Iterator[Page]:
     """Start a browser with a fresh profile; it is stopped in the end."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert program, "the page is tested in a browser: apt-get install chromium"
+    if not program:  # the tests must pass where only Python is; CI installs it and must not go without
+        assert "CI" not in os.environ, "the page is tested in a browser: apt-get install chromium"
+        pytest.skip("no browser to open the page in: apt-get install chromium")
     commands_out, commands_in = os.pipe()
     events_out, events_in = os.pipe()
     # The browser reads commands from descriptor 3 and writes to 4; bash puts them there.
