@@ -368,7 +368,7 @@ def _run_row(run: Run) -> list[Any]:
     row = {name: getattr(run, name) for name in _RUN_COLUMNS}
     row["simulated"] = int(run.simulated)
     row["inputs"] = json.dumps(run.inputs)  # its escapes hold any file name, also one that is not UTF-8
-    row["tags"] = json.dumps(dict(run.tags))
+    row["tags"] = json.dumps({_text(name): _text(tag) for name, tag in run.tags.items()})
     row["wall_seconds"] = float(run.wall_seconds)
     return [_text(value) for value in row.values()]
 

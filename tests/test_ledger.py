@@ -93,11 +93,12 @@ def test_any_text_can_be_recorded(tags: dict[str, str], inputs: list[str], model
 
 
 def test_lone_surrogates_become_escapes(path: Path) -> None:
-    """A name of a file or model that is not UTF-8 is stored readable, not refused."""
+    """A file, model or tag that is not UTF-8 is stored readable, and can be printed later."""
     with Ledger.open(path) as book:
-        book.record(run(results_file="a\udcff.jsonl"), [entry(model="\ud800")])
+        book.record(run(results_file="a\udcff.jsonl", tags={"t\udcff": "\udcfe"}), [entry(model="\ud800")])
 
         assert book.runs()[0].results_file == "a\\udcff.jsonl"
+        assert book.runs()[0].tags == {"t\\udcff": "\\udcfe"}
         assert book.entries()["run-1"][0].model == "\\ud800"
 
 
@@ -120,6 +121,17 @@ def test_a_run_is_recorded_whole_or_not_at_all(path: Path) -> None:
             book.record(run(), [entry(cost_nano=20), entry(model="gpt-6-sol", cost_nano=2**63)])
 
         assert (book.runs()[0].status, book.entries()) == ("partial", {"run-1": [entry(cost_nano=10)]})
+
+
+def test_an_old_sqlite_can_hold_it() -> None:
+    """Where SQLite is older than STRICT tables, the schema is the same without them."""
+    old = [[statement.replace("STRICT", "") for statement in step] for step in MIGRATIONS]
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        ledger.bring_up_to_date(connection, Path("memory"), old)
+        book = Ledger(connection, Path("memory"))
+        book.record(run(), [entry(cost_nano=7)])
+
+        assert (book.runs(), book.entries()) == ([run()], {"run-1": [entry(cost_nano=7)]})
 
 
 @pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 37), reason="this SQLite knows no STRICT tables")

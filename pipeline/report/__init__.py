@@ -30,6 +30,7 @@ def load(
     include_simulated: bool = False,
 ) -> Report:
     """Read a ledger and put together what a report of this form holds."""
+    by = by.encode("utf-8", "backslashreplace").decode()  # as the ledger holds tags that are not UTF-8
     key_of(by)
     if form == "prometheus" and (since or until):
         raise UsageError("metrics count from the beginning: --since and --until would make counters fall")

@@ -37,7 +37,7 @@ def ledger(tmp_path: Path) -> Path:
 def call(words: Sequence[object], cwd: Path, **environ: str) -> subprocess.CompletedProcess[bytes]:
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH")}
     own = {"XDG_DATA_HOME": str(cwd / "data"), "PIPELINE_CONFIG": str(ROOT / "config.yaml")}
-    command = [sys.executable, "-m", "pipeline", *map(str, words)]
+    command = [sys.executable, "-m", "pipeline", *(word if isinstance(word, bytes) else str(word) for word in words)]
     return subprocess.run(command, cwd=cwd, env=kept | own | environ, capture_output=True, timeout=50, check=False)
 
 
@@ -107,6 +107,18 @@ def test_csv_comes_as_written(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(call_report(["--by", "run", "--format", "csv"], tmp_path).stdout.decode())))
 
     assert [(row["key"], row["cost_usd"]) for row in rows] == [("new", "2"), ("old", "1")]
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv", "html", "prometheus"])
+def test_tags_that_are_not_utf8_can_be_told(tmp_path: Path, ledger: Path, form: str) -> None:
+    """A tag with bytes that are no text, as a shell may give it, breaks no form and can be asked for."""
+    with Ledger.open(ledger) as book:
+        book.record(run("new", tags={"t\udcff": "x\udcfe"}), [entry(requests=1)])
+
+    done = call_report([b"--by", b"tag:t\xff", b"--format", form], tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"x\\udcfe" in done.stdout.replace(b"\\\\", b"\\") or form == "prometheus"
 
 
 @pytest.mark.usefixtures("ledger")
