@@ -274,6 +274,19 @@ def test_a_writer_that_dies_takes_nothing_along(path: Path) -> None:
         assert sorted(book.entries()) == ["after", "before"]
 
 
+def test_writers_wait_for_each_other(path: Path) -> None:
+    """A writer takes the lock before it looks at anything, so it never fails midway, and waits 30 seconds for it."""
+    statements: list[str] = []
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.set_trace_callback(statements.append)
+        ledger.bring_up_to_date(connection, path)
+        Ledger(connection, path).record(run(), [entry()])
+
+    assert [each for each in statements if "BEGIN" in each] == ["BEGIN IMMEDIATE"] * 2
+    with Ledger.open(path) as book:
+        assert book._connection.execute("PRAGMA busy_timeout").fetchone() == (30_000,)
+
+
 def test_durability_does_not_rest_on_a_broken_wal(path: Path) -> None:
     """The journal is a rollback journal, also where somebody had turned WAL on, and every commit is synced in full."""
     with Ledger.open(path) as book:

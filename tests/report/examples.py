@@ -18,7 +18,8 @@ HOSTILE = (
     "\"' onmouseover='document.title=1' x=\"",
     "javascript:document.title='owned'",
     '=HYPERLINK("http://example.com","x")',
-    "<!--<script>",
+    "<!--<script ",
+    "</script x='",
     "\x1b]0;owned\x07\u202egpt",
     'a\\"b\nc{x="1"} 7',
 )

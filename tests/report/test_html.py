@@ -92,6 +92,7 @@ def test_names_make_no_markup(names: list[str]) -> None:
     assert Reader(hostile).tags == Reader(harmless).tags
     assert [name for name, _ in Reader(hostile).attributes] == [name for name, _ in Reader(harmless).attributes]
     assert len(data(hostile)["labels"]) == 1
+    assert not set("<>&\u2028\u2029") & set(Reader(hostile).texts["script"][0])
 
 
 @pytest.mark.parametrize(
