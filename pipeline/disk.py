@@ -95,7 +95,7 @@ def open_locked(path: Path) -> int:
         os.close(fd)  # the holder put a new file in its place meanwhile
 
 
-def replace(path: Path, lines: Iterable[bytes]) -> int:
+def replace(path: Path, lines: Iterable[bytes], *, mode: int = MODE) -> int:
     """Put a new file in the place of an old one, or of none, and return its descriptor, open for appending and locked.
 
     The new one is locked before it can be seen. Raises OSError; then the old one is as it was.
@@ -105,6 +105,7 @@ def replace(path: Path, lines: Iterable[bytes]) -> int:
     try:
         temporary.unlink(missing_ok=True)
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND | os.O_CLOEXEC, MODE)
+        os.fchmod(fd, mode)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for line in lines:
             write_all(fd, line)
@@ -119,10 +120,10 @@ def replace(path: Path, lines: Iterable[bytes]) -> int:
     return fd
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes, *, mode: int = MODE) -> None:
     """Write a small file so that it is there whole or not at all."""
     try:
-        os.close(replace(path, [content]))
+        os.close(replace(path, [content], mode=mode))
     except OSError as exc:
         raise StorageError(f"cannot write {str(path)!r}: {exc.strerror}") from exc
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, files, providers, read, record, transport
+from pipeline import assemble, disk, errors, files, providers, read, rebuilding, record, transport
 from pipeline import config as configuration
+from pipeline import ledger as ledgers
+from pipeline.accounts import Accounts
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
 from pipeline.errors import BudgetReachedError, PipelineError, TryLaterError, UsageError
 from pipeline.fingerprints import FingerprintMap
 from pipeline.journal import Sent
+from pipeline.ledger import Entry, Ledger
 from pipeline.plan import Invalid
 from pipeline.pricing import Prices
 from pipeline.read import Line
@@ -39,6 +42,7 @@ from pipeline.types import Request, Result
 PREVIEW_LINES = 2_000
 SHOWN_FAILURES = 10
 _COUNT_REST_SECONDS = 5.0
+_BOOK_SECONDS = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -72,14 +76,15 @@ async def run_batch(
 
     Repeating a call finishes what is missing. `watch` runs beside the work and may ask for the progress at any time;
     `say` gets sentences for people. Raises `UsageError` before anything is sent, `TryLaterError` when another run
-    holds the output, `StorageError` when results cannot be stored. What providers answer raises nothing: it is in the
-    results and the summary.
+    holds the output, `StorageError` when results or ledger cannot be stored. What providers answer raises nothing: it
+    is in the results and the summary.
     """
     options = options or Options()
     config = config or configuration.load()
     prices = Prices(config)
     with assemble.settings_for(config, options) as settings:
-        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, prices, say)
+        ledger = configuration.ledger_path(config)
+        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, prices, ledger, say)
         try:
             return await run.execute(watch, handle_signals=handle_signals)
         except BaseExceptionGroup as group:
@@ -100,6 +105,7 @@ class _Run:
         settings: Config,
         options: Options,
         prices: Prices,
+        ledger: Path,
         say: Callable[[str], None],
     ) -> None:
         room = files.room_for(settings.sending.concurrency)
@@ -107,6 +113,8 @@ class _Run:
         self.settings = settings.with_("sending", concurrency=room)
         self.options = options
         self.prices = prices
+        self.ledger = ledger
+        self.accounts = Accounts()
         self.say = say
         self.clock = Clock()
         self.pricing = assemble.Pricing(prices, self.clock)
@@ -156,6 +164,7 @@ class _Run:
         summary = self._summary(superseded)
         totals = orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         disk.write_file(disk.beside(self.recorder.path, ".usage.json"), totals)
+        await to_thread.run_sync(self._close_books, summary)
         self.recorder.end()
         return summary
 
@@ -187,10 +196,24 @@ class _Run:
         self.done = self.recorder.done(self.all_totals.add)
         self.recorder.begin()
         self.earlier_unknown = self.recorder.unknown()
+        self._open_books()
         if self.done.damaged:
             self.warnings += (f"{self.done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
         if self.done.lines or self.done.damaged or self.settings.output.ordered:
             self.positions = FingerprintMap()
+
+    def _open_books(self) -> None:
+        """Note in the ledger that this run goes on, and learn from it what the caps of day and month leave."""
+        self._account(self._books("running"))
+        if self.budget and not self.options.simulate:
+            now = self.clock.moment()
+            today = now.replace(hour=0, minute=0, second=0, microsecond=0)
+            with Ledger.open(self.ledger) as ledger:
+                self.budget = assemble.budget(
+                    self.settings,
+                    spent_today=ledger.spent(today),
+                    spent_this_month=ledger.spent(today.replace(day=1)),
+                )
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -202,6 +225,7 @@ class _Run:
                 if watch:
                     beside.start_soon(watch, self.progress)
                 beside.start_soon(to_thread.run_sync, self.prices.load)
+                beside.start_soon(self._keep_books)
                 beside.start_soon(self.sender.stop_when_stalled, assemble.patience(self.settings))
                 async with anyio.create_task_group() as work:
                     work.start_soon(self._read_and_submit)
@@ -254,6 +278,12 @@ class _Run:
         self.reused_failed += not outcome
         return True
 
+    async def _keep_books(self) -> None:
+        """Bring the ledger up to date now and then, so a run that is killed is in it, and other runs' caps hold."""
+        while True:
+            await anyio.sleep(_BOOK_SECONDS)
+            await to_thread.run_sync(self._account, self._books("running"), self.accounts.entries())
+
     async def _heed_signals(self, work: anyio.CancelScope) -> None:
         """First signal: send nothing new and finish what is in flight. Second: stop now."""
         with anyio.open_signal_receiver(*_SIGNALS) as signals:
@@ -271,6 +301,7 @@ class _Run:
     def _count(self, result: Result) -> None:
         self.run_totals.add(result)
         self.all_totals.add(result)
+        self.accounts.add(result, result.completed_at[:10])
         if result.failure and len(self.failures) < SHOWN_FAILURES:
             self.failures.append(_describe_failure(result))
 
@@ -337,6 +368,51 @@ class _Run:
             warnings=(*self.warnings, *_possibly_billed(unknown)),
             failures=tuple(self.failures),
         )
+
+    def _books(self, status: str) -> ledgers.Run:
+        """Return what the ledger holds of this run, as far as it has come."""
+        return ledgers.Run(
+            run_id=self.run_id,
+            started_at=self.clock.started_at,
+            status=status,
+            simulated=self.options.simulate,
+            results_file=str(self.recorder.path.absolute()),
+            inputs=tuple(self.sources),
+            tags=self.settings.tags,
+            price_source=self.prices.source,
+            total=self.read_lines,
+            succeeded=self.run_totals.succeeded,
+            failed=self.run_totals.failed,
+            invalid=self.run_totals.invalid,
+            reused=self.reused,
+            wall_seconds=self.clock.elapsed(),
+        )
+
+    def _account(self, run: ledgers.Run, entries: Sequence[Entry] = ()) -> None:
+        with Ledger.open(self.ledger) as ledger:
+            ledger.record(run, entries)
+
+    def _close_books(self, summary: Summary) -> None:
+        """Record the run as it ended, and what is in the results of earlier ones that were killed."""
+        run = replace(
+            self._books(summary.status),
+            finished_at=summary.finished_at,
+            exit_code=summary.exit_code,
+            stop_reason=summary.stop_reason,
+            pending=summary.pending,
+            wall_seconds=summary.wall_seconds,
+        )
+        self._account(run, self.accounts.entries(summary.possibly_billed))
+        with Ledger.open(self.ledger) as ledger:
+            killed = [
+                each
+                for each in ledger.runs(include_simulated=True)
+                if each.status == "running" and each.results_file == run.results_file
+            ]
+            for each in killed:
+                ledger.record(replace(each, status="killed"), ())
+            if killed:
+                rebuilding.rebuild(ledger, [self.recorder.path], only={each.run_id for each in killed})
 
     def _reason(self) -> str | None:
         if self.signal:

@@ -16,7 +16,7 @@ import orjson
 
 from pipeline import jsonl
 from pipeline.errors import LineError
-from pipeline.types import Attempt, Cost, Failure, OutputFormat, Reply, Result, Usage
+from pipeline.types import Attempt, Cost, Failure, OutputFormat, Reply, Result, Usage, wasted
 
 _ANTHROPIC_STOP = {
     "stop": "end_turn",
@@ -49,8 +49,14 @@ class Record:
     lane: str = "live"
     usage: Usage | None = None
     cost: Cost = field(default_factory=Cost)
-    wasted: Sequence[tuple[Usage, int | None]] = ()
+    attempts: int = 0
+    failed_attempts: Sequence[Attempt] = ()
     run: str | None = None
+
+    @property
+    def wasted(self) -> Sequence[tuple[Usage, int | None]]:
+        """What failed attempts used and cost (nano-dollars), as far as their answers told it."""
+        return wasted(self.failed_attempts)
 
 
 def encode(
@@ -163,6 +169,7 @@ def _tail(result: Result) -> dict[str, Any]:
         "lane": result.lane,
         "usage": _usage(result.usage),
         "cost_usd": _usd(result.cost.nanos),
+        "attempts": result.attempts,
         "completed_at": result.completed_at,
     }
     if result.cost.saved:
@@ -331,7 +338,8 @@ def _from_native(value: Mapping[str, Any]) -> Record:
         lane=value.get("lane", "live"),
         usage=_to_usage(value.get("usage")),
         cost=_to_cost(value),
-        wasted=_to_wasted(value["failed_attempts"] if "failed_attempts" in value else value.get("error")),
+        attempts=value.get("attempts", 0),
+        failed_attempts=_to_attempts(value.get("failed_attempts") or value.get("error", {}).get("attempts")),
         run=value.get("run"),
     )
 
@@ -359,7 +367,8 @@ def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> R
         lane=value["lane"],
         usage=_to_usage(value["usage"]),
         cost=_to_cost(value),
-        wasted=_to_wasted(value.get("failed_attempts")),
+        attempts=value.get("attempts", 0),
+        failed_attempts=_to_attempts(value.get("failed_attempts")),
         run=value.get("run"),
     )
 
@@ -393,15 +402,29 @@ def _to_usage(value: Mapping[str, Any] | None) -> Usage | None:
 
 
 def _to_cost(value: Mapping[str, Any]) -> Cost:
-    nanos, saved = value.get("cost_usd"), value.get("saved_usd", 0)
-    return Cost(nanos=None if nanos is None else round(nanos * 1e9), saved=round(saved * 1e9))
+    nanos = _to_nanos(value.get("cost_usd"))
+    return Cost(nanos=None if nanos is None or nanos < 0 else nanos, saved=_to_nanos(value.get("saved_usd")) or 0)
 
 
-def _to_wasted(attempts: Any) -> Sequence[tuple[Usage, int | None]]:
-    """Return what failed attempts used and cost, from the list of them or from the error that holds it."""
-    if isinstance(attempts, Mapping):
-        attempts = attempts["attempts"]
-    if not attempts:
-        return ()
-    found = ((_to_usage(attempt.get("usage")), _to_cost(attempt).nanos) for attempt in attempts)
-    return [(usage, nanos) for usage, nanos in found if usage]
+def _to_nanos(dollars: Any) -> int | None:
+    """Return dollars as whole nano-dollars; what is no amount is unknown, never 0."""
+    return round(dollars * 1e9) if type(dollars) in (int, float) else None
+
+
+def _to_attempts(values: Sequence[Mapping[str, Any]] | None) -> Sequence[Attempt]:
+    """Read failed attempts back."""
+    return [
+        Attempt(
+            at=value.get("at", ""),
+            type=value.get("type", ""),
+            message=value.get("message", ""),
+            latency_s=value.get("latency_s", 0.0),
+            status=value.get("status"),
+            code=value.get("code"),
+            request_id=value.get("request_id"),
+            may_be_billed=value.get("may_be_billed") is True,
+            usage=_to_usage(value.get("usage")),
+            cost_nano=_to_nanos(value.get("cost_usd")),
+        )
+        for value in values or ()
+    ]

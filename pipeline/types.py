@@ -132,6 +132,11 @@ class Attempt:
         return self.may_be_billed and self.usage is None
 
 
+def wasted(attempts: Sequence[Attempt]) -> Sequence[tuple[Usage, int | None]]:
+    """Return what failed attempts used and cost (nano-dollars), as far as their answers told it."""
+    return [(attempt.usage, attempt.cost_nano) for attempt in attempts if attempt.usage] if attempts else ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Why a line has no answer. `attempts` lists the calls that failed (empty for an invalid line)."""
@@ -198,7 +203,7 @@ class Result:
     @property
     def wasted(self) -> Sequence[tuple[Usage, int | None]]:
         """What failed attempts used and cost (nano-dollars), as far as their answers told it."""
-        return [(attempt.usage, attempt.cost_nano) for attempt in self.failed_attempts if attempt.usage]
+        return wasted(self.failed_attempts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -28,7 +29,14 @@ _VARIABLES = (
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch, _ledger_of_the_tests: Path) -> None:
     for variable in _VARIABLES:
         monkeypatch.delenv(variable, raising=False)
         monkeypatch.delenv(variable.lower(), raising=False)
+    monkeypatch.setenv("PIPELINE_LEDGER", str(_ledger_of_the_tests))
+
+
+@pytest.fixture(scope="session")
+def _ledger_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One ledger for all runs of the tests, in place of the user's."""
+    return tmp_path_factory.mktemp("ledger") / "ledger.sqlite"

@@ -23,8 +23,8 @@ COMMAND = [sys.executable, "-m", "pipeline"]
 
 
 def _environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "SYSTEMROOT")}
-    return kept | {"PIPELINE_CONFIG": str(ROOT / "config.yaml")} | more
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "PIPELINE_LEDGER")}
+    return kept | {"PIPELINE_CONFIG": str(ROOT / "config.yaml"), "PYTHONPATH": str(ROOT)} | more
 
 
 def _call(

@@ -24,6 +24,7 @@ from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.config import Config
 from pipeline.errors import OpenAIAPIError, TryLaterError, UsageError
+from pipeline.ledger import Ledger
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, answer_token, serving
 
@@ -500,3 +501,47 @@ async def test_a_killed_run_tells_what_it_may_have_paid_for(tmp_path: Path) -> N
     assert truth["duplicates_paid"] <= len(unknown) == second.attempts.unknown
     assert sorted(each["custom_id"] for each in _results(output)) == sorted(f"q-{n}" for n in range(60))
     assert (second.exit_code, third.reused, third.possibly_billed) == (0, 60, ())
+
+
+async def test_the_ledger_says_what_the_lines_and_the_provider_say(tmp_path: Path) -> None:
+    """After a kill, a resume, retries and a repeat, ledger, result lines and totals agree to the nano-dollar."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(60)])
+    output, books = tmp_path / "out.jsonl", tmp_path / "ledger.sqlite"
+    command = [sys.executable, "-m", "pipeline", "run", str(source), "-o", str(output), "--concurrency", "5", "-q"]
+
+    with _world(latency=0.1, faults={"500": 0.1}) as (config, server):
+        config = config.replace(ledger=str(books))
+        urls = {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "any", "PIPELINE_LEDGER": str(books)}
+        await to_thread.run_sync(_kill_on_the_way, command, {**os.environ, **urls}, output)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PIPELINE_LEDGER", str(books))
+            for _ in range(2):
+                summary = await pipeline.run_batch([source], output=output, config=config)
+        truth = server.statistics()
+
+    lines = _results(output)
+    with Ledger.open(books) as ledger:
+        runs = ledger.runs()
+        entries = [entry for each in ledger.entries().values() for entry in each]
+    assert [run.status for run in runs] == ["killed", "completed", "completed"]
+    assert sum(entry.cost_nano for entry in entries) == sum(round(line["cost_usd"] * 1e9) for line in lines)
+    assert sum(entry.cost_nano for entry in entries) == round((summary.results.spending.usd or 0) * 1e9)
+    for name in ("input_tokens", "output_tokens"):
+        assert sum(getattr(entry, name) for entry in entries) == sum(line["usage"][name] for line in lines)
+    assert sum(entry.succeeded for entry in entries) == 60
+    assert truth["answered"] == 60 + truth["duplicates_paid"]
+
+
+async def test_the_caps_of_day_and_month_count_what_other_runs_spent(tmp_path: Path) -> None:
+    """What the ledger holds of today is taken off the cap of the day; at once, before anything is sent."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}", max_tokens=100) for n in range(30)])
+
+    with _world() as (config, server), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIPELINE_LEDGER", str(tmp_path / "ledger.sqlite"))
+        first = await pipeline.run_batch([source], output=tmp_path / "a.jsonl", config=config)
+        spent = first.run.spending.nanos
+        capped = config.with_("budget", per_day=Decimal(spent).scaleb(-9), per_month=Decimal(1))
+        second = await pipeline.run_batch([source], output=tmp_path / "b.jsonl", config=capped)
+        answered = server.statistics()["answered"]
+
+    assert (second.exit_code, second.run.succeeded, second.pending, answered) == (4, 0, 30, 30)

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.errors import StorageError, UsageError
+from pipeline import rebuilding
+from pipeline.disk import write_file
+from pipeline.errors import UsageError
 from pipeline.ledger import Ledger
-from pipeline.record import write_file
-from pipeline.report import csv, html, json, prometheus, rebuilding, table
+from pipeline.rebuilding import Rebuilt
+from pipeline.report import csv, html, json, prometheus, table
 from pipeline.report.costs import Report, key_of, to_period, to_report
-from pipeline.report.rebuilding import Rebuilt
 
 _FORMS = {"json": json.render, "csv": csv.render, "html": html.render, "prometheus": prometheus.render}
 
@@ -60,16 +61,7 @@ def write(path: Path, content: bytes, *, form: str, ledger: Path) -> None:
     """Write a report so that it is there whole or not at all; others may read metrics, as node_exporter must."""
     if path.exists() and (not path.is_file() or (ledger.exists() and path.samefile(ledger))):
         raise UsageError(f"-o {str(path)!r} is not a file that a report may replace")
-    if form != "prometheus":
-        write_file(path, content)
-        return
-    readable = path.with_name(path.name + ".new")
-    write_file(readable, content)
-    try:
-        readable.chmod(0o644)
-        readable.replace(path)
-    except OSError as exc:
-        raise StorageError(f"cannot write {str(path)!r}: {exc.strerror}") from exc
+    write_file(path, content, mode=0o644 if form == "prometheus" else 0o600)
 
 
 def rebuild(path: Path, files: Sequence[Path]) -> Rebuilt:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline import report, results
 from pipeline.errors import UsageError
 from pipeline.ledger import Entry, Ledger, Run
-from pipeline.report.rebuilding import Rebuilt
+from pipeline.rebuilding import Rebuilt
 from pipeline.types import OutputFormat, Reply, Request, Result, Usage
 
 RUN_ID = "run-20261126T010203Z-abc123"
@@ -73,7 +73,7 @@ def test_lines_become_runs_and_entries(folder: Path) -> None:
     """Answers, failures, calls, tokens and money of each run, model, lane and day are told by the lines alone."""
     limited = {"type": "rate_limit_error", "status": 429}
     late = {"type": "timeout", "may_be_billed": True}
-    broken = {"type": "invalid_response", "status": 200, "may_be_billed": True, "cost_usd": 0.25}
+    broken = {"type": "invalid_response", "status": 200, "may_be_billed": True, "usage": {}, "cost_usd": 0.25}
     write(
         "a.jsonl",
         answer("q-1", attempts=3, failed_attempts=[limited, late]),
@@ -97,7 +97,7 @@ def test_lines_become_runs_and_entries(folder: Path) -> None:
         attempts=5,
         rate_limited=2,
         failed_attempts=2,
-        unknown=2,
+        unknown=1,
         cost_nano=562_500,
         wasted_nano=250_000_000,
     )

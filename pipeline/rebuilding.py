@@ -8,21 +8,21 @@ the run, else from the ledger where it knows the run. A line that stands in two 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from pipeline import jsonl, results
+from pipeline.accounts import Accounts
+from pipeline.disk import beside
 from pipeline.errors import LineError, UsageError
 from pipeline.fingerprints import FingerprintSet, fingerprint
-from pipeline.ledger import NANO, Entry, Ledger, Run
-from pipeline.record import beside
+from pipeline.ledger import Ledger, Run
 from pipeline.results import Record
 
 _MAX_LINE_BYTES = 1024 * 1024 * 1024
@@ -49,14 +49,17 @@ class _Found:
 
     results_file: Path
     lines: Counter[str] = field(default_factory=Counter)
-    entries: dict[tuple[str, str, str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    accounts: Accounts = field(default_factory=Accounts)
     first: str = "9999"
     last: str = ""
     is_simulated: bool = False
 
 
-def rebuild(ledger: Ledger, files: Sequence[Path]) -> Rebuilt:
-    """Record the runs of these result files and of what was set aside beside them; other runs stay as they are."""
+def rebuild(ledger: Ledger, files: Sequence[Path], only: Collection[str] | None = None) -> Rebuilt:
+    """Record the runs of these result files and of what was set aside beside them; other runs stay as they are.
+
+    With `only` just the runs with these ids.
+    """
     found: dict[str, _Found] = {}
     summaries: dict[str, Mapping[str, Any]] = {}
     seen = FingerprintSet()
@@ -67,7 +70,9 @@ def rebuild(ledger: Ledger, files: Sequence[Path]) -> Rebuilt:
         summaries[str(summary.get("run_id"))] = summary
     known = {run.run_id: run for run in ledger.runs(include_simulated=True)}
     for run_id, what in found.items():
-        ledger.record(_run(run_id, what, summaries.get(run_id), known.get(run_id)), _entries(what))
+        if only is not None and run_id not in only:
+            continue
+        ledger.record(_run(run_id, what, summaries.get(run_id), known.get(run_id)), what.accounts.entries())
     return Rebuilt(runs=len(found), results=len(seen), damaged=damaged)
 
 
@@ -122,38 +127,7 @@ def _add(value: Mapping[str, Any], record: Record, path: Path, main: Path, found
         what.lines["invalid"] += 1
         return
     what.lines["succeeded" if record.success else "failed"] += 1
-    counts = what.entries[at[:10], record.provider or "", record.model or "", record.lane]
-    counts.update(_counts(value, record))
-
-
-def _counts(value: Mapping[str, Any], record: Record) -> dict[str, int]:
-    """Return what one result adds to its entry."""
-    failed = _failed_attempts(value)
-    rate_limited = sum(attempt.get("status") == 429 for attempt in failed)
-    cost = _nano(value.get("cost_usd"))
-    counts = {
-        "requests": 1,
-        "succeeded": int(record.success),
-        "failed": int(not record.success),
-        "attempts": _count(value.get("attempts")) or max(1, len(failed) + record.success),
-        "rate_limited": rate_limited,
-        "failed_attempts": len(failed) - rate_limited,
-        "unknown": sum(attempt.get("may_be_billed") is True for attempt in failed),
-        "cost_nano": (cost or 0) if record.success else 0,
-        "unpriced": int(record.success and cost is None),
-        "wasted_nano": sum(_nano(attempt.get("cost_usd")) or 0 for attempt in failed),
-    }
-    if record.usage:
-        names = [name for name in Entry.__slots__ if name.endswith("_tokens")]
-        counts |= {name: getattr(record.usage, name) for name in names}
-    return counts
-
-
-def _failed_attempts(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the calls that failed; an answer lists them beside it, a failure in it."""
-    error = value.get("error")
-    attempts = error.get("attempts") if isinstance(error, dict) else value.get("failed_attempts")
-    return [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
+    what.accounts.add(record, at[:10])
 
 
 # ── runs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,11 +140,6 @@ def _summary(path: Path) -> Mapping[str, Any]:
     except (OSError, orjson.JSONDecodeError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _entries(what: _Found) -> Iterator[Entry]:
-    for (day, provider, model, lane), counts in what.entries.items():
-        yield Entry(day=day, provider=provider, model=model, lane=lane, **counts)
 
 
 def _run(run_id: str, what: _Found, summary: Mapping[str, Any] | None, known: Run | None) -> Run:
@@ -246,10 +215,3 @@ def _string(value: object) -> str | None:
 
 def _count(value: object) -> int | None:
     return value if type(value) is int and value >= 0 else None
-
-
-def _nano(value: object) -> int | None:
-    """Return dollars as whole nano-dollars; None where it is no amount."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        return None
-    return round(Decimal(str(value)) * NANO)
