@@ -434,7 +434,7 @@ class _Run:
 
 
 def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
-    """Refuse an output that is an input under any name: path, symlink or hard link."""
+    """Refuse an output that is an input under any name (path, symlink, hard link, stdin), or whose side files are."""
     try:
         str(output).encode()
     except UnicodeEncodeError as exc:
@@ -443,9 +443,9 @@ def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
         raise UsageError(f"the output {str(output)!r} is a directory; name a file, or use -d for one file per input")
     if not output.parent.is_dir():
         raise UsageError(f"the output's directory {str(output.parent)!r} does not exist")
-    for source in sources:
-        if output.exists() and source != read.STDIN and os.path.samefile(output, source):
-            raise UsageError(f"the output {str(output)!r} is also an input; results would overwrite requests")
+    for name in (output, *(disk.beside(output, suffix) for suffix in record.SIDE_FILES)):
+        if name.exists() and any(read.is_file_of(source, name) for source in sources):
+            raise UsageError(f"the output {str(name)!r} is also an input; results would overwrite requests")
 
 
 def _retirement(settings: Config, provider: str, model: str) -> str | None:

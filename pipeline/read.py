@@ -104,6 +104,13 @@ def batches(inputs: Iterable[str], max_line_bytes: int) -> Iterator[list[Line]]:
         yield batch
 
 
+def is_file_of(source: str, path: Path) -> bool:
+    """Tell whether an input is a file that exists, under whatever name."""
+    if source == STDIN:
+        return sys.stdin is not None and os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat())
+    return os.path.samefile(source, path)
+
+
 def stem(source: str) -> str:
     """Return the name of an input without its suffixes: `data/q.jsonl.gz` -> `q`."""
     name = "stdin" if source == STDIN else Path(source).name

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import anyio
+import orjson
 from anyio import to_thread
 
-from pipeline import disk, jsonl, results
+from pipeline import disk, journal, jsonl, results
 from pipeline.errors import LineError, StorageError, UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.journal import Journal, Sent
@@ -30,6 +31,7 @@ from pipeline.types import OutputFormat, Request, Result
 # A write and its sync are shared by the lines of a moment: one for every line would cost more than all the rest.
 _GROUP_LINES = 64
 _GROUP_SECONDS = 0.005
+SIDE_FILES = (".usage.json", journal.SUFFIX, ".superseded.jsonl", ".torn")
 _FIRST_LOOK_BYTES = 1024 * 1024
 _MAX_RESULT_BYTES = 1024 * 1024 * 1024
 
@@ -236,12 +238,12 @@ class Recorder:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, lines: list[bytes], journal: list[bytes]) -> None:
+    def _write(self, lines: list[bytes], calls: list[bytes]) -> None:
         """Write answers first: they are paid for, and a journal that finds no room must not cost them."""
         try:
             if lines:
                 self._open_file().append(b"".join(lines))
-            self._journal.write(journal)
+            self._journal.write(calls)
         except StorageError:
             self._has_failed = True
             raise
@@ -308,10 +310,24 @@ class Recorder:
 
 
 def _refuse_foreign(fd: int, path: Path) -> None:
-    """Refuse a file whose beginning holds whole lines and not one result: it is somebody's, and not to be repaired."""
-    *whole, _ = os.pread(fd, _FIRST_LOOK_BYTES, 0).split(b"\n")
-    if whole and all(_decode_or_none(line) is None for line in whole):
+    """Refuse a file whose beginning is not ours: it is somebody's, and not to be repaired.
+
+    Ours holds a result among its whole lines or, where a crash left less than one, what begins like one.
+    """
+    *whole, rest = os.pread(fd, _FIRST_LOOK_BYTES, 0).split(b"\n")
+    if not (any(_decode_or_none(line) for line in whole) if whole else _is_begun_result(rest.rstrip(b"\0"))):
         raise UsageError(f"{str(path)!r} exists and holds no results; choose another -o, or move it away")
+
+
+def _is_begun_result(fragment: bytes) -> bool:
+    """Tell whether this may be what a crash left of a first line: a result, or less than a JSON text that is none."""
+    if _decode_or_none(fragment) is not None:
+        return True
+    try:
+        orjson.loads(fragment)
+    except orjson.JSONDecodeError:
+        return any(fragment.startswith(begin[: len(fragment)]) for begin in results.BEGINNINGS)
+    return False
 
 
 def _repair_tail(fd: int, path: Path) -> None:

@@ -18,6 +18,9 @@ from pipeline import jsonl
 from pipeline.errors import LineError
 from pipeline.types import Attempt, Cost, Failure, OutputFormat, Reply, Result, Usage, wasted
 
+BEGINNINGS = (b'{"custom_id":', b'{"id":"batch_req_')
+"""How the lines of all dialects begin."""
+
 _ANTHROPIC_STOP = {
     "stop": "end_turn",
     "length": "max_tokens",

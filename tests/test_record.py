@@ -738,10 +738,18 @@ def test_the_lock_is_on_the_file_itself(path: Path) -> None:
     writer.release()
 
 
-def test_a_file_of_somebody_elses_is_refused_and_left_alone(tmp_path: Path) -> None:
-    """An output that holds lines and not one result, such as an input given as -o, is not touched."""
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b'{"custom_id":"a","messages":[]}\n{"custom_id":"b","messages":[]}', id="input lines"),
+        pytest.param(b'{"custom_id":"a","messages":[]}', id="one input line without end"),
+        pytest.param(b"remember the milk", id="one line of text without end"),
+    ],
+)
+def test_a_file_of_somebody_elses_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    """An output that holds no result, such as an input given as -o, is not touched."""
     path = tmp_path / "questions.jsonl"
-    path.write_bytes(b'{"custom_id":"a","messages":[]}\n{"custom_id":"b","messages":[]}')
+    path.write_bytes(content)
     before = path.read_bytes()
 
     with pytest.raises(UsageError, match="holds no results"):
