@@ -23,6 +23,7 @@ _BEYOND_INTEGERS = 2.0**63  # from here on a float may be what orjson made of an
 _KEY = re.compile(rb'"\s*:')
 _TINY = re.compile(rb"[eE]-[0-9]{3}|0{200}")  # one of these is in every number that is not 0 but becomes 0
 _BLOCK_BYTES = 256 * 1024
+_NO_LINE_ENDS = bytes.maketrans(b"\r\n", b"  ")
 
 
 def loads(data: bytes) -> Any:
@@ -41,6 +42,13 @@ def loads(data: bytes) -> Any:
     return value
 
 
+def is_too_deep(value: Any) -> bool:
+    """Tell whether a value is nested deeper than a line may be."""
+    shape = _Shape()
+    _measure(value, 1, shape)
+    return shape.depth > MAX_DEPTH
+
+
 def dumps(value: Any) -> bytes:
     """Encode as compact JSON; integers of any size stay exact."""
     try:
@@ -50,8 +58,11 @@ def dumps(value: Any) -> bytes:
 
 
 def one_line(raw: bytes) -> bytes:
-    """Return a valid JSON text without line ends: there they can only stand between tokens."""
-    return raw.replace(b"\n", b" ") if b"\n" in raw else raw
+    """Return a valid JSON text without line ends: there they can only stand between tokens.
+
+    A lone carriage return ends a line for whoever reads a file as text, so it goes too.
+    """
+    return raw.translate(_NO_LINE_ENDS) if b"\n" in raw or b"\r" in raw else raw
 
 
 class _Shape:

@@ -884,26 +884,44 @@ def usage_of(protocol: Protocol, **usage: Any) -> bytes:
             id="more for 1h than written",
         ),
         pytest.param(ANTHROPIC, orjson.dumps(message(usage=[])), id="a list"),
-        pytest.param(ANTHROPIC, orjson.dumps(message(content="ab")), id="content is text"),
-        pytest.param(ANTHROPIC, orjson.dumps(message(content=[{"type": "text"}])), id="text without text"),
-        pytest.param(ANTHROPIC, orjson.dumps(message(type="completion")), id="another type"),
-        pytest.param(ANTHROPIC, orjson.dumps(completion()), id="openai's answer"),
         pytest.param(OPENAI, usage_of(OPENAI, prompt_tokens="3", completion_tokens=1), id="text"),
         pytest.param(
             OPENAI,
             usage_of(OPENAI, prompt_tokens=3, completion_tokens=1, prompt_tokens_details={"cached_tokens": 4}),
             id="more cached than input",
         ),
+    ],
+)
+def test_usage_that_cannot_be_is_none(protocol: Protocol, body: bytes) -> None:
+    """Numbers that no answer can have are not believed, and do not cost the answer, which is paid for."""
+    reply = providers.codec(protocol).decode(Answer(status=200, body=body))
+
+    assert reply.usage is None
+    assert reply.content
+
+
+@pytest.mark.parametrize(
+    ("protocol", "body"),
+    [
+        pytest.param(ANTHROPIC, orjson.dumps(message(content="ab")), id="content is text"),
+        pytest.param(ANTHROPIC, orjson.dumps(message(content=[{"type": "text"}])), id="text without text"),
+        pytest.param(ANTHROPIC, orjson.dumps(message(type="completion")), id="another type"),
+        pytest.param(ANTHROPIC, orjson.dumps(completion()), id="openai's answer"),
         pytest.param(OPENAI, orjson.dumps({"choices": []}), id="no choices"),
         pytest.param(ANTHROPIC, orjson.dumps(message(content=[{"type": "tool_use"}])), id="call without name"),
         pytest.param(OPENAI, orjson.dumps(completion(tool_calls=[{"id": "c"}])), id="openai call without name"),
         pytest.param(OPENAI, orjson.dumps({"choices": [{"text": "x"}]}), id="no message"),
         pytest.param(OPENAI, orjson.dumps(completion(content={"a": 1})), id="content is an object"),
         pytest.param(OPENAI, orjson.dumps(completion(tool_calls="f")), id="calls are text"),
+        pytest.param(
+            OPENAI,
+            json.dumps(completion()).encode()[:-1] + b',"extra":' + b"[" * 201 + b"]" * 201 + b"}",
+            id="nested too deep to store",
+        ),
     ],
 )
 def test_reply_that_breaks_its_protocol_is_no_success(protocol: Protocol, body: bytes) -> None:
-    """A body that is not what the protocol promises, or a usage that cannot be, is an invalid response."""
+    """A body that is not what the protocol promises is an invalid response."""
     error = fails(protocol, Answer(status=200, body=body))
 
     assert (error.type, error.reach, error.may_be_billed) == ("invalid_response", Reach.ATTEMPT, True)

@@ -42,6 +42,9 @@ def accepted(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) 
         raise refused(answer, value, error, rules)
     if answer.status != 200 or not isinstance(value, dict):
         raise invalid_response(answer, error, "not a JSON object")
+    if raw.count(b"[") + raw.count(b"{") > jsonl.MAX_DEPTH and jsonl.is_too_deep(value):
+        # It would go into a result line that nobody can read again.
+        raise invalid_response(answer, error, f"nested more than {jsonl.MAX_DEPTH} deep")
     return value, raw
 
 
@@ -103,6 +106,17 @@ def count(usage: Mapping[str, Any], name: str) -> int | None:
     if type(value) is not int or not 0 <= value <= MAX_TOKENS:
         raise Malformed(f"usage.{name} is {printable(repr(value), MAX_WORD)}")
     return value
+
+
+def believable(usage: Callable[[Mapping[str, Any]], Usage | None], message: Mapping[str, Any]) -> Usage | None:
+    """Return the usage that a function reads from a message, None where it tells what cannot be.
+
+    Wrong numbers are no reason to throw an answer away and pay for another.
+    """
+    try:
+        return usage(message)
+    except Malformed:
+        return None
 
 
 def optional_object(owner: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -102,7 +102,7 @@ def _reply(message: Mapping[str, Any], raw: bytes, request_id: str | None) -> Re
         content="".join(texts) if texts else None,
         finish_reason=finish_reason if isinstance(finish_reason, str) else None,
         truncated=finish_reason in _CUT,
-        usage=_usage(message),
+        usage=answers.believable(_usage, message),
         raw=raw,
         refusal=_refusal(message) if finish_reason == "refusal" else None,
         tool_calls=tuple(_tool_call(block) for block in blocks if block.get("type") == "tool_use"),
