@@ -30,8 +30,8 @@ from pipeline.read import Line
 from pipeline.types import Request
 from tests.torture.fuzz import fuzz
 from tests.torture.lines import LINES, NAMES, Case, Name, anthropic_line, exactly, openai_line
+from tests.torture.listener import listening
 from tests.torture.memory import checked, conversations
-from tests.torture.wire import listening
 
 if sys.version_info >= (3, 14):
     from compression import zstd

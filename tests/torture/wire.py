@@ -1,83 +1,83 @@
-"""A server that keeps every body as it came over the wire, to be compared with what was written."""
+"""One connection of the chaos server: reads honest requests, writes whatever it is told, and can end in any way."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+import asyncio
+import socket
+import struct
+from dataclasses import dataclass
 
-import orjson
-
-_CHAT = {
-    "id": "chatcmpl-1",
-    "object": "chat.completion",
-    "model": "m",
-    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "fine"}}],
-    "usage": {"prompt_tokens": 1, "completion_tokens": 1},
-}
-_MESSAGE = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": "m",
-    "content": [{"type": "text", "text": "fine"}],
-    "stop_reason": "end_turn",
-    "usage": {"input_tokens": 1, "output_tokens": 1},
-}
-_ANSWERS = {"/v1/chat/completions": orjson.dumps(_CHAT), "/v1/messages": orjson.dumps(_MESSAGE)}
+LONGEST_WAIT = 30.0  # no client of ours waits so long: one that does shows in the journal
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
-class Wire(ThreadingHTTPServer):
-    """Answers both protocols; `bodies` holds what was posted, byte for byte."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incoming:
+    """A request as it came; header names are in lower case."""
 
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.bodies: list[bytes] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    @property
-    def environ(self) -> dict[str, str]:
-        """The variables that point a run here."""
-        return {
-            "ANTHROPIC_BASE_URL": self.url,
-            "OPENAI_BASE_URL": f"{self.url}/v1",
-            "ANTHROPIC_API_KEY": "key",
-            "OPENAI_API_KEY": "key",
-        }
+    path: str
+    headers: dict[str, str]
+    body: bytes
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Wire:
+    """A connection. Whatever is sent to a client that left raises `ConnectionError`."""
 
-    def do_POST(self) -> None:
-        server: Any = self.server
-        server.bodies.append(self.rfile.read(int(self.headers["content-length"])))
-        answer = _ANSWERS[self.path]
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._writer.transport.set_write_buffer_limits(0)  # `drain` returns when the kernel has taken everything
+        host, port = writer.get_extra_info("peername")[:2]
+        self.peer = f"{host}:{port}"
+        self.is_open = True
+        self.sent_bytes = 0
+        self.requests = 0
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def listening() -> Iterator[Wire]:
-    """Yield a wire that listens, in a thread of its own."""
-    with Wire() as wire:
-        thread = threading.Thread(target=wire.serve_forever, args=(0.02,))
-        thread.start()
+    async def read_request(self) -> Incoming | None:
+        """Return the next request; None when the client left."""
         try:
-            yield wire
-        finally:
-            wire.shutdown()
-            thread.join()
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            request, *lines = head.rstrip().split("\r\n")
+            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+            body = await self._reader.readexactly(int(headers.get("content-length", 0)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        self.requests += 1
+        self.sent_bytes = 0
+        return Incoming(path=request.split(" ")[1], headers=headers, body=body)
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes; returns when the kernel has taken them all."""
+        if self._writer.transport.is_closing():
+            raise ConnectionResetError("the client left")
+        self._writer.write(data)
+        await self._writer.drain()
+        self.sent_bytes += len(data)
+
+    async def drip(self, data: bytes, pause: float) -> None:
+        """Send bytes one at a time, until the client leaves or `LONGEST_WAIT` is over."""
+        for index in range(min(len(data), int(LONGEST_WAIT / pause))):
+            await self.send(data[index : index + 1])
+            await asyncio.sleep(pause)
+
+    async def wait_left(self) -> None:
+        """Do nothing until the client leaves, `LONGEST_WAIT` at most; then leave as well."""
+        try:
+            async with asyncio.timeout(LONGEST_WAIT):
+                while await self._reader.read(65_536):
+                    pass
+        except (TimeoutError, ConnectionError):
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """End in order: FIN."""
+        self.is_open = False
+        self._writer.close()
+
+    def reset(self) -> None:
+        """End at once: RST."""
+        self.is_open = False
+        sock: socket.socket = self._writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._writer.transport.abort()
