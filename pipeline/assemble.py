@@ -11,6 +11,7 @@ from pipeline import providers, retry, transport
 from pipeline.budget import Budget
 from pipeline.clock import Clock
 from pipeline.config import Config
+from pipeline.discreet import discreet
 from pipeline.errors import PipelineError, UsageError
 from pipeline.lane import Lane
 from pipeline.limits import Gate
@@ -141,7 +142,7 @@ def sender(
         return Lane(
             provider=request.provider,
             model=request.model,
-            post=client.post_to(endpoint.url, codec.headers(endpoint, key)),
+            post=discreet(client.post_to(endpoint.url, codec.headers(endpoint, key)), key),
             codec=codec,
             gate=Gate(settings.limits.of(request.provider, request.model)),
             concurrency=settings.sending.concurrency,

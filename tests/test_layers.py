@@ -39,7 +39,7 @@ LAYERS = (
         "simulator",
         "transport",
     ),
-    ("accounts", "lane", "plan", "record", "totals"),
+    ("accounts", "discreet", "lane", "plan", "record", "totals"),
     ("rebuilding", "send"),
     ("assemble", "checking", "report", "verifying"),
     ("job", "streaming"),

@@ -215,6 +215,19 @@ def page(status: str, kind: str = "text/html; charset=utf-8") -> Act:
     return ok(lambda call: replies.page_body(call, status), status=status, kind=kind)
 
 
+def redirect(status: int) -> Act:
+    """Send the client elsewhere, with the key in the address where the server is careless."""
+    return sends(
+        lambda call: replies.reply(
+            call,
+            replies.page_body(call, "moved"),
+            f"{status} Moved",
+            f"location: https://{call.echo or 'elsewhere'}.example/?key={call.echo}",
+            kind="text/html",
+        )
+    )
+
+
 def error(status: str, anthropic: str, openai: str, *lines: str, code: str | None = None, says: str = "broken") -> Act:
     """Send an error in the protocol's own form."""
     return ok(lambda call: _error(call, anthropic, openai, code, says), *lines, status=status)
@@ -557,7 +570,7 @@ _TABLE: dict[str, list[dict[str, Any]]] = {
             )
         ),
         *(
-            _refused(f"redirect_{status}", page(f"{status} Moved"), End.RUN_STOPS, "redirect")
+            _refused(f"redirect_{status}", redirect(status), End.RUN_STOPS, "redirect")
             for status in (301, 302, 307, 308)
         ),
         _refused(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +24,7 @@ from tests.torture import check, truth
 from tests.torture.chaos import Server
 from tests.torture.faults import FAULTS, PROTOCOLS, End, Fault
 
+ROOT = Path(__file__).parents[2]
 KEY = "sk-CANARY-7Qm2xVt9LrWc4ZbNhK8sYpJd3Gf6"
 KEY_VARIABLE = "CHAOS_API_KEY"
 TIMEOUT = 20.0
@@ -136,6 +140,29 @@ def endpoint(url: str, protocol: str) -> dict[str, str]:
     """Return the entry of a provider."""
     base = url if protocol == "anthropic" else f"{url}/v1"
     return {"protocol": protocol, "base_url": base, "api_key_env": KEY_VARIABLE}
+
+
+def process(
+    folder: Path,
+    records: Iterable[Record],
+    settings: dict[str, Any],
+    *,
+    module: str = "pipeline",
+    prefix: Sequence[str] = (),
+    key: str = KEY,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the command as a process, with its files in `folder`."""
+    write_input(folder / "in.jsonl", records)
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    files = ["in.jsonl", "-o", "out.jsonl", "-c", "config.yaml"]
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", module, "run", *files],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), KEY_VARIABLE: key},
+        capture_output=True,
+        timeout=HANG_SECONDS,
+        check=False,
+    )
 
 
 def run(
