@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -32,8 +33,8 @@ from tests.torture.wire import Incoming, Wire
 
 HOST = "127.0.0.1"
 _READ_LIMIT = 1 << 20
-RETRIED = sorted(fault.name for fault in FAULTS.values() if fault.end in (End.RETRIED, End.EITHER))
-"""What is drawn from: the faults that clear when the record is asked for again."""
+DRAWN = sorted(f.name for f in FAULTS.values() if f.end in (End.RETRIED, End.EITHER) and not f.is_refusal)
+"""What is drawn from: what a retry passes; not refusals for the rate, which slow a client down as they are meant to."""
 
 Script = Mapping[str, Sequence[str | None]]
 
@@ -59,7 +60,7 @@ class Plan:
             return FAULTS[name] if name else None
         if truth.share(self.seed, record_id, attempt) >= self.rate:
             return None
-        return FAULTS[RETRIED[int(truth.share("kind", self.seed, record_id, attempt) * len(RETRIED))]]
+        return FAULTS[DRAWN[int(truth.share("kind", self.seed, record_id, attempt) * len(DRAWN))]]
 
 
 class Journal:
@@ -92,7 +93,9 @@ class Chaos:
             ready.set_result(None)
             await asyncio.get_running_loop().create_future()
 
-    async def listen(self, sock: socket.socket, door: str | None = None, times: int = 0) -> None:
+    async def listen(
+        self, sock: socket.socket, door: str | None = None, times: int = 0, tls: ssl.SSLContext | None = None
+    ) -> None:
         """Accept connections; the first `times` of them are treated as the door says, before anything is read."""
         left = iter(range(times))
 
@@ -100,12 +103,14 @@ class Chaos:
             is_shut = door is not None and next(left, None) is not None
             self._tasks.create_task(self._slam(door or "", reader, writer) if is_shut else self._serve(reader, writer))
 
-        self._tasks.create_task(_serve_forever(await asyncio.start_server(connected, sock=sock, limit=_READ_LIMIT)))
+        server = await asyncio.start_server(connected, sock=sock, limit=_READ_LIMIT, ssl=tls)
+        self._tasks.create_task(_serve_forever(server))
 
     async def _slam(self, door: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         wire = Wire(reader, writer)
         self._journal.write(event="connection", peer=wire.peer, fault=door)
         await DOORS[door].act(wire, Call(record_id="", attempt=0, protocol="", model=""))
+        await wire.leave()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         wire = Wire(reader, writer)
@@ -115,8 +120,7 @@ class Chaos:
             while wire.is_open and (incoming := await wire.read_request()):
                 await self._reply(wire, incoming, connection)
         finally:
-            if wire.is_open:
-                wire.close()
+            await wire.leave()
 
     async def _reply(self, wire: Wire, incoming: Incoming, connection: int) -> None:
         call = self._call(wire, incoming)
@@ -194,11 +198,18 @@ class Server:
         self.journal = journal
         self.url = self.open()
 
-    def open(self, sock: socket.socket | None = None, *, door: str | None = None, times: int = 0) -> str:
+    def open(
+        self,
+        sock: socket.socket | None = None,
+        *,
+        door: str | None = None,
+        times: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> str:
         """Listen on a socket, else on a free port, and return its address."""
         sock = sock or bound()
-        asyncio.run_coroutine_threadsafe(self._chaos.listen(sock, door, times), self._loop).result(10)
-        return f"http://{HOST}:{sock.getsockname()[1]}"
+        asyncio.run_coroutine_threadsafe(self._chaos.listen(sock, door, times, tls), self._loop).result(10)
+        return f"{'https' if tls else 'http'}://{HOST}:{sock.getsockname()[1]}"
 
 
 @contextmanager
@@ -218,6 +229,8 @@ def serving(journal: Path, plan: Plan) -> Iterator[Server]:
         loop.call_soon_threadsafe(running.cancel)
         thread.join(30)
         books.close()
+        if not running.cancelled() and (error := running.exception()):
+            raise error
 
 
 async def _wait(ready: asyncio.Future[None]) -> None:
@@ -227,7 +240,7 @@ async def _wait(ready: asyncio.Future[None]) -> None:
 def _run(loop: asyncio.AbstractEventLoop, running: asyncio.Task[None]) -> None:
     try:
         loop.run_until_complete(asyncio.gather(running, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(asyncio.sleep(0))  # what was aborted is closed in the next turn
     finally:
         loop.close()
 

@@ -661,6 +661,8 @@ _TABLE: dict[str, list[dict[str, Any]]] = {
 
 FAULTS = {fault.name: fault for group, rows in _TABLE.items() for fault in _rows(group, rows)}
 """Every fault that the server chooses by record and attempt, by name."""
+BOMBS = [name for name in FAULTS if name.startswith("huge_body") or name.endswith("_bomb")]
+"""Faults that are larger than any memory should allow."""
 DOORS = {
     name: Fault(
         name=name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import anyio
 import pytest
 
 from pipeline.job import Progress
-from tests.torture import chaos, check, trial
+from tests.torture import chaos, check, histories, trial
 from tests.torture.chaos import Plan
 from tests.torture.faults import DOORS, FAULTS, PROTOCOLS, End, Fault
 from tests.torture.trial import MAX_ATTEMPTS, SHORT_TIMEOUT, Record, Trial
@@ -156,10 +155,11 @@ def test_a_server_that_is_not_there_is_waited_for(tmp_path: Path, protocol: str)
     sock = chaos.bound()
     with chaos.serving(tmp_path / "journal.jsonl", Plan()) as server:
         url = f"http://{chaos.HOST}:{sock.getsockname()[1]}"
-        settings = {"providers": {"refused": trial.endpoint(url, protocol)}, "sending": trial.SENDING}
+        sending = {**trial.SENDING, "max_attempts": 1}
+        settings = {"providers": {"refused": trial.endpoint(url, protocol)}, "sending": sending}
 
         async def come_late(progress: Callable[[], Progress]) -> None:
-            while progress().sender.failed <= MAX_ATTEMPTS:  # noqa: ASYNC110 (a refusal leaves no other trace)
+            while progress().sender.failed < 3:  # noqa: ASYNC110 (a refusal leaves no other trace)
                 await anyio.sleep(0.01)
             await anyio.to_thread.run_sync(server.open, sock)
 
@@ -168,7 +168,7 @@ def test_a_server_that_is_not_there_is_waited_for(tmp_path: Path, protocol: str)
     assert done.verdict.faults == {}
     failed = [attempt for result in done.results.values() for attempt in attempts(result)]
     assert {(attempt["type"], attempt["may_be_billed"]) for attempt in failed} == {("connection_error", False)}
-    assert len(failed) > MAX_ATTEMPTS
+    assert len(failed) >= 3
     assert all(result["success"] for result in done.results.values())
 
 
@@ -213,12 +213,8 @@ def test_one_model_stops_alone(tmp_path: Path, fault: Fault, protocol: str) -> N
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_history_drawn_by_lot_ends_well(tmp_path: Path, seed: int) -> None:
     """Whatever meets whom, every record ends once, and as the server's books say."""
-    records = [Record(id=f"r{n}", lane=PROTOCOLS[n % 2], protocol=PROTOCOLS[n % 2]) for n in range(100)]
-    with chaos.serving(tmp_path / "journal.jsonl", Plan(seed=seed, rate=0.1)) as server:
-        settings = trial.settings(server, records, timeout=SHORT_TIMEOUT, max_attempts=20)
-        done = trial.run(tmp_path, server.journal, records, settings)
+    done = histories.run(tmp_path, records=300, lanes=20, seed=seed, rate=0.2)
 
     assert done.verdict.faults == {}
-    assert done.verdict.answered == 100
-    assert any(call["fault"] for call in done.calls)
-    assert json.loads(done.output.with_name("out.usage.json").read_bytes())["requests"]["succeeded"] == 100
+    assert done.verdict.answered == 300
+    assert len({call["fault"] for call in done.calls}) > 20

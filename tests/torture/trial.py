@@ -77,6 +77,11 @@ class Trial:
     def __post_init__(self) -> None:
         object.__setattr__(self, "verdict", self._judge())
 
+    @classmethod
+    def of_files(cls, folder: Path, journal: Path, records: Sequence[Record]) -> Trial:
+        """Return what a process left behind."""
+        return cls(records=records, input=folder / "in.jsonl", output=folder / "out.jsonl", journal=journal)
+
     @cached_property
     def results(self) -> dict[str, dict[str, Any]]:
         lines = map(orjson.loads, self.output.read_bytes().splitlines())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 from dataclasses import dataclass
 
@@ -69,6 +70,16 @@ class Wire:
         except (TimeoutError, ConnectionError):
             pass
         self.close()
+
+    async def leave(self) -> None:
+        """End if that was not done yet, and wait until it is; cancelled, it ends at once."""
+        self.close()
+        try:
+            await self._writer.wait_closed()
+        except (ConnectionError, ssl.SSLError, TimeoutError):
+            pass
+        finally:
+            self._writer.transport.abort()
 
     def close(self) -> None:
         """End in order: FIN."""
