@@ -380,7 +380,7 @@ _TABLE: dict[str, list[dict[str, Any]]] = {
         _row("length_too_long_and_stall", length_too_long_and_stall, End.RETRIED, "timeout"),
         _row("length_too_short", sends(lambda call: _with_length(call, -20)), End.RETRIED, "invalid_response"),
         _row("length_too_short_and_smuggled", sends(_too_short_and_smuggled), End.RETRIED, "invalid_response"),
-        _row("answered_twice", sends(_smuggled), End.ANSWERED),
+        _row("answered_twice", sends(_smuggled), End.EITHER, "connection_error", "invalid_http"),
         _row("length_absent", _with_heads("connection: close"), End.ANSWERED),
         _row(
             "length_absent_and_cut",
@@ -654,7 +654,7 @@ _TABLE: dict[str, list[dict[str, Any]]] = {
     ],
     "C15": [
         _row("closed_at_reuse", closed_at_reuse, End.EITHER, "connection_error"),
-        _row("fin_after_answer", fin_after_answer, End.ANSWERED),
+        _row("fin_after_answer", fin_after_answer, End.EITHER, "connection_error"),
         _row("rst_after_answer", rst_after_answer, End.EITHER, "connection_error", "invalid_http"),
     ],
 }
