@@ -311,6 +311,7 @@ class Sender:
         if error.reach in (Reach.RUN, Reach.MODEL):
             error.message = f"{lane.provider}/{lane.model}: {error.message}"
         lane.gate.settle(ticket, {} if error.may_be_billed else None)
+        asked_to_wait = error.retry_after or 0.0
         self._slow_down(lane, ticket, error)
         if error.reach is Reach.RUN:
             self._forget(job)
@@ -318,7 +319,7 @@ class Sender:
         elif error.reach is Reach.MODEL:
             self._forget(job)
             self._end(lane, error)
-        elif error.reach is Reach.ATTEMPT and (error.retry_after or 0.0) > self._policy.max_retry_after:
+        elif error.reach is Reach.ATTEMPT and asked_to_wait > self._policy.max_retry_after:
             self._forget(job)
             self._end(lane, _parked(error, self._policy.max_retry_after))
         else:

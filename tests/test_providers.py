@@ -816,6 +816,7 @@ def test_request_id_is_kept(headers: dict[str, str], expected: str | None) -> No
         pytest.param(b'"a\xffb"', "a\ufffdb", id="broken UTF-8"),
         pytest.param(b'"ab", "odd": [NaN, 1e999]', "ab", id="NaN and infinity beside the text"),
         pytest.param(rb'"a\u0000b"', "a\x00b", id="NUL"),
+        pytest.param(b'"ab", "odd": 1' + b"0" * 400, "ab", id="an integer beyond every float"),
     ],
 )
 def test_paid_text_that_is_not_strict_json_is_kept(written: bytes, content: str) -> None:

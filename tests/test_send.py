@@ -167,6 +167,17 @@ async def test_a_hint_beyond_the_ceiling_parks_the_model() -> None:
     assert "3,600 s" in lane.ended.message
 
 
+async def test_a_model_is_not_parked_for_a_pause_of_our_own() -> None:
+    """A provider that says 429 and not how long is waited for as we see fit, however low the ceiling is."""
+    world = World(
+        scripts={"a": _then_reply(refusal(429), refusal(429))}, settings=Sending(max_retry_after=0.1, concurrency=1)
+    )
+
+    results = await world.run(request("a"))
+
+    assert [result.success for result in results] == [True]
+
+
 async def test_a_lost_connection_is_tried_again_and_a_lost_answer_is_counted() -> None:
     """A timeout after sending may be billed: it is tried again, counted as unknown, and listed."""
     lost = TransportError("no whole answer within the timeout", type="timeout", is_sent=True)

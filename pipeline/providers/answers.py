@@ -20,6 +20,7 @@ from pipeline.types import Answer, Usage
 MAX_TOKENS = 10**9
 """More tokens than any answer can have: a number beyond it is a server's mistake."""
 
+_MOST_DIGITS = 309
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _REQUEST_IDS = ("request-id", "x-request-id", "apim-request-id")
 # A gateway that gave up waiting: the provider behind it may have finished the work.
@@ -170,11 +171,16 @@ def _parsed(body: bytes) -> tuple[Any, bytes]:
             return None, body
 
 
+def _integer(digits: str) -> int | None:
+    """Return an integer, None where it is larger than any float: strict readers refuse a text that holds one."""
+    return int(digits) if len(digits) < _MOST_DIGITS else None
+
+
 def _mended(body: bytes) -> tuple[Any, bytes]:
     """Read what orjson refuses: lone surrogates, broken UTF-8, NaN. It is paid for, and must not be lost.
 
-    What cannot be written as JSON again becomes U+FFFD, or null for a number outside a usage.
+    What cannot be written as JSON again, or not read again by a strict reader, becomes U+FFFD, or null for a number.
     """
-    value = json.loads(body.decode("utf-8-sig", "replace"))
+    value = json.loads(body.decode("utf-8-sig", "replace"), parse_int=_integer)
     mended = json.loads(_SURROGATES.sub("\ufffd", json.dumps(value, ensure_ascii=False)))
     return mended, jsonl.dumps(mended)
