@@ -179,16 +179,35 @@ def show_summary(console: Console, summary: Summary, command: str | None) -> Non
 def _models(summary: Summary) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("model", overflow="fold")
-    for name in ("requests", "input", "cached", "output", "reasoning"):
+    for name in ("requests", "input", "cached", "output", "cost"):
         table.add_column(name, justify="right")
     for row in summary.run.by_model():
         tokens = row["tokens"]
         table.add_row(
             Text(safe.text(f"{row['provider']}/{row['model']}", 60)),
             *(f"{n:,}" for n in (row["requests"], tokens["input"], tokens["cache_read"], tokens["output"])),
-            f"{tokens['reasoning']:,}",
+            _dollars(row["cost"]),
         )
     return table
+
+
+def _money(summary: Summary) -> str:
+    """Say what the run cost, what is known of waste and savings, and how much of the cap is used."""
+    spending = summary.run.spending
+    details = [f"of at most {_dollars(summary.cap)}"] if summary.cap is not None else []
+    details += [f"{_dollars(spending.wasted / 1e9)} for answers that could not be used"] if spending.wasted else []
+    details += [f"{_dollars(spending.saved / 1e9)} saved by the cache"] if spending.saved else []
+    details += [f"{spending.unpriced:,} calls have no known price"] if spending.unpriced else []
+    return _dollars(spending.usd) + (f" ({', '.join(details)})" if details else "")
+
+
+def _dollars(amount: float | None) -> str:
+    """Return dollars for people: `$0.0042`, `$1,234.57`, `<$0.0001`; `$ ?` for a price that nobody knows."""
+    if amount is None:
+        return "$ ?"
+    if 0 < abs(amount) < 0.0001:
+        return "<$0.0001"
+    return f"${amount:,.2f}" if abs(amount) >= 100 else f"${amount:,.4f}"
 
 
 def _outcome(summary: Summary) -> str:
@@ -214,6 +233,6 @@ def _outcome(summary: Summary) -> str:
         if count
     ]
     calls += f" ({', '.join(trouble)})" if trouble else ""
-    tokens = f"{run.tokens.input:,} tokens in, {run.tokens.output:,} out"
+    tokens = f"{run.tokens.input:,} tokens in, {run.tokens.output:,} out; {_money(summary)}"
     kind = "; SIMULATED, nothing was sent to a provider" if summary.simulated else ""
     return f"{lines}; {tokens}; {calls}; results in {safe.text(summary.results_file)}{kind}"
