@@ -86,7 +86,7 @@ def decode(line: bytes) -> Record:
     try:
         value = orjson.loads(line)
         return _checked(_DECODERS[_dialect(value)](value))
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as exc:
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise LineError(f"not a result line: {exc}") from exc
 
 

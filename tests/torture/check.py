@@ -117,7 +117,7 @@ def check(
         wrong_usage=[_id(result) for result in answered if not _is_told(result, taken.get(_id(result)))],
         unflagged=[_id(result) for result in results if _unflagged(result, by_id[_id(result)])],
         unknown_calls=[_id(result) for result in results if len(by_id[_id(result)]) > result["attempts"]],
-        wrong_totals=_wrong_totals(answered, usage) if usage else [],
+        wrong_totals=_wrong_totals(results, usage) if usage else [],
     )
 
 
@@ -177,9 +177,12 @@ def _is_told(result: Object, call: Object | None) -> bool:
 
 def _unflagged(result: Object, calls: Sequence[Object]) -> bool:
     """Tell whether a record cost more calls than its result admits: answered, or flagged as maybe billed."""
-    attempts = result.get("failed_attempts") or (result.get("error") or {}).get("attempts") or []
-    admitted = sum(bool(attempt.get("may_be_billed")) for attempt in attempts) + (result["success"] is True)
+    admitted = sum(bool(each.get("may_be_billed")) for each in _failed_attempts(result)) + (result["success"] is True)
     return sum(call["billed"] is not None for call in calls) > admitted
+
+
+def _failed_attempts(result: Object) -> Sequence[Object]:
+    return result.get("failed_attempts") or (result.get("error") or {}).get("attempts") or []
 
 
 def _sum(usages: Iterable[Object | None]) -> dict[str, int]:
@@ -190,10 +193,12 @@ def _sum(usages: Iterable[Object | None]) -> dict[str, int]:
     return total
 
 
-def _wrong_totals(answered: Sequence[Object], usage: Object) -> list[str]:
-    """Return which totals of the whole results file are not the sums of its lines."""
+def _wrong_totals(results: Sequence[Object], usage: Object) -> list[str]:
+    """Return which totals of the results file are not the sums of its lines; what failed attempts told counts too."""
     told = usage["results"]
-    sums = {**_sum(_told(result.get("usage")) for result in answered), "succeeded": len(answered)}
+    used = [each.get("usage") for result in results for each in (result, *_failed_attempts(result))]
+    succeeded = sum(result["success"] is True for result in results)
+    sums = {**_sum(map(_told, used)), "succeeded": succeeded}
     found = {**{name: told["tokens"][name] for name in ("input", "output")}, **told["requests"]}
     return [name for name, value in sums.items() if found[name] != value]
 
