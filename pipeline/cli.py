@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from pipeline.assemble import Options
     from pipeline.config import Config
+    from pipeline.job import Progress
+    from pipeline.limits import Allowance
     from pipeline.totals import Summary
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -37,6 +39,7 @@ def main() -> None:
     pipeline run questions.jsonl -o answers.jsonl      answer every line
     pipeline run questions.jsonl --simulate            rehearse, without key and network
     pipeline check questions.jsonl                     validate, send nothing
+    pipeline estimate questions.jsonl                  what it would cost
     pipeline report --by model                         what all runs cost
     """
 
@@ -115,6 +118,31 @@ def run(**options: Any) -> None:
 def check(**options: Any) -> None:
     """Validate every line of INPUT and send nothing; exit 0 if all are valid, else 1."""
     _guarded(_check, **options)
+
+
+@main.command(epilog="Example: pipeline estimate questions.jsonl --sample 20")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("-o", "output", metavar="RESULTS", help="Results of the run [default, for one file: NAME.results.jsonl].")
+@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Send the first N lines, into RESULTS.")
+@_config_option
+@_provider_option
+@_model_option
+@click.option("--max-tokens", type=int, help="Longest answer, for lines that do not say.")
+@click.option("--temperature", type=float, help="Temperature, for lines that do not say.")
+@click.option("--system", help="System prompt, for lines without one.")
+@click.option("--rpm", type=int, metavar="N", help="Cap of requests per minute and model.")
+@click.option("--input-tpm", type=int, metavar="N", help="Cap of input tokens per minute and model.")
+@click.option("--output-tpm", type=int, metavar="N", help="Cap of output tokens per minute and model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the estimate as one JSON object on stdout.")
+def estimate(**options: Any) -> None:
+    """Tell tokens, dollars (live and in a batch) and minutes of a run of INPUT before it; sends nothing.
+
+    Give the options of the run. What RESULTS holds already is left out, and learned from. With --sample N the first N
+    lines are sent and paid for; their answers stay in RESULTS, where a run finds them, so nothing is paid twice.
+
+    Exit codes: 0 · 1 some lines are invalid · 2 usage; with --sample those of run, where it was stopped.
+    """
+    _guarded(_estimate, **options)
 
 
 @main.command(epilog="Example: pipeline verify answers.jsonl --input questions.jsonl")
@@ -308,6 +336,91 @@ def _worst(codes: Any) -> int:
     return max(codes, key=order.index, default=0)
 
 
+# ── estimate ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _estimate(
+    *,
+    inputs: tuple[str, ...],
+    output: str | None,
+    sample: int | None,
+    config_file: str | None,
+    provider: str | None,
+    model: str | None,
+    as_json: bool,
+    max_tokens: int | None,
+    temperature: float | None,
+    system: str | None,
+    **caps: int | None,
+) -> int:
+    from pipeline import assemble, clock, config, estimating, read, screen
+
+    settings = config.load(config_file).replace(provider=provider)
+    settings = settings.with_("request", max_tokens=max_tokens, temperature=temperature, system=system)
+    settings = settings.with_("limits", **caps)
+    sources = read.sources(inputs)
+    has_default = len(sources) == 1 and read.STDIN not in sources
+    path = _jobs(sources, output, None)[0].output if output or sample or has_default else None
+    learned: dict[tuple[str, str], Sequence[Allowance]] = {}
+    if sample and path:
+        if read.STDIN in sources:
+            raise UsageError("--sample wants files: stdin can be read only once")
+        options = assemble.Options(provider=provider, model=model, limit=sample)
+        summary, learned = _send_sample(_Job(inputs=sources, output=path), settings, options)
+        if summary.exit_code not in (0, 1, 6):
+            return summary.exit_code
+    estimate = estimating.estimate(
+        sources,
+        settings,
+        provider=provider,
+        model=model,
+        path=path,
+        ledger=config.ledger_path(settings),
+        learned=learned,
+        at=clock.utc_now(),
+    )
+    if as_json:
+        _print_json([estimate.as_dict()])
+    else:
+        screen.show_estimate(_page(), estimate)
+    return estimate.exit_code
+
+
+def _send_sample(
+    sample: _Job, settings: Config, options: Options
+) -> tuple[Summary, dict[tuple[str, str], Sequence[Allowance]]]:
+    """Run the first lines; return also the allowances of each model that their answers told."""
+    import anyio
+
+    from pipeline import aio, job, screen
+
+    console = _console(quiet=False)
+    learned: dict[tuple[str, str], Sequence[Allowance]] = {}
+
+    async def watch(get: Callable[[], Progress]) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            learned.update({(lane.provider, lane.model): lane.allowances for lane in get().sender.lanes})
+
+    async def work() -> Summary:
+        return await job.run_batch(
+            sample.inputs,
+            output=sample.output,
+            config=settings,
+            options=options,
+            watch=watch,
+            say=lambda message: _say(console, message),
+            handle_signals=True,
+        )
+
+    summary = aio.run(work)
+    screen.show_summary(console, summary, None)
+    if summary.run.succeeded:
+        _say(console, "these answers are kept: a run of the same input, with the same options, takes them from there")
+    return summary, learned
+
+
 # ── check, verify, simulate ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -431,6 +544,14 @@ def _console(quiet: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
+def _page() -> Console:
+    """Return stdout, as wide as a table wants it where it is no terminal."""
+    from rich.console import Console
+
+    width = shutil.get_terminal_size((120, 24)).columns
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def _say(console: Console, message: str) -> None:

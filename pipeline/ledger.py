@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,9 @@ _LOCK_SECONDS = 30.0
 _APPLICATION_ID = 0x70697065  # "pipe"
 # Columns that refuse other types, where SQLite knows them: since 3.37; RHEL 9 has 3.34.
 _STRICT = "STRICT" if sqlite3.sqlite_version_info >= (3, 37) else ""
+
+# What providers put after a model's name: gpt-4o-2024-08-06, claude-3-5-sonnet-20241022, gpt-4-0613.
+_DATE = re.compile(r"-(\d{4}-\d\d-\d\d|\d{8}|\d{4})", re.ASCII)
 
 # Each step brings the schema from one version to the next; a step that was released never changes.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -150,7 +154,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What answers of one model were like so far: how many, and mean tokens for each."""
+    """What answers of one model were like so far: how many, and mean tokens for each. `model` is its name there."""
+
+    model: str
 
     answers: int
     mean_input_tokens: float
@@ -224,16 +230,29 @@ class Ledger:
         return int(self._select(sql, (_first(since.astimezone(UTC).date()), _last(last)))[0][0])
 
     def history(self, provider: str, model: str) -> History | None:
-        """Return what a model's answers were like in real runs; None when there was none."""
+        """Return what a model's answers were like in real runs; None when there was none.
+
+        Answers name the dated model where a request named an alias: where the name itself is not known, its newest
+        date is meant. Not whatever begins like it, which may be another model (`gpt-4o-mini-2024-07-18`).
+        """
         sql = (
-            "SELECT SUM(entries.succeeded), SUM(input_tokens), SUM(output_tokens) FROM entries JOIN runs USING (run_id)"
-            " WHERE simulated = 0 AND provider = ? AND model = ?"
+            "SELECT model, SUM(entries.succeeded), SUM(input_tokens), SUM(output_tokens) "
+            "FROM entries JOIN runs USING (run_id) WHERE simulated = 0 AND provider = ? "
+            "GROUP BY model HAVING SUM(entries.succeeded) > 0"
         )
-        answers, input_tokens, output_tokens = self._select(sql, (_text(provider), _text(model)))[0]
-        if not answers:
+        known = {name: sums for name, *sums in self._select(sql, (_text(provider),))}
+        asked = _text(model)
+        alias = asked.removesuffix("-latest")
+        dated = [name for name in known if name.startswith(alias) and _DATE.fullmatch(name, len(alias))]
+        name = asked if asked in known else max(dated, default=None)
+        if name is None:
             return None
+        answers, input_tokens, output_tokens = known[name]
         return History(
-            answers=answers, mean_input_tokens=input_tokens / answers, mean_output_tokens=output_tokens / answers
+            model=name,
+            answers=answers,
+            mean_input_tokens=input_tokens / answers,
+            mean_output_tokens=output_tokens / answers,
         )
 
     def _select(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -147,6 +147,81 @@ def test_check_validates_and_sends_nothing(tmp_path: Path) -> None:
     assert (good.returncode, good.stdout) == (0, b"")
 
 
+def test_an_estimate_is_told_and_nothing_is_sent(server: Server, tmp_path: Path) -> None:
+    """`estimate` prints a table, or one JSON object, on stdout, without a key and without a call; bad lines: exit 1."""
+    table = _call(["estimate", SAMPLE], tmp_path, _pointing_at(server) | {"PIPELINE_LEDGER": "absent.sqlite"})
+    as_json = _call(["estimate", SAMPLE, "--json", "--max-tokens", 500, "--rpm", 8], tmp_path)
+    bad = _call(["estimate", BAD_SAMPLE], tmp_path)
+
+    estimate = orjson.loads(as_json.stdout)
+    assert (table.returncode, table.stderr, as_json.returncode, as_json.stderr) == (0, b"", 0, b"")
+    assert b"31 lines: 31 to send" in table.stdout
+    assert b"nothing tells how long 31 answer(s) will be" in table.stdout
+    assert (estimate["requests"], estimate["minutes"]) == (31, 2.0)
+    assert estimate["live"]["at_most"] > estimate["batch"]["at_most"] > 0
+    assert bad.returncode == 1
+    assert b"11 invalid" in bad.stdout
+    assert server.statistics()["received"] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sample_is_paid_for_once(tmp_path: Path) -> None:
+    """`--sample N` sends N lines into the results of the run: that sends the rest, and minutes come from its limits."""
+    body = b'{"custom_id":"q-%d","model":"gpt-6-luna","max_tokens":300,"messages":[{"role":"user","content":"%d"}]}\n'
+    (tmp_path / "in.jsonl").write_bytes(b"".join(body % (n, n) for n in range(35)))
+    with serving(Options(rpm=60)) as server:
+        environ = _pointing_at(server)
+        sampled = _call(["estimate", "in.jsonl", "--sample", 5, "--json"], tmp_path, environ)
+        sent = server.statistics()["received"]
+        again = _call(["estimate", "in.jsonl", "--sample", 5, "--json"], tmp_path, environ)
+        run = _call(["run", "in.jsonl"], tmp_path, environ)
+        statistics = server.statistics()
+
+    estimate = orjson.loads(sampled.stdout)
+    (row,) = estimate["by_model"]
+    assert (sampled.returncode, sent, estimate["done"], estimate["requests"]) == (0, 5, 5, 30)
+    assert row["basis"].startswith("this input: 5 answers, ")
+    assert (row["minutes"], row["limit"]) == (0.5, {"kind": "requests", "per_minute": 60.0, "source": "told"})
+    assert b"these answers are kept" in sampled.stderr
+    assert orjson.loads(again.stdout)["done"] == 5
+    assert run.returncode == 0, run.stderr
+    assert (statistics["received"], statistics["duplicates_paid"]) == (35, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["-", "--sample", "3", "-o", "o.jsonl"], "stdin can be read only once", id="stdin"),
+        pytest.param(["a.jsonl", "b.jsonl", "--sample", "3"], "say where results go", id="two files, no results"),
+        pytest.param(["a.jsonl", "--sample", "3"], "OPENAI_API_KEY", id="no key"),
+        pytest.param(["absent.jsonl"], "'absent.jsonl' does not exist", id="no input"),
+    ],
+)
+def test_an_estimate_that_cannot_be_made_is_a_usage_error(words: list[str], message: str, tmp_path: Path) -> None:
+    """What a sample needs is said before anything is sent: exit 2."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(
+            b'{"model":"gpt-6-luna","messages":[{"role":"user","content":"hi"}]}\n'
+        )
+
+    done = _call(["estimate", *words], tmp_path)
+
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert message in done.stderr.decode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_sample_that_was_stopped_makes_no_estimate(server: Server, tmp_path: Path) -> None:
+    """A provider that takes none of the sample ends the command with the exit code of the run, and no numbers."""
+    environ = _pointing_at(server) | {"OPENAI_BASE_URL": f"{server.url}/nowhere"}
+    (tmp_path / "in.jsonl").write_bytes(b'{"model":"gpt-6-luna","messages":[{"role":"user","content":"hi"}]}\n')
+
+    done = _call(["estimate", "in.jsonl", "--sample", "1", "--json"], tmp_path, environ)
+
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert b"stopped: " in done.stderr
+
+
 def test_stdin_is_an_input(tmp_path: Path) -> None:
     """`-` reads stdin, plain or compressed, and wants to be told where results go."""
     done = _call(["run", "-", "-o", "o.jsonl", "--simulate"], tmp_path, stdin=SAMPLE.read_bytes())
@@ -244,7 +319,9 @@ def test_hostile_text_cannot_act_on_the_terminal(tmp_path: Path) -> None:
     assert b"\x07" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["check", "--help"], ["simulate", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["run", "--help"], ["check", "--help"], ["estimate", "--help"], ["simulate", "--help"]]
+)
 def test_help_shows_an_example(words: list[str], tmp_path: Path) -> None:
     """`--help` of each command shows how it is used."""
     done = _call(words, tmp_path)

@@ -41,7 +41,7 @@ LAYERS = (
     ),
     ("accounts", "discreet", "lane", "plan", "record", "totals"),
     ("rebuilding", "send"),
-    ("assemble", "checking", "report", "verifying"),
+    ("assemble", "checking", "estimating", "report", "verifying"),
     ("job", "streaming"),
     ("screen",),
     ("cli",),

@@ -204,9 +204,34 @@ def test_what_was_spent(book: Ledger, since: datetime, until: datetime | None, n
 
 def test_history_tells_means(book: Ledger) -> None:
     """The past of a model is told by answer, over real runs; without an answer there is none."""
-    assert book.history("openai", "gpt-6-luna") == ledger.History(answers=4, mean_input_tokens=10, mean_output_tokens=3)
+    past = ledger.History(model="gpt-6-luna", answers=4, mean_input_tokens=10, mean_output_tokens=3)
+
+    assert book.history("openai", "gpt-6-luna") == past
     assert book.history("openai", "gpt-6-sol") is None
     assert book.history("openai", "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        pytest.param("gpt-4o", "gpt-4o-2024-08-06", id="newest date, not another model"),
+        pytest.param("gpt-4o-2024-05-13", "gpt-4o-2024-05-13", id="the very name"),
+        pytest.param("gpt-4o-mini", "gpt-4o-mini", id="the very name before a date"),
+        pytest.param("claude-3-5-sonnet-latest", "claude-3-5-sonnet-20241022", id="latest"),
+        pytest.param("claude-opus-4", None, id="4-1 is another model"),
+        pytest.param("gpt", None, id="the beginning of a name"),
+        pytest.param("gpt-4?", None, id="no pattern"),
+    ],
+)
+def test_history_knows_an_alias(asked: str, found: str | None, path: Path) -> None:
+    """Lines ask for an alias, answers name the dated model: the past is that of the newest date, of no other model."""
+    names = ["gpt-4o-2024-05-13", "gpt-4o-2024-08-06", "gpt-4o-mini", "gpt-4o-mini-2024-07-18"]
+    names += ["claude-3-5-sonnet-20241022", "claude-opus-4-1-20250805"]
+    with Ledger.open(path) as book:
+        book.record(run(), [entry(model=name, requests=1, succeeded=1) for name in names])
+        past = book.history("openai", asked)
+
+    assert (past.model if past else None) == found
 
 
 @given(st.lists(st.integers(0, 2**40), max_size=20))
