@@ -289,6 +289,7 @@ class Config(Section):
     progress: Literal["auto", "bar", "log", "none"] = "auto"
     tags: dict[str, str] = Field(default_factory=dict)
     ledger: str | None = None
+    ping_url: Annotated[str | None, Field(repr=False)] = None  # who knows it can tell lies about the job
 
     @model_validator(mode="before")
     @classmethod
@@ -331,6 +332,20 @@ class Config(Section):
                 raise ValueError(f"models: {name!r} must be PROVIDER/MODEL")
             _require_provider(provider, info)
         return limits
+
+    @field_validator("ping_url")
+    @classmethod
+    def _is_safe_to_ping(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        is_private = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+        has_more = "@" in parts.netloc or parts.query or parts.fragment or not url.isprintable() or " " in url
+        if not parts.hostname or parts.port == 0 or not is_private or has_more:
+            raise ValueError(
+                "must be an https address (on this machine also http) without user, password, query or fragment"
+            )
+        return url
 
     def with_(self, section: str, **changes: Any) -> Config:
         """Return a copy with some fields of one section changed; values of None change nothing."""

@@ -31,6 +31,8 @@ from pipeline.config import Sending
 from pipeline.errors import Reach, TransportError, UsageError
 from pipeline.types import Answer
 
+_PING_SECONDS = 10.0
+
 Headers = Sequence[tuple[str, str]]
 Exchange = Callable[[str, str, Headers, bytes], Awaitable[Answer]]
 """Method, address, headers and body go out; the whole answer comes back, or an error of httpx."""
@@ -89,6 +91,21 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._transport.aclose()
+
+
+async def ping(url: str, settings: Sending) -> int:
+    """GET an address and return the status of the answer, which is else of no interest.
+
+    Raises `TransportError` when there is none within 10 seconds, or within the timeout of requests if that is shorter.
+    """
+    quick = settings.model_copy(update={"timeout": min(_PING_SECONDS, settings.timeout)})
+    try:
+        async with httpx.AsyncClient(transport=ReqwestTransport(quick), trust_env=False) as client:
+            return (await client.get(url)).status_code
+    except httpx.HTTPError as exc:
+        raise _translate(exc) from exc
+    except (httpx.InvalidURL, ValueError) as exc:  # what httpx and reqwest say to names that cannot be a host's
+        raise TransportError(f"not an address: {exc}", type="connection_error", is_sent=False) from exc
 
 
 class ReqwestTransport(httpx.AsyncBaseTransport):

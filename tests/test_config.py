@@ -702,3 +702,39 @@ def test_a_home_that_is_not_there_is_told() -> None:
         config.ledger_path(Config(ledger="~nobody-is-called-so/l.sqlite"), {})
 
     assert "PIPELINE_LEDGER" in (caught.value.hint or "")
+
+
+# ── the dead man's switch ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("http://example.com/x", id="not encrypted"),
+        pytest.param("http://localhost.example.com/x", id="begins like localhost"),
+        pytest.param("ftp://example.com/x", id="not HTTP"),
+        pytest.param("https://me:secret-word@example.com/x", id="password"),
+        pytest.param("https://example.com/secret-word?create=1", id="query"),
+        pytest.param("https://example.com/secret-word#1", id="fragment"),
+        pytest.param("https:///secret-word", id="no host"),
+        pytest.param("https://example.com:99999/secret-word", id="no port"),
+        pytest.param("https://[::1/secret-word", id="half an address"),
+        pytest.param("https://example.com/secret word", id="space"),
+        pytest.param("", id="empty"),
+    ],
+)
+def test_the_address_to_ping_is_a_safe_one(url: str, load: Load) -> None:
+    """It is https, or http on this machine, to which a path can be added; errors do not show it."""
+    with pytest.raises(ConfigError, match=r"config.yaml:1: ping_url: ") as caught:
+        load(f"ping_url: '{url}'")
+
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["https://hc-ping.com/a-secret", "http://127.0.0.1:8000/ping/a-secret"])
+def test_who_sees_the_settings_cannot_ping(url: str, load: Load) -> None:
+    """A good address is kept, but stands in no repr: who knows it can tell lies about the job."""
+    settings = load(f"ping_url: {url}")
+
+    assert settings.ping_url == url
+    assert "a-secret" not in repr(settings)

@@ -15,7 +15,7 @@ from anyio.abc import SocketStream
 
 from pipeline.config import Sending
 from pipeline.errors import Reach, TransportError
-from pipeline.transport import Client
+from pipeline.transport import Client, ping
 from pipeline.types import Answer
 
 QUICK = Sending(timeout=0.5, connect_timeout=0.4, max_response_bytes=1_000_000)
@@ -223,3 +223,45 @@ async def test_a_header_that_is_not_text_does_not_cost_the_answer() -> None:
         received = await _post(url)
 
     assert (received.body, received.headers["request-id"]) == (b"{}", "r1")
+
+
+async def test_a_ping_is_a_plain_get() -> None:
+    """A ping brings back the status, sends neither key nor cookie, and goes only where it was told to."""
+    async with _server(OK) as (elsewhere, at_elsewhere):
+        redirect = f"HTTP/1.1 302 Found\r\nlocation: {elsewhere}\r\ncontent-length: 0\r\n\r\n"
+        async with _server(redirect.encode()) as (url, received):
+            status = await ping(url, QUICK)
+
+    assert status == 302
+    assert received[0].startswith(b"GET /v1/x HTTP/1.1\r\n")
+    assert b"authorization" not in received[0].lower()
+    assert at_elsewhere == []
+
+
+async def test_a_ping_does_not_use_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY sees no ping, unless the configuration says that it is used."""
+    async with _server(OK) as (proxy, at_proxy), _server(OK, keep=True) as (url, received):
+        monkeypatch.setenv("http_proxy", proxy)
+        await ping(url, QUICK)
+        before = len(at_proxy)
+        await ping(url, QUICK.model_copy(update={"use_env_proxy": True}))
+
+    assert (before, len(at_proxy), len(received)) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1/", "https://a..b/", "https://a|b/", "https://xn--a.invalid/", "https://256.1.1.1/"]
+)
+async def test_a_ping_that_cannot_be_sent_is_a_transport_error(url: str) -> None:
+    """Whatever is wrong with an address, there is one kind of error."""
+    with pytest.raises(TransportError):
+        await ping(url, QUICK)
+
+
+async def test_a_ping_does_not_wait_for_long() -> None:
+    """A switch that is silent costs ten seconds, or the timeout of requests where that is shorter."""
+    async with _server(hang=True) as (url, _):
+        with pytest.raises(TransportError) as caught, anyio.fail_after(5):
+            await ping(url, QUICK)
+
+    assert caught.value.type == "timeout"
