@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline import config as configuration
-from pipeline import providers, retry, transport
+from pipeline import money, providers, retry, transport
 from pipeline.budget import Budget
 from pipeline.clock import Clock
 from pipeline.config import Config
@@ -117,7 +117,7 @@ def budget(settings: Config, *, spent_today: int = 0, spent_this_month: int = 0)
     """Make the budget of a run, in nano-dollars: the tightest of the caps, less what other runs spent; None if none."""
     caps = settings.budget
     rooms = [
-        int(cap * 1_000_000_000) - spent
+        int(cap * money.NANO) - spent
         for cap, spent in ((caps.per_run, 0), (caps.per_day, spent_today), (caps.per_month, spent_this_month))
         if cap is not None
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import anyio
 
+from pipeline import money
 from pipeline.errors import BudgetReachedError
 
 
@@ -29,8 +30,8 @@ class Budget:
         while self.spent + self._reserved + amount > self.cap:
             if not self._reserved:
                 raise BudgetReachedError(
-                    f"the budget is reached: ${self.spent / 1e9:,.4f} of ${self.cap / 1e9:,.4f} are spent, and the "
-                    f"next call may cost ${amount / 1e9:,.4f}; raise --max-cost, or budget in the configuration"
+                    f"the budget is reached: {money.text(self.spent)} of {money.text(self.cap)} are spent, and the "
+                    f"next call may cost {money.text(amount)}; raise --max-cost, or budget in the configuration"
                 )
             await self._settled.wait()
         self._reserved += amount

@@ -10,9 +10,10 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.job import Progress
     from pipeline.limits import Allowance
+    from pipeline.screen import Screen
     from pipeline.totals import Summary
 
+_ENDS_ALL = (5, 130, 143)  # exit codes of one input after which the others are not begun
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -42,6 +45,7 @@ def main() -> None:
     pipeline estimate questions.jsonl                  what it would cost
     pipeline report --by model                         what all runs cost
     """
+    _fill_standard_files()
 
 
 class _Pair(click.ParamType[tuple[str, str]]):
@@ -95,18 +99,27 @@ _model_option = click.option("--model", help="Model for lines that name none.")
 @click.option("--echo-request", is_flag=True, help="Put the request as sent into its result line.")
 @click.option("--simulate", is_flag=True, help="Rehearse against a built-in provider: no key, no network, no cost.")
 @click.option("--progress", type=click.Choice(["auto", "bar", "log", "none"]), help="How progress is shown.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: what is said on stderr is one JSON object a line.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
-def run(**options: Any) -> None:
+def run(log_format: str, quiet: bool, **options: Any) -> None:
     """Answer every line of INPUT: files, globs, directories, or - for stdin.
 
     Running the same command again finishes what is missing and costs nothing for what is done.
 
     \b
     Exit codes: 0 all answered · 1 some lines failed · 2 usage, nothing sent · 3 stopped by the provider ·
-    5 storage · 6 damaged results found · 75 try again later · 130/143 interrupted; repeat to go on.
+    4 budget reached · 5 storage · 6 damaged results found · 75 try again later ·
+    130/143 interrupted; repeat to go on.
     """
-    _guarded(_run, **options)
+    screen = _screen(is_json=log_format == "json", is_quiet=quiet)
+    _guarded(_run, screen, **options)
 
 
 @main.command(epilog="Example: pipeline check questions.jsonl")
@@ -211,54 +224,97 @@ class _Job:
 
 def _run(
     *,
+    screen: Screen,
     inputs: tuple[str, ...],
     output: str | None,
     directory: str | None,
     as_json: bool,
-    quiet: bool,
     progress: str | None,
     **options: Any,
 ) -> int:
     settings, job_options = _settings(options)
-    jobs = _jobs(inputs, output, directory)
-    console = _console(quiet)
-    mode = "none" if quiet else progress or settings.progress
-    summaries = _run_jobs(jobs, settings, job_options, console, mode)
-    if as_json:
-        _print_json([summary.as_dict() for summary in summaries])
-    code = _worst(summary.exit_code for summary in summaries)
+
+    def work() -> int:
+        jobs = _jobs(inputs, output, directory)
+        codes, summaries = _run_jobs(jobs, settings, job_options, screen, progress or settings.progress)
+        if as_json:
+            _print_json([summary.as_dict() for summary in summaries])
+        return _worst(codes)
+
+    code = work() if job_options.simulate else _between_pings(work, settings, screen)
     if code in (130, 143) and "-" in inputs:
         _leave_now(code)
     return code
 
 
-def _run_jobs(jobs: Sequence[_Job], settings: Config, options: Options, console: Console, mode: str) -> list[Summary]:
-    from pipeline import aio, job, safe, screen
+def _run_jobs(
+    jobs: Sequence[_Job], settings: Config, options: Options, screen: Screen, mode: str
+) -> tuple[list[int], list[Summary]]:
+    """Do one job after the other; what ends one does not end those after it, unless it would end them too."""
+    from pipeline import aio, job
+    from pipeline.screen import show_summary
 
+    codes: list[int] = []
     summaries: list[Summary] = []
 
     async def work() -> None:
         for each in jobs:
-            summary = await job.run_batch(
-                each.inputs,
-                output=each.output,
-                config=settings,
-                options=options,
-                watch=screen.watcher(console, mode),
-                say=lambda message: _say(console, message),
-                handle_signals=True,
-            )
-            summaries.append(summary)
-            screen.show_summary(console, summary, _again(summary))
-            if console.quiet and summary.stop_reason:
-                click.echo(f"stopped: {safe.text(summary.stop_reason)}", err=True)
-            if summary.exit_code in (5, 130, 143):
-                left = len(jobs) - len(summaries)
-                _say(console, f"{left:,} further inputs were not begun") if left else None
+            try:
+                summary = await job.run_batch(
+                    each.inputs,
+                    output=each.output,
+                    config=settings,
+                    options=options,
+                    watch=screen.watcher(mode),
+                    say=lambda message: screen.tell("message", message),
+                    handle_signals=True,
+                )
+            except PipelineError as exc:
+                _tell_error(screen, exc)
+                codes.append(exc.exit_code)
+            else:
+                summaries.append(summary)
+                codes.append(summary.exit_code)
+                show_summary(screen, summary, _again(summary))
+            if codes[-1] in _ENDS_ALL:
                 break
 
+    if not jobs:
+        screen.tell("message", "nothing to do: no inputs there")
     aio.run(work)
-    return summaries
+    if left := len(jobs) - len(codes):
+        screen.tell("warning", f"{left:,} further inputs were not begun", not_begun=left)
+    return codes, summaries
+
+
+def _between_pings(work: Callable[[], int], settings: Config, screen: Screen) -> int:
+    """Do the work and tell the dead man's switch, if there is one, that it begins and with which exit code it ends."""
+    if settings.ping_url is None:
+        return work()
+    url = settings.ping_url.rstrip("/")
+    _ping(f"{url}/start", settings, screen)
+    code = 1  # of Python, when a bug ends the work
+    try:
+        code = work()
+    except PipelineError as exc:
+        code = exc.exit_code
+        raise
+    finally:
+        _ping(f"{url}/{code}" if code else url, settings, screen)
+    return code
+
+
+def _ping(url: str, settings: Config, screen: Screen) -> None:
+    """Ping, and take it easy where that fails; the address is not told, as who knows it can ping too."""
+    from pipeline import aio, transport
+
+    try:
+        status = aio.run(lambda: transport.ping(url, settings.sending))
+        problem = None if 200 <= status < 300 else f"HTTP {status}"
+    except PipelineError as exc:
+        problem = exc.message
+    if problem:
+        screen.tell("warning", f"a ping did not get through: {problem}")
 
 
 def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
@@ -303,7 +359,7 @@ def _jobs(inputs: Sequence[str], output: str | None, directory: str | None) -> l
 
     if output and directory:
         raise UsageError("-o and -d exclude each other: one results file, or one for each input")
-    sources = read.sources(inputs)
+    sources = read.sources(inputs, may_be_empty=directory is not None)
     if output:
         return [_Job(inputs=sources, output=Path(output))]
     if directory:
@@ -353,7 +409,8 @@ def _estimate(
     system: str | None,
     **caps: int | None,
 ) -> int:
-    from pipeline import assemble, clock, config, estimating, read, screen
+    from pipeline import assemble, clock, config, estimating, read
+    from pipeline.screen import estimates
 
     settings = config.load(config_file).replace(provider=provider)
     settings = settings.with_("request", max_tokens=max_tokens, temperature=temperature, system=system)
@@ -382,7 +439,7 @@ def _estimate(
     if as_json:
         _print_json([estimate.as_dict()])
     else:
-        screen.show_estimate(_page(), estimate)
+        estimates.show(_page(), estimate)
     return estimate.exit_code
 
 
@@ -392,9 +449,10 @@ def _send_sample(
     """Run the first lines; return also the allowances of each model that their answers told."""
     import anyio
 
-    from pipeline import aio, job, screen
+    from pipeline import aio, job
+    from pipeline.screen import show_summary
 
-    console = _console(quiet=False)
+    screen = _screen()
     learned: dict[tuple[str, str], Sequence[Allowance]] = {}
 
     async def watch(get: Callable[[], Progress]) -> None:
@@ -410,14 +468,15 @@ def _send_sample(
             config=settings,
             options=options,
             watch=watch,
-            say=lambda message: _say(console, message),
+            say=lambda message: screen.tell("message", message),
             handle_signals=True,
         )
 
     summary = aio.run(work)
-    screen.show_summary(console, summary, None)
+    show_summary(screen, summary, None)
     if summary.run.succeeded:
-        _say(console, "these answers are kept: a run of the same input, with the same options, takes them from there")
+        text = "these answers are kept: a run of the same input, with the same options, takes them from there"
+        screen.tell("message", text)
     return summary, learned
 
 
@@ -436,10 +495,10 @@ def _check(
     if as_json:
         _print_json([report.as_dict()])
     else:
-        console = _console(quiet=False)
+        screen = _screen()
         for name, count in report.by_model.items():
-            _say(console, f"{count:,} × {name}")
-        _say(console, f"{report.lines:,} lines, {report.invalid:,} invalid")
+            screen.tell("message", f"{count:,} × {name}")
+        screen.tell("message", f"{report.lines:,} lines, {report.invalid:,} invalid")
     return int(report.invalid > 0)
 
 
@@ -465,7 +524,7 @@ def _verify(*, results: str, inputs: tuple[str, ...], config_file: str | None, a
 def _simulate(*, port: int, faults: tuple[str, ...], no_rate_headers: bool, **options: Any) -> int:
     from pipeline import simulator
 
-    console = _console(quiet=False)
+    screen = _screen()
     try:
         wanted = simulator.Options(
             faults=dict(simulator.parse_fault(fault) for fault in faults), rate_headers=not no_rate_headers, **options
@@ -474,9 +533,9 @@ def _simulate(*, port: int, faults: tuple[str, ...], no_rate_headers: bool, **op
         raise UsageError(str(exc)) from exc
 
     def announce(url: str) -> None:
-        _say(console, f"simulating Anthropic and OpenAI on {url}; Ctrl-C ends it")
-        _say(
-            console,
+        screen.tell("message", f"simulating Anthropic and OpenAI on {url}; Ctrl-C ends it")
+        screen.tell(
+            "message",
             f"export ANTHROPIC_BASE_URL={url} OPENAI_BASE_URL={url}/v1 ANTHROPIC_API_KEY=any OPENAI_API_KEY=any",
         )
 
@@ -507,7 +566,7 @@ def _report(
         raise UsageError("--rebuild wants result files, and they want --rebuild: pipeline report --rebuild RESULTS...")
     if rebuild:
         rebuilt = report.rebuild(ledger, [Path(file) for file in files])
-        _say(_console(quiet=False), f"{rebuilt} recorded in {str(ledger)!r}")
+        _screen().tell("message", f"{rebuilt} recorded in {str(ledger)!r}")
         return 6 if rebuilt.damaged else 0
     content = report.render(
         report.load(ledger, **options, form=form, now=clock.utc_now()),
@@ -518,32 +577,38 @@ def _report(
     if output:
         report.write(Path(output), content, form=form, ledger=ledger)
     else:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+        _write(content)
     return 0
 
 
 # ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _guarded(command: Any, **options: Any) -> NoReturn:
+def _guarded(command: Callable[..., int], screen: Screen | None = None, **options: Any) -> NoReturn:
     """Call a command and leave with its exit code; errors of ours become one message."""
+    if screen:
+        options["screen"] = screen
     try:
         sys.exit(command(**options))
     except PipelineError as exc:
-        from pipeline import safe
-
-        for line in exc.message.splitlines():
-            click.echo(f"error: {safe.text(line)}", err=True)
-        if exc.hint:
-            click.echo(f"hint: {safe.text(exc.hint)}", err=True)
+        _tell_error(screen or _screen(), exc)
         sys.exit(exc.exit_code)
 
 
-def _console(quiet: bool) -> Console:
+def _tell_error(screen: Screen, error: PipelineError) -> None:
+    for line in error.message.splitlines():
+        screen.tell("error", line, exit_code=error.exit_code)
+    if error.hint:
+        screen.tell("hint", error.hint)
+
+
+def _screen(*, is_json: bool = False, is_quiet: bool = False) -> Screen:
     from rich.console import Console
 
-    return Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False)
+    from pipeline.screen import Screen
+
+    console = Console(file=cast(IO[str], _Steady()), highlight=False, markup=False, emoji=False)
+    return Screen(console, is_json=is_json, is_quiet=is_quiet)
 
 
 def _page() -> Console:
@@ -554,24 +619,49 @@ def _page() -> Console:
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
-def _say(console: Console, message: str) -> None:
-    from rich.text import Text
-
-    from pipeline import safe
-
-    console.print(Text(safe.text(message)), soft_wrap=True)
-
-
 def _print_json(objects: list[dict[str, Any]]) -> None:
     """Print one object, or one for each line where there are several."""
     import orjson
 
-    sys.stdout.buffer.write(b"".join(orjson.dumps(each, option=orjson.OPT_APPEND_NEWLINE) for each in objects))
+    _write(b"".join(orjson.dumps(each, option=orjson.OPT_APPEND_NEWLINE) for each in objects))
+
+
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
+
+
+class _Steady:
+    """stderr, whose end is not the end of a run: the log's disk is full, its reader or the terminal is gone.
+
+    Nothing is buffered: what cannot be written would be tried again when Python ends, and make its exit code 120.
+    """
+
+    def write(self, text: str) -> int:
+        buffer = sys.stderr.buffer
+        with suppress(OSError):
+            getattr(buffer, "raw", buffer).write(text.encode(sys.stderr.encoding, "backslashreplace"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: nothing is buffered."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def _fill_standard_files() -> None:
+    """Put /dev/null where stdin, stdout or stderr was closed: else the next file that is opened takes its number.
+
+    That may be the results, and what a library prints to stderr would stand among them.
+    """
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    sys.stdout = sys.stdout or open(null, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(null, "w", closefd=False)  # noqa: SIM115
 
 
 def _leave_now(code: int) -> NoReturn:
     """Leave although a thread still waits for stdin; everything is on the disk."""
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)

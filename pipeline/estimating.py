@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, jsonl, providers, read, record, results
+from pipeline import config, jsonl, money, providers, read, record, results
 from pipeline.config import Config, Limits
 from pipeline.errors import LineError, UsageError
 from pipeline.ledger import Ledger
@@ -57,7 +57,7 @@ class Sum:
     @property
     def usd(self) -> float | None:
         """The sum of nano-dollars in dollars."""
-        return None if self.amount is None else self.amount / 1e9
+        return None if self.amount is None else money.dollars(self.amount)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

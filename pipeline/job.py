@@ -20,7 +20,7 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, files, providers, read, rebuilding, record, transport
+from pipeline import assemble, disk, errors, files, money, providers, read, rebuilding, record, transport
 from pipeline import config as configuration
 from pipeline import ledger as ledgers
 from pipeline.accounts import Accounts
@@ -360,7 +360,7 @@ class _Run:
                 unknown=counts.unknown + len(self.earlier_unknown),
             ),
             price_source=self.prices.source,
-            cap=self.budget.cap / 1e9 if self.budget else None,
+            cap=money.dollars(self.budget.cap) if self.budget else None,
             possibly_billed=unknown,
             run=self.run_totals,
             results=self.all_totals,

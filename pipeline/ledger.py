@@ -26,7 +26,6 @@ from typing import Any, Self
 
 from pipeline.errors import StorageError
 
-NANO = 1_000_000_000
 _MODE = 0o600
 _DIRECTORY_MODE = 0o700
 _LOCK_SECONDS = 30.0

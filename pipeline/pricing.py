@@ -258,11 +258,6 @@ class Prices:
         return self._loaded().find_provider(None, name, None)
 
 
-def usd(nanos: int) -> str:
-    """Return an amount in dollars, exactly, as JSON writes a number."""
-    return format(Decimal(nanos).scaleb(-9).normalize(), "f")
-
-
 def _rounded(amount: int, unit: int) -> int:
     """Divide, and round half to even."""
     whole, rest = divmod(amount, unit)

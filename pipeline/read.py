@@ -51,14 +51,15 @@ class Line:
     problem: str | None = None
 
 
-def sources(inputs: Sequence[str]) -> list[str]:
+def sources(inputs: Sequence[str], *, may_be_empty: bool = False) -> list[str]:
     """Expand files, globs and directories into a list of readable inputs, each once, in order.
 
     A directory stands for its `*.jsonl`, `*.jsonl.gz` and `*.jsonl.zst`, without files that this program writes.
-    Raises `UsageError` for what does not exist or cannot be read.
+    Raises `UsageError` for what does not exist or cannot be read, and for a directory without any input, unless that
+    may be (a drop folder in which nothing was dropped).
     """
     found: dict[str, str] = {}
-    for path in (path for item in inputs for path in _expand(item)):
+    for path in (path for item in inputs for path in _expand(item, may_be_empty)):
         found.setdefault(path if path == STDIN else os.path.realpath(path), path)
     for path in found.values():
         _require_readable(path)
@@ -119,13 +120,13 @@ def stem(source: str) -> str:
     return name
 
 
-def _expand(item: str) -> list[str]:
+def _expand(item: str, may_be_empty: bool) -> list[str]:
     path = Path(item)
     if item == STDIN or (os.path.exists(item) and not os.path.isdir(item)):
         return [item]
     if os.path.isdir(item):
         names = sorted(name for name in os.listdir(path) if name.endswith(SUFFIXES) and not _OURS.search(name))
-        if not names:
+        if not names and not may_be_empty:
             raise UsageError(f"the directory {item!r} holds no *.jsonl, *.jsonl.gz or *.jsonl.zst")
         return [str(path / name) for name in names]
     if glob.has_magic(item):

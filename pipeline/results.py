@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from pipeline import jsonl
+from pipeline import jsonl, money
 from pipeline.errors import LineError
 from pipeline.types import Attempt, Cost, Failure, OutputFormat, Reply, Result, Usage, wasted
 
@@ -229,8 +229,8 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
 
 
 def _usd(nanos: int | None) -> float | None:
-    """Return nano-dollars as a number of dollars; below a million dollars its digits are exact."""
-    return None if nanos is None else nanos / 1e9
+    """Return nano-dollars as a number of dollars."""
+    return None if nanos is None else money.dollars(nanos)
 
 
 def _own_or(result: Result, reply: Reply, mark: str, rewrite: Callable[[Result, Reply], dict[str, Any]]) -> Any:
@@ -411,7 +411,7 @@ def _to_cost(value: Mapping[str, Any]) -> Cost:
 
 def _to_nanos(dollars: Any) -> int | None:
     """Return dollars as whole nano-dollars; what is no amount is unknown, never 0."""
-    return round(dollars * 1e9) if type(dollars) in (int, float) else None
+    return round(dollars * money.NANO) if type(dollars) in (int, float) else None
 
 
 def _to_attempts(values: Sequence[Mapping[str, Any]] | None) -> Sequence[Attempt]:

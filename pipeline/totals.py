@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline import money
 from pipeline.journal import Sent
 from pipeline.results import Record
 from pipeline.types import Result, Usage
@@ -79,14 +80,14 @@ class Spending:
     @property
     def usd(self) -> float | None:
         """Dollars; None where not one of the calls has a known price, as unknown is not zero."""
-        return None if self.unpriced and not self.priced else self.nanos / 1e9
+        return None if self.unpriced and not self.priced else money.dollars(self.nanos)
 
     def as_dict(self, price_source: str | None) -> dict[str, Any]:
         return {
             "currency": "USD",
             "total": self.usd,
-            "wasted": self.wasted / 1e9,
-            "saved_by_cache": self.saved / 1e9,
+            "wasted": money.dollars(self.wasted),
+            "saved_by_cache": money.dollars(self.saved),
             "unpriced_requests": self.unpriced,
             "price_source": price_source,
         }

@@ -14,11 +14,11 @@ from rich.console import Console
 
 import pipeline
 from pipeline import config as configuration
-from pipeline import screen
 from pipeline.config import Config
 from pipeline.estimating import Estimate, Model, Row, estimate
 from pipeline.ledger import Entry, Ledger, Run
 from pipeline.limits import Allowance
+from pipeline.screen import estimates
 from pipeline.simulator import Options, serving
 
 NOW = datetime(2026, 11, 22, 12, 30, 15, tzinfo=UTC)
@@ -305,7 +305,7 @@ def test_without_limits_there_are_no_minutes(tmp_path: Path) -> None:
 
 def shown(told: Estimate, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
-    screen.show_estimate(console, told)
+    estimates.show(console, told)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "pipeline"
 # From the ground up; a module imports only from rows below its own. A folder is one room.
 LAYERS = (
     ("errors",),
-    ("files", "safe", "types"),
+    ("files", "money", "safe", "types"),
     ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl"),
     (
         "formats",

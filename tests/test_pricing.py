@@ -16,7 +16,7 @@ from genai_prices.types import ModelInfo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import jsonl, pricing
+from pipeline import jsonl
 from pipeline.config import Config
 from pipeline.pricing import Prices
 from pipeline.types import Request, Usage
@@ -31,6 +31,11 @@ ADDRESSES = {
     "perplexity": "https://api.perplexity.ai",
     "azure": "https://mine.openai.azure.com/openai/v1/",
 }
+
+
+def usd(nanos: int) -> str:
+    """Return an amount in dollars, exactly."""
+    return format(Decimal(nanos).scaleb(-9).normalize(), "f")
 
 
 def settings(prices: dict[str, Any] | None = None, addresses: dict[str, str] | None = None) -> Config:
@@ -183,7 +188,7 @@ def test_costs_are_those_of_the_price_lists(model: str, usage: Usage, lane: str,
     nanos = cost(usage, provider, model, lane=lane)
 
     assert nanos is not None
-    assert pricing.usd(nanos) == dollars
+    assert usd(nanos) == dollars
 
 
 def test_two_thousand_rows_cost_what_one_does_two_thousand_times() -> None:
@@ -193,7 +198,7 @@ def test_two_thousand_rows_cost_what_one_does_two_thousand_times() -> None:
     """
     rows = [cost(tokens(20, 5, read=10), "openai", "gpt-4o-mini") for _ in range(2_000)]
 
-    assert pricing.usd(sum(row or 0 for row in rows)) == "0.0105"
+    assert usd(sum(row or 0 for row in rows)) == "0.0105"
 
 
 def test_a_total_has_no_price() -> None:
@@ -213,7 +218,7 @@ def test_a_total_has_no_price() -> None:
 )
 def test_the_price_is_that_of_the_time_of_the_call(at: datetime, dollars: str) -> None:
     """A call costs what the model cost when it was made."""
-    assert pricing.usd(cost(tokens(1_000, 100), "openai", "gpt-5.6-luna", at=at) or 0) == dollars
+    assert usd(cost(tokens(1_000, 100), "openai", "gpt-5.6-luna", at=at) or 0) == dollars
 
 
 def test_prices_change_within_a_run() -> None:
@@ -343,7 +348,7 @@ def test_a_price_needs_a_seller(provider: str, address: str, model: str, dollars
 
     nanos = cost(tokens(1_000), provider, model, prices)
 
-    assert (None if nanos is None else pricing.usd(nanos)) == dollars
+    assert (None if nanos is None else usd(nanos)) == dollars
 
 
 @pytest.mark.parametrize(
@@ -412,7 +417,7 @@ def test_own_prices_go_first(row: dict[str, Any], usage: Usage, lane: str, dolla
     """What the user's table has is the price, in dollars per million tokens."""
     prices = Prices(settings({"gpt-6-luna": row}))
 
-    assert pricing.usd(cost(usage, "openai", "gpt-6-luna", prices, lane=lane) or 0) == dollars
+    assert usd(cost(usage, "openai", "gpt-6-luna", prices, lane=lane) or 0) == dollars
     assert cost(usage, "openai", "gpt-6-luna", prices, lane=lane) is not None
 
 
@@ -430,7 +435,7 @@ def test_the_first_row_that_fits_is_taken(provider: str, model: str, dollars: st
     rows = {"openai/gpt-6-luna": 1, "gpt-6-luna": 2, "vllm/*": 3}
     prices = Prices(settings({key: {"input": dollar, "output": 0} for key, dollar in rows.items()}))
 
-    assert pricing.usd(cost(tokens(1_000), provider, model, prices) or 0) == dollars
+    assert usd(cost(tokens(1_000), provider, model, prices) or 0) == dollars
 
 
 def test_own_prices_fit_the_name_that_was_asked_for() -> None:
@@ -481,7 +486,7 @@ def test_halves_are_rounded_to_even(count: int, nanos: int) -> None:
 )
 def test_dollars_are_exact(nanos: int, text: str) -> None:
     """An amount is written as a plain number in JSON, with every digit and no more."""
-    assert pricing.usd(nanos) == text
+    assert usd(nanos) == text
     assert jsonl.loads(text.encode()) is not None
 
 

@@ -345,6 +345,13 @@ def test_unusable_inputs_are_refused_before_the_run(
         read.sources([item])
 
 
+def test_a_drop_folder_may_be_empty(tmp_path: Path) -> None:
+    """Where that is said, a directory without inputs stands for none; one that does not exist is refused still."""
+    assert read.sources([str(tmp_path)], may_be_empty=True) == []
+    with pytest.raises(UsageError, match="does not exist"):
+        read.sources([str(tmp_path / "absent")], may_be_empty=True)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     """A file without read permission is a usage error before anything is sent."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
+from pipeline import money
 from pipeline.errors import UsageError
-from pipeline.ledger import NANO, Entry, Run
+from pipeline.ledger import Entry, Run
 
 Entries = Mapping[str, Sequence[Entry]]  # by run id
 Key = TypeVar("Key", bound=Hashable)
@@ -67,13 +68,13 @@ class Row:
 
     @property
     def cost_usd(self) -> float | None:
-        return usd(self.cost_nano) if self.is_priced else None
+        return money.dollars(self.cost_nano) if self.is_priced else None
 
     @property
     def cost_per_1000_usd(self) -> float | None:
         """What a thousand answers cost, waste included; None without a priced answer."""
         priced = self.succeeded - self.unpriced
-        return usd(self.cost_nano) / priced * 1_000 if priced > 0 else None
+        return money.dollars(self.cost_nano) / priced * 1_000 if priced > 0 else None
 
     @property
     def cache_share(self) -> float | None:
@@ -91,11 +92,11 @@ class Row:
         return {
             "key": self.key,
             "cost_usd": self.cost_usd,
-            "previous_cost_usd": None if previous is None else usd(previous),
+            "previous_cost_usd": None if previous is None else money.dollars(previous),
             "change": self.change,
             "cost_per_1000_usd": self.cost_per_1000_usd,
-            "wasted_usd": usd(self.wasted_nano),
-            "cache_saved_usd": usd(self.saved_nano),
+            "wasted_usd": money.dollars(self.wasted_nano),
+            "cache_saved_usd": money.dollars(self.saved_nano),
             "unpriced_requests": self.unpriced,
             "runs": self.runs,
             "requests": self.requests,
@@ -113,11 +114,6 @@ class Row:
             "reasoning_tokens": self.reasoning_tokens,
             "cache_share": self.cache_share,
         }
-
-
-def usd(nano: int) -> float:
-    """Return dollars."""
-    return nano / NANO
 
 
 def grouped(entries: Entries, runs: Mapping[str, Run], key: Callable[[Run, Entry], Key]) -> dict[Key, Row]:

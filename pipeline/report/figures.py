@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from pipeline.ledger import NANO
+from pipeline import money
 from pipeline.report.costs import UNTAGGED, Report, Row
 
 UNKNOWN = "–"
 
 
-def money(nano: int) -> str:
-    """Return dollars: cents from one dollar on, as many places as it takes to see something below."""
-    if abs(nano) >= NANO or not nano:
-        places = 2
-    elif abs(nano) >= NANO // 100:
-        places = 4
-    else:
-        places = 6 if abs(nano) >= 1_000 else 9
-    return f"{'-' if nano < 0 else ''}${abs(nano) / NANO:,.{places}f}"
-
-
 def cost(row: Row) -> str:
-    return money(row.cost_nano) if row.is_priced else UNKNOWN
+    return money.text(row.cost_nano) if row.is_priced else UNKNOWN
 
 
 def cost_per_1000(row: Row) -> str:
     dollars = row.cost_per_1000_usd
-    return UNKNOWN if dollars is None else money(round(dollars * NANO))
+    return UNKNOWN if dollars is None else money.text(round(dollars * money.NANO))
 
 
 def change(row: Row) -> str:
@@ -65,7 +54,7 @@ def comparison(row: Row) -> str:
     """Say what was spent in the previous period; empty where there is nothing to compare with."""
     if row.previous_cost_nano is None:
         return ""
-    return f"{money(row.previous_cost_nano)} before" + (f" ({change(row)})" if row.change is not None else "")
+    return f"{money.text(row.previous_cost_nano)} before" + (f" ({change(row)})" if row.change is not None else "")
 
 
 def caveats(report: Report) -> list[str]:

@@ -19,10 +19,10 @@ from typing import Any
 
 import orjson
 
-from pipeline import safe
+from pipeline import money, safe
 from pipeline.ledger import Entry, Run
 from pipeline.report import figures
-from pipeline.report.costs import TIMES, Report, Row, buckets, grouped, key_of, usd
+from pipeline.report.costs import TIMES, Report, Row, buckets, grouped, key_of
 
 _SERIES = 8  # models with a colour of their own; the others are one
 _OTHERS = "others"
@@ -108,8 +108,8 @@ def _tiles(report: Report) -> Markup:
             figures.short(row.failed),
             f"{figures.short(row.rate_limited + row.failed_attempts)} calls failed or refused",
         ),
-        ("Saved by cache", figures.money(row.saved_nano), f"{figures.share(row.cache_share)} of input from the cache"),
-        ("Wasted", figures.money(row.wasted_nano), f"{row.unknown:,} more calls may be billed"),
+        ("Saved by cache", money.text(row.saved_nano), f"{figures.share(row.cache_share)} of input from the cache"),
+        ("Wasted", money.text(row.wasted_nano), f"{row.unknown:,} more calls may be billed"),
     )
     return _element(
         "dl",
@@ -181,7 +181,7 @@ def _cells(row: Row, report: Report) -> dict[str, tuple[str, float]]:
     if report.total.previous_cost_nano is not None or report.by in TIMES:
         before = row.previous_cost_nano
         cells["before"] = (
-            figures.UNKNOWN if before is None else figures.money(before),
+            figures.UNKNOWN if before is None else money.text(before),
             -1 if before is None else before,
         )
         cells["change"] = (figures.change(row), row.change or 0)
@@ -194,8 +194,8 @@ def _cells(row: Row, report: Report) -> dict[str, tuple[str, float]]:
         "output tokens": (f"{row.output_tokens:,}", row.output_tokens),
         "reasoning": (f"{row.reasoning_tokens:,}", row.reasoning_tokens),
         "per 1,000": (figures.cost_per_1000(row), -1 if per_1000 is None else per_1000),
-        "saved": (figures.money(row.saved_nano), row.saved_nano),
-        "wasted": (figures.money(row.wasted_nano), row.wasted_nano),
+        "saved": (money.text(row.saved_nano), row.saved_nano),
+        "wasted": (money.text(row.wasted_nano), row.wasted_nano),
         "calls": (f"{row.attempts:,}", row.attempts),
         "refused": (f"{row.rate_limited:,}", row.rate_limited),
         "failed calls": (f"{row.failed_attempts:,}", row.failed_attempts),
@@ -230,7 +230,7 @@ def _data(report: Report) -> dict[str, Any]:
 
     return {
         "labels": labels,
-        "cost": [of_model(name, lambda row: usd(row.cost_nano)) for name in models],
+        "cost": [of_model(name, lambda row: money.dollars(row.cost_nano)) for name in models],
         "tokens": [
             series("input", lambda row: row.input_tokens - row.cache_read_tokens - row.cache_write_tokens),
             series("read from cache", lambda row: row.cache_read_tokens),
@@ -247,7 +247,7 @@ def _data(report: Report) -> dict[str, Any]:
             series("refused (429)", lambda row: row.rate_limited),
             series("maybe billed", lambda row: row.unknown),
         ],
-        "wasted": [series("wasted", lambda row: usd(row.wasted_nano))],
+        "wasted": [series("wasted", lambda row: money.dollars(row.wasted_nano))],
         "per1000": [of_model(name, lambda row: row.cost_per_1000_usd) for name in models],
     }
 

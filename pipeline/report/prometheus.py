@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 
+from pipeline import money
 from pipeline.ledger import Run
-from pipeline.report.costs import Report, Row, grouped, usd
+from pipeline.report.costs import Report, Row, grouped
 
 _Value = Callable[[Row], float]
 
 # Name, what it is, and its samples: one without a further label, or one for each value of that label.
 _COUNTERS: tuple[tuple[str, str, str, Mapping[str, _Value]], ...] = (
-    ("cost_usd", "What was billed, waste included.", "", {"": lambda row: usd(row.cost_nano)}),
-    ("wasted_usd", "Known cost of calls without a usable answer.", "", {"": lambda row: usd(row.wasted_nano)}),
-    ("cache_saved_usd", "What reading from the cache saved.", "", {"": lambda row: usd(row.saved_nano)}),
+    ("cost_usd", "What was billed, waste included.", "", {"": lambda row: money.dollars(row.cost_nano)}),
+    (
+        "wasted_usd",
+        "Known cost of calls without a usable answer.",
+        "",
+        {"": lambda row: money.dollars(row.wasted_nano)},
+    ),
+    ("cache_saved_usd", "What reading from the cache saved.", "", {"": lambda row: money.dollars(row.saved_nano)}),
     ("unpriced_requests", "Answers without a known price.", "", {"": lambda row: row.unpriced}),
     ("unknown_attempts", "Calls without an answer that may be billed.", "", {"": lambda row: row.unknown}),
     (

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import safe
+from pipeline import money, safe
 from pipeline.report import figures
 from pipeline.report.costs import Report, Row
 
@@ -66,5 +66,5 @@ def _columns(row: Row, *, is_wide: bool, has_comparison: bool) -> dict[str, str]
         "output": figures.short(row.output_tokens),
         "cached": figures.share(row.cache_share),
         "per 1,000": figures.cost_per_1000(row),
-        "wasted": figures.money(row.wasted_nano),
+        "wasted": money.text(row.wasted_nano),
     }

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline import money
 from pipeline.report import csv as csv_form
 from pipeline.report import figures, json, prometheus, table
 from pipeline.report.costs import Report, Row
@@ -58,7 +59,7 @@ def as_text(value: Report, *, width: int = 120, is_colored: bool = False) -> str
 )
 def test_money_shows_what_is_there(nano: int, text: str) -> None:
     """No cost but zero is shown as zero."""
-    assert figures.money(nano) == text
+    assert money.text(nano) == text
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
-"""What people see before a run, while it goes on and when it has ended: a bar on a terminal, a line a minute elsewhere.
+"""What is told while a run goes on and when it has ended: to people as text, to what reads logs as JSON lines.
 
-What is shown of runs goes to stderr; every text from outside passes `safe.text`, and rich's markup is never parsed.
+Everything here goes to stderr by way of one method, `Screen.tell`: every text passes `safe.text` there, and rich's
+markup is never parsed. On a terminal a bar shows the progress, elsewhere a line a minute.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 from rich.console import Console, Group, RenderableType
@@ -16,27 +19,83 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import safe
-from pipeline.estimating import Costs, Estimate, Figures, Row, Sum
-from pipeline.job import Progress, Watch
-from pipeline.lane import Statistics
-from pipeline.limits import Allowance
-from pipeline.report import figures
-from pipeline.totals import Summary
+from pipeline import clock, money, safe
+
+if TYPE_CHECKING:  # so that telling an error does not load the whole program
+    from pipeline.job import Progress, Watch
+    from pipeline.lane import Statistics
+    from pipeline.limits import Allowance
+    from pipeline.totals import Summary
+
+    Get = Callable[[], Progress]
 
 LOG_SECONDS = 60.0
 _REFRESH_SECONDS = 0.25
 _WINDOW_SECONDS = 10.0
 _SHOWN_LANES = 6
+_SHOWN_CHARACTERS = 2_000
 
-Get = Callable[[], Progress]
+Event = Literal["message", "progress", "failure", "warning", "summary", "stopped", "resume", "error", "hint"]
 
 
-def watcher(console: Console, mode: str) -> Watch | None:
-    """Return what shows the progress of a run: `bar`, `log`, `none`, or `auto` (bar on a terminal, else log)."""
-    if mode == "auto":
-        mode = "bar" if console.is_terminal else "log"
-    return {"bar": _Bar(console).watch, "log": _Log(console).watch}.get(mode)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """How an event is told: its level in JSON; what stands before it, and its colour, in text."""
+
+    level: Literal["info", "warning", "error"] = "info"
+    mark: str = ""
+    style: str = ""
+
+
+_LOOKS: dict[Event, _Look] = {
+    "message": _Look(),
+    "progress": _Look(),
+    "failure": _Look(level="warning", mark="✗ ", style="red"),
+    "warning": _Look(level="warning", mark="! ", style="yellow"),
+    "summary": _Look(),
+    "stopped": _Look(level="error", mark="stopped: ", style="bold red"),
+    "resume": _Look(mark="to go on: "),
+    "error": _Look(level="error", mark="error: "),
+    "hint": _Look(level="error", mark="hint: "),
+}
+
+
+class Screen:
+    """Where events are told: as lines of text, or as JSON objects, one a line; when quiet, errors only."""
+
+    def __init__(self, console: Console, *, is_json: bool = False, is_quiet: bool = False) -> None:
+        self._console = console
+        self._is_json = is_json
+        self._is_quiet = is_quiet
+
+    def tell(self, event: Event, text: str, *, table: Table | None = None, **fields: Any) -> None:
+        """Tell what happened. `fields` say it in numbers and are for JSON only, `table` is for text only.
+
+        JSON is pure ASCII: no locale can break it, and nothing in a field can act on the terminal of who reads it.
+        """
+        look = _LOOKS[event]
+        if self._is_quiet and look.level != "error":
+            return
+        shown = safe.text(text, _SHOWN_CHARACTERS)
+        if self._is_json:
+            time = f"{clock.utc_now():%Y-%m-%dT%H:%M:%SZ}"
+            head = {"time": time, "level": look.level, "event": event, "message": shown}
+            self._print(json.dumps(head | fields, default=str))
+            return
+        if table:
+            self._console.print(table)
+        self._print(look.mark + shown, look.style)
+
+    def watcher(self, mode: str) -> Watch | None:
+        """Return what tells the progress of a run: `bar`, `log`, `none`, or `auto` (bar on a terminal, else log)."""
+        if self._is_quiet or mode == "none":
+            return None
+        if not self._is_json and (mode == "bar" or (mode == "auto" and self._console.is_terminal)):
+            return _Bar(self._console).watch
+        return _Log(self).watch
+
+    def _print(self, line: str, style: str = "") -> None:
+        self._console.print(Text(line, style=style), soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +152,8 @@ class _Bar:
 
 
 class _Log:
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
         self._meter = _Meter()
 
     async def watch(self, get: Get) -> None:
@@ -102,10 +161,33 @@ class _Log:
         while True:
             await anyio.sleep(LOG_SECONDS)
             progress = get()
+            pace = self._meter.pace(progress)
             done = progress.run.finished + progress.reused
             of = f"{progress.read:,}{'' if progress.total is not None else '+'}"
-            parts = [f"{done:,} of {of}", _facts(progress, self._meter.pace(progress)), *_waits(progress)]
-            self._console.print(Text("; ".join(parts)), soft_wrap=True)
+            text = "; ".join([f"{done:,} of {of}", _facts(progress, pace), *_waits(progress)])
+            self._screen.tell("progress", text, **_numbers(progress, pace))
+
+
+def _numbers(progress: Progress, pace: _Pace) -> dict[str, Any]:
+    """Return the progress as fields; `total` is null until the whole input was read."""
+    sender = progress.sender
+    return {
+        "elapsed_s": round(progress.elapsed_s, 3),
+        "read": progress.read,
+        "total": progress.total,
+        "reused": progress.reused,
+        "succeeded": progress.run.succeeded,
+        "failed": progress.run.failed,
+        "invalid": progress.run.invalid,
+        "retrying": sum(lane.retrying for lane in sender.lanes),
+        "in_flight": sender.in_flight,
+        "rate_limited": sender.rate_limited,
+        "requests_per_s": round(pace.requests, 3),
+        "tokens_per_s": round(pace.tokens, 3),
+        "tokens": progress.run.tokens.as_dict(),
+        "is_draining": progress.is_draining,
+        "lanes": [asdict(lane) for lane in sender.lanes],
+    }
 
 
 def _facts(progress: Progress, pace: _Pace) -> str:
@@ -153,32 +235,31 @@ def _lane(lane: Statistics) -> str:
 
 
 def _allowance(allowance: Allowance) -> str:
-    """Return e.g. `requests 98 % of 1,000/min`; `~` before a limit that was found out, `your` before a cap."""
+    """Return e.g. `requests 98 % of 1,000/min`."""
     kind = allowance.kind.replace("_", " ")
-    return f"{kind} {allowance.used:.0%} of {_mark(allowance)}{allowance.per_minute:,.0f}/min"
+    return f"{kind} {allowance.used:.0%} of {mark(allowance)}{allowance.per_minute:,.0f}/min"
 
 
-def _mark(allowance: Allowance) -> str:
+def mark(allowance: Allowance) -> str:
+    """Return what stands before a limit: `~` before one that was found out, `your` before a cap."""
     return {"cap": "your ", "found": "~"}.get(allowance.source, "")
 
 
-def show_summary(console: Console, summary: Summary, command: str | None) -> None:
-    """Print what a run did, on one screen; `command` is how to go on where that is possible."""
+def show_summary(screen: Screen, summary: Summary, command: str | None) -> None:
+    """Tell what a run did, on one screen; `command` is how to go on where that is possible."""
     for line in summary.failures:
-        console.print(Text(f"✗ {safe.text(line, 300)}", style="red"), soft_wrap=True)
-    failed = summary.run.failed + summary.run.invalid
-    hidden = failed - len(summary.failures)
+        screen.tell("failure", safe.text(line, 300))
+    hidden = summary.run.failed + summary.run.invalid - len(summary.failures)
     if hidden > 0:
-        console.print(Text(f'✗ … and {hidden:,} more; they are in the results with "success":false', style="red"))
+        screen.tell("failure", f'… and {hidden:,} more; they are in the results with "success":false', hidden=hidden)
     for warning in summary.warnings:
-        console.print(Text(f"! {safe.text(warning)}", style="yellow"), soft_wrap=True)
-    if summary.run.finished:
-        console.print(_models(summary))
-    console.print(Text(_outcome(summary)), soft_wrap=True)
+        screen.tell("warning", warning)
+    table = _models(summary) if summary.run.finished else None
+    screen.tell("summary", _outcome(summary), table=table, **summary.as_dict())
     if summary.stop_reason:
-        console.print(Text(f"stopped: {safe.text(summary.stop_reason)}", style="bold red"), soft_wrap=True)
+        screen.tell("stopped", summary.stop_reason)
     if command:
-        console.print(Text(f"to go on: {safe.text(command)}"), soft_wrap=True)
+        screen.tell("resume", command)
 
 
 def _models(summary: Summary) -> Table:
@@ -200,19 +281,15 @@ def _money(summary: Summary) -> str:
     """Say what the run cost, what is known of waste and savings, and how much of the cap is used."""
     spending = summary.run.spending
     details = [f"of at most {_dollars(summary.cap)}"] if summary.cap is not None else []
-    details += [f"{_dollars(spending.wasted / 1e9)} for answers that could not be used"] if spending.wasted else []
-    details += [f"{_dollars(spending.saved / 1e9)} saved by the cache"] if spending.saved else []
+    details += [f"{money.text(spending.wasted)} for answers that could not be used"] if spending.wasted else []
+    details += [f"{money.text(spending.saved)} saved by the cache"] if spending.saved else []
     details += [f"{spending.unpriced:,} calls have no known price"] if spending.unpriced else []
     return _dollars(spending.usd) + (f" ({', '.join(details)})" if details else "")
 
 
 def _dollars(amount: float | None) -> str:
-    """Return dollars for people: `$0.0042`, `$1,234.57`, `<$0.0001`; `$ ?` for a price that nobody knows."""
-    if amount is None:
-        return "$ ?"
-    if 0 < abs(amount) < 0.0001:
-        return "<$0.0001"
-    return f"${amount:,.2f}" if abs(amount) >= 100 else f"${amount:,.4f}"
+    """Return dollars for people; a price that nobody knows is a question."""
+    return "$ ?" if amount is None else money.text(round(amount * money.NANO))
 
 
 def _outcome(summary: Summary) -> str:
@@ -241,76 +318,3 @@ def _outcome(summary: Summary) -> str:
     tokens = f"{run.tokens.input:,} tokens in, {run.tokens.output:,} out; {_money(summary)}"
     kind = "; SIMULATED, nothing was sent to a provider" if summary.simulated else ""
     return f"{lines}; {tokens}; {calls}; results in {safe.text(summary.results_file)}{kind}"
-
-
-# ── before a run ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def show_estimate(console: Console, estimate: Estimate) -> None:
-    """Print what a run would send and cost, and how that was reckoned."""
-    if estimate.rows:
-        console.print(_costs(estimate))
-    for row in estimate.rows:
-        console.print(Text(_reckoning(row)), soft_wrap=True)
-    for note in estimate.notes:
-        console.print(Text(f"! {note}", style="yellow"), soft_wrap=True)
-    parts = [f"{estimate.total.requests:,} to send"]
-    parts += [f"{estimate.done:,} done already in {safe.text(estimate.results_file)}"] if estimate.done else []
-    parts += [f"{estimate.invalid:,} invalid (pipeline check tells which)"] if estimate.invalid else []
-    console.print(Text(f"{estimate.lines:,} lines: {', '.join(parts)}"), soft_wrap=True)
-
-
-def _costs(estimate: Estimate) -> Table:
-    """Draw two lines for each model, what is expected and what it can be at most, and the total."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("model", overflow="fold")
-    for name in ("requests", "input", "output", "live", "batch", "minutes"):
-        table.add_column(name, justify="right")
-    for row in estimate.rows:
-        label = Text(safe.text(f"{row.provider}/{row.model}", 60))
-        _add_lines(table, label, row.figures, row.pace.minutes if row.pace else None)
-    if len(estimate.rows) > 1:
-        _add_lines(table, Text("total", style="bold"), estimate.total, estimate.minutes)
-    return table
-
-
-def _add_lines(table: Table, label: Text, sums: Figures, minutes: float | None) -> None:
-    table.add_row(
-        label,
-        f"{sums.requests:,}",
-        f"{sums.input_tokens:,}",
-        _known(sums.output_expected, f"{sums.output_expected.known:,}"),
-        *(_dollars(costs, costs.expected) for costs in (sums.live, sums.batch)),
-        figures.UNKNOWN if minutes is None else f"{minutes:,.1f}",
-    )
-    at_most = ["no bound"]
-    if sums.is_bounded:
-        costs = [_dollars(costs, costs.at_most) for costs in (sums.live, sums.batch)]
-        at_most = [f"{sums.output_at_most.known:,}", *costs]
-    table.add_row(Text("  at most", style="dim"), "", "", *at_most)
-
-
-def _dollars(costs: Costs, sum_: Sum) -> str:
-    """Return an amount; a price that nobody knows is told apart from a length that nobody knows."""
-    if sum_.amount is None and costs.unpriced == sum_.missing:
-        return "no price known"
-    return _known(sum_, figures.money(sum_.known))
-
-
-def _known(sum_: Sum, known: str) -> str:
-    """Return what is known of a sum, marked where it is not all."""
-    if sum_.amount is None:
-        return figures.UNKNOWN
-    return f"{known} + ?" if sum_.missing else known
-
-
-def _reckoning(row: Row) -> str:
-    """Say where the numbers of a model come from."""
-    parts = [safe.text(row.basis)]
-    if row.input_ratio is not None:
-        parts.append(f"input as estimated × {row.input_ratio:.2f}")
-    if row.pace:
-        limit = row.pace.limit
-        pace = f"{_mark(limit)}{limit.per_minute:,.0f} {limit.kind.replace('_', ' ')}/min"
-        parts.append(f"{row.pace.minutes:,.1f} minutes at {pace}")
-    return f"{safe.text(f'{row.provider}/{row.model}', 60)}: {'; '.join(parts)}"
