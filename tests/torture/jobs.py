@@ -255,15 +255,11 @@ def _acknowledge_to(fd: int) -> None:
     job.Recorder = Telling  # type: ignore[misc]
 
 
-def kill(process: BaseProcess) -> None:
-    """Kill a run and wait until it is gone."""
+def kill(process: BaseProcess) -> bool:
+    """Kill a run and wait until it is gone; tell whether it had not ended by itself before."""
     process.kill()
     process.join(HANG_SECONDS)
     assert process.exitcode is not None
-
-
-def is_killed(process: BaseProcess) -> bool:
-    """Tell whether a run ended by SIGKILL and not by itself before."""
     return process.exitcode == -signal.SIGKILL
 
 

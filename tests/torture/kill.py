@@ -22,7 +22,7 @@ from dataclasses import asdict, fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.torture.jobs import HANG_SECONDS, Job, Verdict, is_killed, judge, kill, providing, whole_lines
+from tests.torture.jobs import Job, Verdict, judge, kill, providing, whole_lines
 
 _AT_ONCE = 2
 _KILLS_OF_A_JOB = 8
@@ -30,19 +30,18 @@ _LONGEST_SECONDS = 0.25  # until a kill strikes, from a start that takes some 0.
 
 
 def torture(
-    job: Job, rng: random.Random, stops: int, stop: Callable[[BaseProcess], None] = kill, *, changes: bool = False
+    job: Job, rng: random.Random, stops: int, stop: Callable[[BaseProcess], bool] = kill, *, changes: bool = False
 ) -> Verdict:
     """Stop the runs of a job so often at random times, let a last one finish, and judge.
 
-    With `changes` some lines are given another text between runs.
+    `stop` tells whether a run was still there to be stopped. With `changes` some lines get another text between runs.
     """
     durable: dict[bytes, None] = {}
     done = 0
     for _ in range(stops):
         process = job.start()
         process.join(rng.uniform(0.0, _LONGEST_SECONDS))
-        stop(process)
-        done += is_killed(process)
+        done += stop(process)
         job.note()
         durable.update(dict.fromkeys(line for line in whole_lines(job.output) if line.startswith(b"{")))
         if changes and rng.random() < 0.3:

@@ -57,18 +57,12 @@ class Fault:
         return f"{self.suffix} {'/'.join(self.calls)} {self.error} from {self.at}"
 
 
-def trace(job: Job, *words: str, paths: Sequence[Path], follows: bool = True) -> Traced:
-    """Run a job under strace with its `-e` expressions; only calls on `paths` are seen and struck."""
+def trace(job: Job, *words: str) -> Traced:
+    """Run a job under strace with some of its options."""
     assert shutil.which("strace"), HINT
     log = job.folder / "strace"
     done = subprocess.run(
-        [
-            *("strace", "-qq", "-o", str(log), *(("-f",) if follows else ())),
-            *("-e", f"trace={','.join(CALLS)}"),
-            *(word for path in paths for word in ("-P", str(path))),
-            *(word for expression in words for word in ("-e", expression)),
-            *job.cold,
-        ],
+        ["strace", "-qq", "-o", str(log), *words, *job.cold],
         cwd=job.folder,
         env=job.environ,
         capture_output=True,
@@ -81,11 +75,18 @@ def trace(job: Job, *words: str, paths: Sequence[Path], follows: bool = True) ->
     return Traced(exit_code=done.returncode, log=log.read_text(errors="replace").splitlines())
 
 
-def files(job: Job, *suffixes: str) -> list[Path]:
-    """Return the files beside results, with the names under which they are written first; all if none is named."""
+def _strike(job: Job, inject: str, *suffixes: str, follows: bool = True) -> Traced:
+    """Run a job with an injection into calls on files beside its results, under their first names too; all if none."""
     named = [beside(job.output, suffix) for suffix in suffixes or _SUFFIXES]
-    directory = [] if suffixes else [job.output.parent]
-    return [*named, *(path.with_name(path.name + ".tmp") for path in named), *directory]
+    paths = [*named, *(path.with_name(path.name + ".tmp") for path in named)]
+    paths += [] if suffixes else [job.output.parent]
+    expressions = [f"trace={','.join(CALLS)}", f"inject={inject}"]
+    return trace(
+        job,
+        *(["-f"] if follows else []),
+        *(word for expression in expressions for word in ("-e", expression)),
+        *(word for path in paths for word in ("-P", str(path))),
+    )
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def kill_at(folder: Path, call: str, n: int, *, follows: bool = True) -> Verdict
     """
     with half_done(folder) as job:
         before = [line for line in whole_lines(job.output) if line]
-        struck = trace(job, f"inject={call}:signal=KILL:when={n}", paths=files(job), follows=follows)
+        struck = _strike(job, f"{call}:signal=KILL:when={n}", follows=follows)
         durable = [*before, *(line for line in whole_lines(job.output) if line.startswith(b"{"))]
         exit_code = job.finish()
         return judge(job, stops=int(struck.exit_code != 0), durable=durable, exit_code=exit_code)
@@ -120,20 +121,21 @@ def kill_at(folder: Path, call: str, n: int, *, follows: bool = True) -> Verdict
 def fail_at(folder: Path, fault: Fault) -> tuple[Traced, list[str], Verdict]:
     """Let calls on one file fail, then finish the job without faults; say what was wrong, and judge."""
     with half_done(folder) as job:
-        inject = f"inject={','.join(fault.calls)}:error={fault.error}:when={fault.at}+"
-        traced = trace(job, inject, paths=files(job, fault.suffix))
+        before = job.output.read_bytes()
+        traced = _strike(job, f"{','.join(fault.calls)}:error={fault.error}:when={fault.at}+", fault.suffix)
         was_struck = any("INJECTED" in line for line in traced.log)
-        wrong = list(_wrong_after(job, traced)) if was_struck else []
+        wrong = list(_wrong_after(job, traced, before)) if was_struck else []
         durable = [line for line in whole_lines(job.output) if line.startswith(b"{")]
         exit_code = job.finish()
         return traced, wrong, judge(job, stops=int(was_struck), durable=durable, exit_code=exit_code)
 
 
-def _wrong_after(job: Job, traced: Traced) -> Iterator[str]:
-    """Yield what an error of the storage must not lead to."""
+def _wrong_after(job: Job, traced: Traced, before: bytes) -> Iterator[str]:
+    """Yield what an error of the storage must not lead to; a file that could not be repaired is as it was `before`."""
     if traced.exit_code != 5:
         yield f"exit {traced.exit_code} instead of 5"
-    if not job.output.read_bytes().endswith(b"\n"):
+    after = job.output.read_bytes()
+    if after != before and not after.endswith(b"\n"):
         yield "the results do not end with a whole line"
     syncs = traced.calls(*SYNCS)
     first = next((n for n, line in enumerate(syncs) if "INJECTED" in line), len(syncs))
