@@ -18,6 +18,7 @@ from pipeline.errors import StorageError, TryLaterError, UsageError
 
 MODE = 0o600
 _BLOCK_BYTES = 64 * 1024
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -70,13 +71,15 @@ class Appender:
 def open_locked(path: Path) -> int:
     """Open a regular file for appending, made if need be, and lock the file itself, not a name beside it.
 
-    Raises `TryLaterError` when another process holds the lock, `UsageError` when it cannot be opened.
+    Raises `TryLaterError` when another process holds the lock, `StorageError` when the disk is full or broken,
+    `UsageError` when it cannot be opened for another reason.
     """
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, MODE)
         except OSError as exc:
-            raise UsageError(f"the output {str(path)!r} cannot be written: {exc.strerror}") from exc
+            kind = StorageError if exc.errno in _DISK_ERRORS else UsageError
+            raise kind(f"the output {str(path)!r} cannot be written: {exc.strerror}") from exc
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise UsageError(f"the output {str(path)!r} is not a regular file; results must stay readable to go on")
