@@ -132,12 +132,16 @@ def write_file(path: Path, content: bytes, *, mode: int = MODE) -> None:
 
 
 def append_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """Add lines to a file that nobody else writes; raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, MODE)
+    """Add lines to a file that nobody else writes, after a line end if a crash cut its last line; raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
     try:
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            write_all(fd, b"\n")
         for line in lines:
             write_all(fd, line)
         os.fsync(fd)
+        sync_directory(path.parent)
     finally:
         os.close(fd)
 

@@ -494,6 +494,23 @@ def test_a_link_stays_a_link(tmp_path: Path, act: str) -> None:
     writer.release()
 
 
+async def test_a_crash_is_told_under_every_name(tmp_path: Path) -> None:
+    """Who goes on through a symbolic link is told of the calls that a run under the file's own name had in flight."""
+    real, link = tmp_path / "r.jsonl", tmp_path / "a.jsonl"
+    killed = recorder(real)
+    killed.open()
+    killed.begin()
+    await make_calls(killed, a_result("a"))
+    killed.release()
+    link.symlink_to(real)
+
+    writer = recorder(link)
+    writer.open()
+
+    assert [sent.sent for sent in writer.unknown()] == ["a"]
+    writer.release()
+
+
 # ── tidying ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -561,7 +578,7 @@ def test_results_can_be_put_in_input_order(path: Path, lines: list[bytes], expec
     tidied(path, lines, AB, ordered=True)
 
     assert path.read_bytes() == b"".join(expected)
-    assert path.with_name("a.tmp.jsonl").exists() is False
+    assert path.with_name("a.jsonl.tmp").exists() is False
 
 
 def test_superseded_lines_are_collected(path: Path) -> None:
@@ -572,9 +589,18 @@ def test_superseded_lines_are_collected(path: Path) -> None:
     assert path.with_name("a.superseded.jsonl").read_bytes() == A + B_FAILED
 
 
+def test_a_fragment_among_superseded_lines_spoils_no_other(path: Path) -> None:
+    """Where a crash or a full disk cut the line that was being kept, the next one begins a line of its own."""
+    path.with_name("a.superseded.jsonl").write_bytes(A[:20])
+
+    tidied(path, [A, B], [("a", "d2"), ("b", "d")])
+
+    assert path.with_name("a.superseded.jsonl").read_bytes() == A[:20] + b"\n" + A
+
+
 def test_a_leftover_of_a_crash_is_no_obstacle(path: Path) -> None:
     """A temporary file of a run that died is replaced."""
-    path.with_name("a.tmp.jsonl").write_bytes(b"half")
+    path.with_name("a.jsonl.tmp").write_bytes(b"half")
 
     tidied(path, [B, A], AB, ordered=True)
 
