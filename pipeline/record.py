@@ -91,7 +91,7 @@ class Recorder:
         self._sync = sync
         self._on_done = on_done
         self._file: disk.Appender | None = None
-        self._journal = Journal(path, run_id, sync=sync)
+        self._journal = Journal(disk.target_of(path), run_id, sync=sync)
         self._lines: list[bytes] = []
         self._results: list[Result] = []
         self._waiting = 0
