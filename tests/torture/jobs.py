@@ -281,7 +281,7 @@ class Verdict:
     torn: int = 0  # lines that are not whole JSON objects
     swapped: int = 0  # answers to somebody else's request
     undone: int = 0  # lines or acknowledged ids that were on the disk and are there no more
-    untold: int = 0  # answers that were paid for, have no line and are not listed
+    untold: int = 0  # answers that were paid for and that neither lines nor totals tell of
     too_many: int = 0  # listed calls of a run beyond its concurrency
     wrong_tokens: int = 0  # lines whose tokens are not those of the provider, and totals that are not their sum
     wrong_exits: int = 0  # last runs that did not end with 0
@@ -333,6 +333,10 @@ def _is_answer_to(value: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
     return bool(value["success"]) and str(value["content"]).startswith(token_of(body))
 
 
+def _token_in(value: Mapping[str, Any]) -> str:
+    return str(value["content"]).split()[0]
+
+
 def _undone(job: Job, durable: Sequence[bytes], kept: Sequence[bytes]) -> int:
     there = set(kept)
     known = {(value["custom_id"], value["digest"]) for value in map(_value, kept) if value}
@@ -341,13 +345,14 @@ def _undone(job: Job, durable: Sequence[bytes], kept: Sequence[bytes]) -> int:
 
 
 def _untold(job: Job, paid: Mapping[str, Paid], values: Sequence[Mapping[str, Any]]) -> int:
-    """Count the answers that were given beyond those that have a line and that no totals list, id by id."""
-    answered = Counter(str(value["content"]).split()[0] for value in values)
-    digests = {value["digest"]: str(value["content"]).split()[0] for value in values}
-    listed = Counter(digests.get(digest, custom_id) for _, custom_id, digest, _ in job.told)
-    extra = Counter({token: each.times for token, each in paid.items()}) - answered - listed
+    """Count the answers that were given beyond those that lines tell of and that no totals list, id by id."""
+    tokens = {value["digest"]: _token_in(value) for value in values}
+    told = Counter(tokens.get(digest, custom_id) for _, custom_id, digest, _ in job.told)
+    for value in values:
+        told[_token_in(value)] += 1 + sum(each["may_be_billed"] for each in value.get("failed_attempts", ()))
+    extra = Counter({token: each.times for token, each in paid.items()}) - told
     # What was changed before it had a line is known by its id alone.
-    return max(0, extra.total() - sum(count for name, count in listed.items() if name not in paid))
+    return max(0, extra.total() - sum(count for name, count in told.items() if name not in paid))
 
 
 def _wrong_tokens(job: Job, paid: Mapping[str, Paid], values: Sequence[Mapping[str, Any]]) -> int:
@@ -355,7 +360,7 @@ def _wrong_tokens(job: Job, paid: Mapping[str, Paid], values: Sequence[Mapping[s
     wrong = sum(
         (value["usage"]["input_tokens"], value["usage"]["output_tokens"]) != (each.input_tokens, each.output_tokens)
         for value in values
-        if (each := paid.get(str(value["content"]).split()[0]))
+        if (each := paid.get(_token_in(value)))
     )
     sums = [sum(value["usage"][f"{name}_tokens"] for value in values) for name in ("input", "output")]
     return wrong + (sums != [totals["input"], totals["output"]])
