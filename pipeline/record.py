@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -121,7 +122,7 @@ class Recorder:
     def done(self, on_record: Callable[[Record], None]) -> Done:
         """Read what the file holds; every readable record is also given to `on_record`."""
         done = Done()
-        with self.path.open("rb") as file:
+        with self._reading() as file:
             for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):
                 if not length:
                     continue
@@ -134,6 +135,15 @@ class Recorder:
                 self._journal.settle(record.run, record.custom_id, record.digest)
                 on_record(record)
         return done
+
+    @contextmanager
+    def _reading(self) -> Iterator[BinaryIO]:
+        """Open the file for reading; an error of the disk meanwhile is a `StorageError`."""
+        try:
+            with self.path.open("rb") as file:
+                yield file
+        except OSError as exc:
+            raise StorageError(f"cannot read {str(self.path)!r}: {exc.strerror}") from exc
 
     def set_aside(self) -> Path | None:
         """Move the file's content, and its journal, to a free name beside it and start empty; None if there is none."""
@@ -265,7 +275,7 @@ class Recorder:
         staying, leaving = self._sort_out(positions, ids, ordered=ordered)
         if not leaving and not ordered:
             return 0
-        with self.path.open("rb") as old:
+        with self._reading() as old:
             if leaving:
                 superseded = disk.beside(self.path, ".superseded.jsonl")
                 try:
@@ -283,7 +293,7 @@ class Recorder:
         extra: list[int] = []
         leaving: list[int] = []
         offset = 0
-        with self.path.open("rb") as file:
+        with self._reading() as file:
             for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):
                 here, offset = offset, offset + length + 1
                 record = _decode_or_none(line)

@@ -21,6 +21,8 @@ RESULTS, JOURNAL, TOTALS = ".jsonl", ".attempts.jsonl", ".usage.json"
         Fault(suffix=RESULTS, calls=SYNCS, error="EIO", at=1),
         Fault(suffix=RESULTS, calls=SYNCS, error="EIO", at=3),
         Fault(suffix=RESULTS, calls=["openat"], error="ENOSPC", at=1),
+        Fault(suffix=RESULTS, calls=["openat"], error="EIO", at=2),
+        Fault(suffix=RESULTS, calls=["openat"], error="EIO", at=4),
         Fault(suffix=JOURNAL, calls=["write"], error="ENOSPC", at=1),
         Fault(suffix=JOURNAL, calls=["write"], error="EIO", at=3),
         Fault(suffix=JOURNAL, calls=SYNCS, error="EIO", at=2),
