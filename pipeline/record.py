@@ -14,6 +14,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -137,7 +138,7 @@ class Recorder:
         return done
 
     @contextmanager
-    def _reading(self) -> Iterator[BinaryIO]:
+    def _reading(self) -> Iterator[BufferedReader]:
         """Open the file for reading; an error of the disk meanwhile is a `StorageError`."""
         try:
             with self.path.open("rb") as file:

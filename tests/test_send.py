@@ -13,7 +13,7 @@ from pipeline.budget import Budget
 from pipeline.config import Limits, Sending
 from pipeline.errors import BudgetReachedError, OpenAIAPIError, Reach, TransportError, TryLaterError
 from pipeline.lane import FIRST_WAVE
-from pipeline.types import Answer
+from pipeline.types import Answer, Request, Result
 from tests.scripted import Script, World, refusal, reply, request
 from tests.virtual import virtual_time
 
@@ -403,3 +403,26 @@ async def test_an_answer_that_cannot_be_used_is_paid_for() -> None:
     assert result.success
     assert [(usage.total_tokens, nanos) for usage, nanos in result.wasted] == [(10, 100)]
     assert world.sender.statistics().unknown == 0
+
+
+class _SlowDisk(World):
+    """A world in which recording takes longer than any call; `largest` is how many calls a crash would repeat."""
+
+    largest = 0
+
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        await super().sending(request, attempt, at)
+        self.largest = max(self.largest, len(self.attempts) - len(self.results))
+
+    async def append(self, result: Result) -> None:
+        await anyio.sleep(50.0)
+        await super().append(result)
+
+
+async def test_a_request_keeps_its_place_until_its_result_is_recorded() -> None:
+    """However slow the disk is, a crash repeats no more calls than may be in flight."""
+    world = _SlowDisk(settings=Sending(concurrency=3))
+
+    await world.run(*(request(f"q-{n}") for n in range(20)))
+
+    assert (world.largest, len(world.results)) == (3, 20)

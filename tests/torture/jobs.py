@@ -89,7 +89,9 @@ class Provider:
 
 
 @contextmanager
-def providing(*, latency: float = 0.004, faults: Mapping[str, float] | None = None, seed: int = 0) -> Iterator[Provider]:
+def providing(
+    *, latency: float = 0.004, faults: Mapping[str, float] | None = None, seed: int = 0
+) -> Iterator[Provider]:
     """Run a simulator with empty books, in this process: it is the runs that are killed."""
     with serving(Options(latency=latency, faults=faults or {}, seed=seed, journal=True)) as server:
         yield Provider(server.url)
@@ -159,7 +161,8 @@ class Job:
 
     def start(self) -> BaseProcess:
         """Start a run that is forked from a warm server."""
-        process = _forks().Process(target=_run, args=(self.command, self.environ, self.folder, self.acknowledged))
+        words = (self.command, self.environ, self.folder, self.acknowledged)
+        process = _forks().Process(target=_run, args=words, daemon=True)  # does not outlive a test that fails
         process.start()
         return process
 
@@ -252,7 +255,7 @@ def _acknowledge_to(fd: int) -> None:
 
             super().__init__(path, on_done=tell, **rest)
 
-    job.Recorder = Telling  # type: ignore[misc]
+    job.Recorder = Telling  # type: ignore[attr-defined]
 
 
 def kill(process: BaseProcess) -> bool:

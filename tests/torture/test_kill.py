@@ -75,11 +75,21 @@ def test_a_power_cut_undoes_nothing_that_was_reported_as_done(seed: str, scratch
 
 
 def test_what_must_be_safe_is_synced_before_it_counts(tmp_path: Path) -> None:
-    """An intent is on the disk before its call is made, a result before it is reported, names before both."""
+    """An intent is on the disk before its call is made, a result before it is reported, names before both, and a new
+    file before it takes an old one's place.
+    """
     with providing() as provider:
         job = Job(folder=tmp_path, output=tmp_path / "out.jsonl", provider=provider, count=12, concurrency=3)
+        job.words = ["--ordered"]
         traced = trace(job, "-f", "-y", "-s", "20000", "-e", f"trace={order.CALLS}")
+    seen = order.Observer(job)
+    for line in traced.log:
+        seen.see(line)
 
     assert traced.exit_code == 0
-    assert sum("POST /" in line for line in traced.log) == 12
-    assert list(order.violations(job, traced.log)) == []
+    assert [sum(text in line for line in traced.log) for text in ("POST /", "out.jsonl.tmp>, ", 'rename("')] == [
+        12,
+        12,
+        4,
+    ]
+    assert seen.violations == []

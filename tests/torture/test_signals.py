@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture.jobs import HANG_SECONDS, Job, judge, providing
+from tests.torture.jobs import HANG_SECONDS, Job, judge, kill, providing
 from tests.torture.kill import torture
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
@@ -125,3 +125,18 @@ def test_a_run_that_slept_goes_on(tmp_path: Path) -> None:
 
     assert verdict.is_good, verdict
     assert verdict.repeated <= job.concurrency
+
+
+def test_timeouts_before_a_kill_are_listed(tmp_path: Path) -> None:
+    """Of a request that was in flight at a kill every call that may be billed is told, not only the last."""
+    with providing(faults={"timeout": 1.0}) as provider:
+        job = Job(folder=tmp_path, output=tmp_path / "out.jsonl", provider=provider, count=2)
+        job.words = ["--timeout", "0.2"]
+        process = job.start()
+        _wait_until(process, lambda: provider.statistics()["received"] >= 4)
+        kill(process)
+    with providing() as provider:
+        job.provider = provider
+        assert job.finish() == 0
+
+    assert {(name, attempt) for _, name, _, attempt in job.told} >= {("q-0", 1), ("q-0", 2), ("q-1", 1), ("q-1", 2)}

@@ -1,0 +1,328 @@
+"""Planted defects, and the test that catches each: whoever breaks a promise by mistake is told by name.
+
+    python -m tests.torture.saboteurs [--json FILE] [NAME...]
+
+Each defect is a small change of the program in a copy of it; there the named test must fail, as it must pass in an
+unchanged copy. A defect that nobody catches is a test that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.torture.jobs import ROOT
+
+_AT_ONCE = 2
+_HANG_SECONDS = 300
+_COPIED = ("pipeline", "tests", "samples", "config.yaml", "pyproject.toml", "README.md")
+_ORDER = "tests/torture/test_kill.py::test_what_must_be_safe_is_synced_before_it_counts"
+_POWER = "tests/torture/test_kill.py::test_a_power_cut_undoes_nothing_that_was_reported_as_done"
+_DISK = "tests/torture/test_disk_faults.py"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saboteur:
+    """A defect: what in a file is replaced by what, and the test that must fail then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+    def strike(self, root: Path) -> None:
+        """Plant the defect in a copy of the program."""
+        path = root / "pipeline" / self.file
+        text = path.read_text()
+        assert text.count(self.old) == 1, f"{self.name}: the text to replace must stand once in {self.file}"
+        path.write_text(text.replace(self.old, self.new))
+
+
+SABOTEURS = (
+    Saboteur(
+        name="results are not synced",
+        file="disk.py",
+        old="os.fdatasync(self.fd)",
+        new="pass",
+        test=_ORDER,
+    ),
+    Saboteur(
+        name="results are not synced, and the power fails",
+        file="disk.py",
+        old="os.fdatasync(self.fd)",
+        new="pass",
+        test=_POWER,
+    ),
+    Saboteur(
+        name="a result is reported before it is written",
+        file="record.py",
+        old="        with anyio.CancelScope(shield=True):\n            await to_thread.run_sync(self._write,",
+        new="        for result in done:\n            self._on_done(result)\n        done = []\n"
+        "        with anyio.CancelScope(shield=True):\n            await to_thread.run_sync(self._write,",
+        test="tests/test_record.py::test_a_result_is_told_only_when_it_is_on_the_disk",
+    ),
+    Saboteur(
+        name="an intent is not waited for",
+        file="record.py",
+        old="            await self._wait_written(1)\n",
+        new="            self._waiting += 1\n            self._arrival.set()\n",
+        test=_ORDER,
+    ),
+    Saboteur(
+        name="intents are not synced",
+        file="journal.py",
+        old="disk.Appender(fd, self._path, sync=self._sync)",
+        new="disk.Appender(fd, self._path, sync=False)",
+        test=_ORDER,
+    ),
+    Saboteur(
+        name="no intent is written",
+        file="journal.py",
+        old="        self._lines.append(line)\n\n    def unbilled",
+        new="\n    def unbilled",
+        test="tests/test_job.py::test_a_killed_run_tells_what_it_may_have_paid_for",
+    ),
+    Saboteur(
+        name="the names of new files are not synced",
+        file="disk.py",
+        old="    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)\n    try:\n        os.fsync(fd)\n",
+        new="    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)\n    try:\n        pass\n",
+        test=_ORDER,
+    ),
+    Saboteur(
+        name="a new file takes its place before it is synced",
+        file="disk.py",
+        old="        os.fsync(fd)\n        os.rename(temporary, path)\n",
+        new="        os.rename(temporary, path)\n",
+        test=_ORDER,
+    ),
+    Saboteur(
+        name="a failed sync is tried again",
+        file="disk.py",
+        old="            self.has_failed = True\n",
+        new="            os.fdatasync(self.fd)\n",
+        test=_DISK,
+    ),
+    Saboteur(
+        name="half a line stays when the disk is full",
+        file="disk.py",
+        old="                os.ftruncate(self.fd, size)\n",
+        new="                pass\n",
+        test="tests/test_record.py::test_a_file_that_may_not_grow_stops_on_a_line_boundary",
+    ),
+    Saboteur(
+        name="short writes are taken for whole ones",
+        file="disk.py",
+        old="        view = view[os.write(fd, view) :]\n",
+        new="        os.write(fd, view)\n        return\n",
+        test="tests/test_record.py::test_a_file_that_may_not_grow_stops_on_a_line_boundary",
+    ),
+    Saboteur(
+        name="the disk is read with str.splitlines",
+        file="record.py",
+        old="            for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):\n                if not length:\n",
+        new="            for text in file.read().decode(errors='replace').splitlines():\n"
+        "                line, length = text.encode(), len(text)\n                if not length:\n",
+        test="tests/torture/test_damage.py::test_separators_inside_an_answer_end_no_line",
+    ),
+    Saboteur(
+        name="a torn tail is not repaired",
+        file="record.py",
+        old="            _repair_tail(self._file.fd, self.path)\n",
+        new="",
+        test="tests/torture/test_damage.py::test_a_torn_tail_costs_its_own_line_only",
+    ),
+    Saboteur(
+        name="lines that were replaced are deleted",
+        file="record.py",
+        old="disk.append_lines(superseded, (_line_at(old, offset) for offset in leaving))",
+        new="pass",
+        test="tests/torture/test_damage.py::test_damage_in_the_middle_costs_its_own_line_only",
+    ),
+    Saboteur(
+        name="damage is not told",
+        file="results.py",
+        old='        raise LineError(f"not a result line: {exc}") from exc\n',
+        new="        return Record(custom_id='', digest='', success=False)\n",
+        test="tests/torture/test_damage.py::test_damage_in_the_middle_costs_its_own_line_only",
+    ),
+    Saboteur(
+        name="a request is known by its id only",
+        file="record.py",
+        old="    return fingerprint(custom_id, digest)\n",
+        new="    return fingerprint(custom_id)\n",
+        test="tests/test_job.py::test_only_what_differs_is_sent",
+    ),
+    Saboteur(
+        name="the results are not locked",
+        file="disk.py",
+        old="            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n        except",
+        new="            pass\n        except",
+        test="tests/torture/test_surroundings.py::test_a_second_run_leaves_and_touches_nothing",
+    ),
+    Saboteur(
+        name="rewritten results are not locked",
+        file="disk.py",
+        old="        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n        for line in lines:\n",
+        new="        for line in lines:\n",
+        test="tests/test_record.py::test_the_lock_goes_to_the_new_file",
+    ),
+    Saboteur(
+        name="files are readable by everybody",
+        file="disk.py",
+        old="MODE = 0o600\n",
+        new="MODE = 0o644\n",
+        test="tests/torture/test_surroundings.py::test_cron_gets_a_finished_job_and_a_readable_log",
+    ),
+    Saboteur(
+        name="a place is given away before the result is recorded",
+        file="send.py",
+        old="        latency = self._clock.now() - sent_at\n",
+        new="        latency = self._clock.now() - sent_at\n        self._slots.release()\n",
+        test="tests/test_send.py::test_a_request_keeps_its_place_until_its_result_is_recorded",
+    ),
+    Saboteur(
+        name="timeouts count as not billed",
+        file="send.py",
+        old="        if not error.may_be_billed:\n            self._recording.unbilled(",
+        new="        if True:\n            self._recording.unbilled(",
+        test="tests/torture/test_signals.py::test_timeouts_before_a_kill_are_listed",
+    ),
+    Saboteur(
+        name="a grown journal forgets what is open",
+        file="journal.py",
+        old="        return [header, *left, *(line for lines in self._open.values() for line in lines)]\n",
+        new="        return [header, *left]\n",
+        test="tests/test_journal.py::test_the_journal_does_not_grow_with_the_input",
+    ),
+    Saboteur(
+        name="old result lines settle new calls",
+        file="journal.py",
+        old="        if run is not None and run == self._last_run:\n",
+        new="        for run in {name[0] for name in self._left}:\n",
+        test="tests/test_journal.py::test_a_result_line_of_an_earlier_run_settles_nothing",
+    ),
+    Saboteur(
+        name="calls are listed again and again",
+        file="journal.py",
+        old="        told = [replace(sent, told=True) for sent in self.unknown()]\n",
+        new="        told = list(self.unknown())\n",
+        test="tests/test_job.py::test_a_killed_run_tells_what_it_may_have_paid_for",
+    ),
+    Saboteur(
+        name="the first signal drops what is in flight",
+        file="job.py",
+        old="                self.sender.stop()\n                in_flight",
+        new="                self.sender.stop()\n                work.cancel()\n                in_flight",
+        test="tests/torture/test_signals.py::test_one_signal_finishes_what_is_in_flight",
+    ),
+    Saboteur(
+        name="a cancelled writer writes no more",
+        file="record.py",
+        old="                if not self._has_failed:\n                    await self._write_group()\n",
+        new="                pass\n",
+        test="tests/test_record.py::test_cancelled_writing_still_writes_what_came",
+    ),
+    Saboteur(
+        name="a wrong key is tried again and again",
+        file="providers/complaints.py",
+        old="    Rule(statuses=(401, 402), reach=Reach.RUN),\n",
+        new="    Rule(statuses=(401, 402), reach=Reach.ATTEMPT),\n",
+        test="tests/test_job.py::test_a_wrong_key_stops_the_run_and_leaves_lines_pending",
+    ),
+    Saboteur(
+        name="retry-after is ignored",
+        file="retry.py",
+        old="        return self._backoff(retry_state) if hint is None else hint\n",
+        new="        return self._backoff(retry_state)\n",
+        test="tests/test_send.py::test_a_retry_waits_as_long_as_the_provider_says",
+    ),
+    Saboteur(
+        name="a poisoned request is tried for ever",
+        file="retry.py",
+        old="        policy = self._uncounted if capacity else self._counted\n",
+        new="        policy = self._uncounted\n",
+        test="tests/test_retry.py::test_a_poisoned_request_ends_after_max_attempts",
+    ),
+    Saboteur(
+        name="tokens are counted twice",
+        file="totals.py",
+        old="        self.input += usage.input_tokens\n",
+        new="        self.input += 2 * usage.input_tokens\n",
+        test="tests/test_job.py::test_every_line_is_answered_with_its_own_answer",
+    ),
+    Saboteur(
+        name="answers change places",
+        file="record.py",
+        old="        for result in wanted:\n            line = results.encode(\n                result,",
+        new="        import dataclasses\n        for result in wanted:\n"
+        "            last, self._last = getattr(self, '_last', result), result\n"
+        "            line = results.encode(\n                dataclasses.replace(result, reply=last.reply),",
+        test="tests/test_job.py::test_every_line_is_answered_with_its_own_answer",
+    ),
+)
+
+
+def is_caught(saboteur: Saboteur) -> bool:
+    """Tell whether the test fails in a copy of the program with the defect."""
+    return not _passes([saboteur.test], saboteur)
+
+
+def passes_unharmed(saboteurs: Sequence[Saboteur]) -> bool:
+    """Tell whether the tests of some saboteurs pass in a copy of the program as it is."""
+    return _passes(sorted({saboteur.test for saboteur in saboteurs}))
+
+
+def _passes(tests: Sequence[str], saboteur: Saboteur | None = None) -> bool:
+    with tempfile.TemporaryDirectory(prefix="sabotaged-") as folder:
+        root = Path(folder)
+        for name in _COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, root / name)
+        if saboteur:
+            saboteur.strike(root)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        environ = os.environ | {"PYTHONPATH": str(root)}
+        done = subprocess.run(
+            command, cwd=root, env=environ, capture_output=True, text=True, timeout=_HANG_SECONDS, check=False
+        )
+        assert done.returncode in (0, 1), done.stdout + done.stderr  # everything else is no verdict of a test
+        assert " passed" in done.stdout or done.returncode, f"nothing was tested: {done.stdout}"
+        return done.returncode == 0
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(description="Plant defects and see which tests catch them.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    options = parser.parse_args()
+    chosen = [each for each in SABOTEURS if not options.names or each.name in options.names]
+    if not passes_unharmed(chosen):
+        print("a test fails without any defect: nothing can be told")
+        return 2
+    caught = 0
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as threads:
+        for each, was_caught in zip(chosen, threads.map(is_caught, chosen), strict=True):
+            caught += was_caught
+            print(f"{'caught' if was_caught else 'MISSED':6}  {each.name:52}  {each.test}", flush=True)
+    print(f"{caught} of {len(chosen)} caught")
+    if options.json:
+        numbers = {"name": "saboteurs", "is_good": caught == len(chosen), "planted": len(chosen), "caught": caught}
+        options.json.write_text(json.dumps(numbers) + "\n")
+    return 0 if caught == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

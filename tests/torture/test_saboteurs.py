@@ -1,0 +1,40 @@
+"""The tests of the tests: defects that are planted are caught."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.torture.jobs import ROOT
+from tests.torture.powercut import can_mount
+from tests.torture.saboteurs import SABOTEURS, Saboteur, is_caught
+
+pytestmark = pytest.mark.timeout(300)
+BY_NAME = {each.name: each for each in SABOTEURS}
+
+
+@pytest.mark.parametrize("saboteur", SABOTEURS, ids=lambda each: each.name)
+def test_every_defect_can_still_be_planted(saboteur: Saboteur) -> None:
+    """The code that a defect changes is there, and so is the test that catches it."""
+    file, *name = saboteur.test.split("::")
+
+    assert (ROOT / "pipeline" / saboteur.file).read_text().count(saboteur.old) == 1
+    assert not name or f"def {name[0]}(" in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["results are not synced", "intents are not synced", "a torn tail is not repaired", "retry-after is ignored"],
+)
+def test_a_planted_defect_is_caught(name: str) -> None:
+    """The test that is named for a defect fails with it. All of them: `python -m tests.torture.saboteurs`."""
+    assert is_caught(BY_NAME[name])
+
+
+def test_the_power_cut_can_fail(tmp_path: Path) -> None:
+    """Without syncing, cutting the power undoes what was reported: the test above it has teeth."""
+    if not can_mount(tmp_path):
+        pytest.skip("needs root and loop devices")
+
+    assert is_caught(BY_NAME["results are not synced, and the power fails"])
