@@ -153,8 +153,8 @@ class Recorder:
         target = disk.target_of(self.path)
         aside = next(name for n in count(1) if not (name := disk.beside(target, f".old-{n}.jsonl")).exists())
         try:
+            self._journal.set_aside(aside)  # first, as without its results it would accuse calls that were answered
             os.rename(target, aside)
-            self._journal.set_aside(aside)
         except OSError as exc:
             raise StorageError(f"cannot set {str(target)!r} aside: {exc.strerror}") from exc
         self.release()

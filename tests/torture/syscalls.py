@@ -75,7 +75,7 @@ def trace(job: Job, *words: str) -> Traced:
     return Traced(exit_code=done.returncode, log=log.read_text(errors="replace").splitlines())
 
 
-def _strike(job: Job, inject: str, *suffixes: str, follows: bool = True) -> Traced:
+def strike(job: Job, inject: str, *suffixes: str, follows: bool = True) -> Traced:
     """Run a job with an injection into calls on files beside its results, under their first names too; all if none."""
     named = [beside(job.output, suffix) for suffix in suffixes or _SUFFIXES]
     paths = [*named, *(path.with_name(path.name + ".tmp") for path in named)]
@@ -112,7 +112,7 @@ def kill_at(folder: Path, call: str, n: int, *, follows: bool = True) -> Verdict
     """
     with half_done(folder) as job:
         before = [line for line in whole_lines(job.output) if line]
-        struck = _strike(job, f"{call}:signal=KILL:when={n}", follows=follows)
+        struck = strike(job, f"{call}:signal=KILL:when={n}", follows=follows)
         durable = [*before, *(line for line in whole_lines(job.output) if line.startswith(b"{"))]
         exit_code = job.finish()
         return judge(job, stops=int(struck.exit_code != 0), durable=durable, exit_code=exit_code)
@@ -122,7 +122,7 @@ def fail_at(folder: Path, fault: Fault) -> tuple[Traced, list[str], Verdict]:
     """Let calls on one file fail, then finish the job without faults; say what was wrong, and judge."""
     with half_done(folder) as job:
         before = job.output.read_bytes()
-        traced = _strike(job, f"{','.join(fault.calls)}:error={fault.error}:when={fault.at}+", fault.suffix)
+        traced = strike(job, f"{','.join(fault.calls)}:error={fault.error}:when={fault.at}+", fault.suffix)
         was_struck = any("INJECTED" in line for line in traced.log)
         wrong = list(_wrong_after(job, traced, before)) if was_struck else []
         durable = [line for line in whole_lines(job.output) if line.startswith(b"{")]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.torture import order
-from tests.torture.jobs import Job, providing
+from tests.torture.jobs import Job, kill, providing, whole_lines
 from tests.torture.kill import torture_one
 from tests.torture.powercut import can_mount
 from tests.torture.powercut import torture_one as cut_the_power_of_one
-from tests.torture.syscalls import kill_at, trace
+from tests.torture.syscalls import kill_at, strike, trace
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -72,6 +73,23 @@ def test_a_power_cut_undoes_nothing_that_was_reported_as_done(seed: str, scratch
 
     assert verdict.stops >= 3
     assert verdict.is_good, verdict
+
+
+def test_a_kill_while_old_results_are_set_aside_accuses_no_call_that_was_answered(tmp_path: Path) -> None:
+    """A run that starts afresh and is killed between moving journal and results does not list what they tell of."""
+    with providing() as provider:
+        job = Job(folder=tmp_path, output=tmp_path / "out.jsonl", provider=provider)
+        process = job.start()
+        while provider.statistics()["answered"] < 40:
+            time.sleep(0.005)
+        kill(process)
+        job.words = ["--fresh"]
+
+        assert strike(job, "rename:signal=KILL:when=2").exit_code != 0
+        assert job.finish() == 0
+
+    assert len(job.told) <= job.concurrency
+    assert len(whole_lines(job.output)) == 100
 
 
 def test_what_must_be_safe_is_synced_before_it_counts(tmp_path: Path) -> None:
