@@ -179,8 +179,9 @@ async def test_appending_takes_until_the_line_is_on_the_disk(path: Path) -> None
     assert scope.cancelled_caught
 
 
-async def test_cancelled_writing_still_writes_what_came(path: Path) -> None:
-    """A second Ctrl-C loses no answer that was received."""
+async def test_cancelled_writing_still_writes_what_came(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C loses no answer that was received, also of a group that still waits for others."""
+    monkeypatch.setattr(record, "_GROUP_SECONDS", 3_600.0)
     writer = recorder(path)
     writer.open()
 
