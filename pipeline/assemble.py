@@ -31,7 +31,8 @@ class Options:
     """What a command adds to the configuration for one run.
 
     `provider` and `model` are for lines that do not say. `limit` takes the first lines only. `retry_failed` sends
-    again what failed before; `fresh` sets earlier results aside. `simulate` puts a simulator in the providers' place.
+    again what failed before; `fresh` sets earlier results aside. `dedupe` sends equal requests once and copies the
+    result. `simulate` puts a simulator in the providers' place.
     """
 
     provider: str | None = None
@@ -39,6 +40,7 @@ class Options:
     limit: int | None = None
     retry_failed: bool = False
     fresh: bool = False
+    dedupe: bool = False
     simulate: bool = False
 
 

@@ -94,6 +94,7 @@ _model_option = click.option("--model", help="Model for lines that name none.")
     help="fast: leave syncing to the kernel.",
 )
 @click.option("--retry-failed", is_flag=True, help="Send again what failed before.")
+@click.option("--dedupe", is_flag=True, help="Send equal requests once and copy the answer.")
 @click.option("--fresh", is_flag=True, help="Set earlier results aside and start over.")
 @click.option("--tag", "tags", multiple=True, type=_Pair(), help="Note for totals and reports; repeatable.")
 @click.option("--echo-request", is_flag=True, help="Put the request as sent into its result line.")
@@ -349,6 +350,7 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
         limit=options["limit"],
         retry_failed=options["retry_failed"],
         fresh=options["fresh"],
+        dedupe=options["dedupe"],
         simulate=options["simulate"],
     )
 

@@ -22,7 +22,7 @@ from pipeline.errors import LineError, UsageError
 from pipeline.ledger import Ledger
 from pipeline.limits import Allowance
 from pipeline.plan import Invalid, Planner
-from pipeline.pricing import BATCH, Prices
+from pipeline.pricing import BATCH, Prices, asked_tier
 from pipeline.record import Done
 from pipeline.types import Request, Usage
 
@@ -328,7 +328,11 @@ class _Tally:
 
     def _quote(self, request: Request, input_tokens: int, expected: int | None, lane: str) -> Quote:
         rates = self._prices.rates(
-            provider=request.provider, model=request.model, tier=_tier(request.body), lane=lane, at=self._at
+            provider=request.provider,
+            model=request.model,
+            tier=asked_tier(request.body),
+            lane=lane,
+            at=self._at,
         )
         usage = None if expected is None else Usage(input_tokens=input_tokens, output_tokens=expected)
         at_most = request.max_output_tokens
@@ -341,15 +345,6 @@ class _Tally:
             ),
             is_priced=rates is not None,
         )
-
-
-def _tier(body: bytes) -> str | None:
-    """Return the service tier that a request asks for, as prices name it; None for the standard one."""
-    if b'"service_tier"' not in body and b'"speed"' not in body:
-        return None
-    fields = jsonl.loads(body)
-    tier = "fast" if fields.get("speed") == "fast" else fields.get("service_tier")
-    return None if tier is None else str(tier)
 
 
 def _caps(caps: Limits) -> list[Allowance]:

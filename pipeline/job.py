@@ -12,7 +12,7 @@ import secrets
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, files, money, providers, read, rebuilding, record, transport
+from pipeline import assemble, disk, errors, files, money, providers, read, rebuilding, record, results, transport
 from pipeline import config as configuration
 from pipeline import ledger as ledgers
 from pipeline.accounts import Accounts
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
+from pipeline.copies import Originals, copies
 from pipeline.errors import BudgetReachedError, PipelineError, TryLaterError, UsageError
 from pipeline.fingerprints import FingerprintMap
 from pipeline.journal import Sent
@@ -43,6 +44,7 @@ PREVIEW_LINES = 2_000
 SHOWN_FAILURES = 10
 _COUNT_REST_SECONDS = 5.0
 _BOOK_SECONDS = 30.0
+_COPIED_AT_ONCE = 256
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -121,6 +123,9 @@ class _Run:
         self.budget = assemble.budget(settings)
         self.sources = read.sources(inputs)
         _refuse_overwriting_input(output, self.sources)
+        if options.dedupe and read.STDIN in self.sources:
+            raise UsageError("--dedupe wants files: stdin can be read only once")
+        self.originals = Originals() if options.dedupe else None
         self.warnings = self._preview()
         if room < wanted:
             self.warnings += (
@@ -158,6 +163,8 @@ class _Run:
                 writing.start_soon(self.recorder.run)
                 try:
                     await self._work(watch, handle_signals=handle_signals)
+                    if self.originals:
+                        await self._copy_results()
                 finally:
                     self.recorder.close()
         superseded = await to_thread.run_sync(self._tidy)
@@ -194,6 +201,9 @@ class _Run:
         if self.options.fresh and (aside := self.recorder.set_aside()):
             self.say(f"earlier results are set aside as {aside}")
         self.done = self.recorder.done(self.all_totals.add)
+        if self.originals:
+            with self.recorder.path.open("rb") as file:
+                self.originals.read(file, answered_only=self.options.retry_failed)
         self.recorder.begin()
         self.earlier_unknown = self.recorder.unknown()
         self._open_books()
@@ -261,7 +271,7 @@ class _Run:
                 continue
             if isinstance(item, Invalid):
                 invalid.append(assemble.invalid_result(item, self.clock))
-            else:
+            elif self.originals is None or self.originals.add(item.digest):
                 wanted.append(item)
         if invalid:
             await self.recorder.append(*invalid)
@@ -283,6 +293,27 @@ class _Run:
         while True:
             await anyio.sleep(_BOOK_SECONDS)
             await to_thread.run_sync(self._account, self._books("running"), self.accounts.entries())
+
+    async def _copy_results(self) -> None:
+        """Give each request that was not sent because an equal one was the result of that one, if it has one."""
+        lines = chain.from_iterable(read.lines(each, self.settings.input.max_line_bytes) for each in self.sources)
+        planner = assemble.planner(self.settings, self.options)
+        with self.recorder.path.open("rb") as file:
+            copied = copies(
+                file,
+                islice(lines, self.options.limit),
+                planner,
+                run_id=self.run_id,
+                at=self.clock.utc(),
+                retry_failed=self.options.retry_failed,
+            )
+            while batch := await to_thread.run_sync(lambda: list(islice(copied, _COPIED_AT_ONCE))):
+                await self.recorder.append_lines(batch)
+                for line in batch:
+                    record = results.decode(line)
+                    self.run_totals.add(record)
+                    self.all_totals.add(record)
+                    self.accounts.add(record, self.clock.utc()[:10])
 
     async def _heed_signals(self, work: anyio.CancelScope) -> None:
         """First signal: send nothing new and finish what is in flight. Second: stop now."""

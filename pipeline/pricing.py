@@ -210,7 +210,7 @@ class Prices:
         endpoint = self._endpoints.get(request.provider)
         if endpoint is None:
             return None
-        tiers = {None, _asked_tier(request.body)}
+        tiers = {None, asked_tier(request.body)}
         found = [
             self.rates(provider=request.provider, model=request.model, tier=tier, lane=lane, at=at) for tier in tiers
         ]
@@ -269,7 +269,7 @@ def _library() -> str:
     return f"genai-prices {version('genai-prices')}"
 
 
-def _asked_tier(body: bytes) -> str | None:
+def asked_tier(body: bytes) -> str | None:
     """Return the service tier that a request asks for, None for the standard one."""
     if b'"service_tier"' not in body and b'"speed"' not in body:
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from itertools import count
@@ -180,6 +180,11 @@ class Recorder:
             self._lines.append(line)
         self._results += wanted
         await self._wait_written(len(wanted))
+
+    async def append_lines(self, lines: Sequence[bytes]) -> None:
+        """Take finished result lines; returns when they are on the disk. `on_done` does not hear of them."""
+        self._lines += lines
+        await self._wait_written(len(lines))
 
     async def sending(self, request: Request, attempt: int, at: str) -> None:
         """Note that a call is about to be made; returns when that is on the disk."""

@@ -7,6 +7,7 @@ API it is rewritten in that provider's terms, so that tools which read such file
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -16,7 +17,7 @@ import orjson
 
 from pipeline import jsonl, money
 from pipeline.errors import LineError
-from pipeline.types import Attempt, Cost, Failure, OutputFormat, Reply, Result, Usage, wasted
+from pipeline.types import Attempt, Cost, Failure, OutputFormat, Reply, Request, Result, Usage, wasted
 
 BEGINNINGS = (b'{"custom_id":', b'{"id":"batch_req_')
 """How the lines of all dialects begin."""
@@ -79,6 +80,23 @@ def encode(
         RecursionError,
     ):  # an integer beyond 64 bits, or very deep nesting, in somebody's metadata or tool arguments
         return orjson.dumps({name: _spelled(value) for name, value in line.items()}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def copy(line: bytes, request: Request, *, run_id: str, at: str) -> bytes:
+    """Return the result line of a request whose equal has one: the same outcome, for nothing; `copy_of` names that."""
+    value = json.loads(line)
+    own = {"custom_id": request.custom_id, "line": request.line, "source": request.source, "metadata": request.metadata}
+    free = {"attempts": 0, "cost_usd": 0, "run": run_id, "completed_at": at}
+    copied = (
+        value | {name: new for name, new in (own | free).items() if name in value} | {"copy_of": value["custom_id"]}
+    )
+    for name in ("failed_attempts", "latency_s", "saved_usd"):
+        copied.pop(name, None)
+    if copied.get("usage"):
+        copied["usage"] = dict.fromkeys((*_USAGE_FIELDS, "total_tokens"), 0)
+    if copied.get("error"):
+        copied["error"] = copied["error"] | {"attempts": []}
+    return jsonl.dumps(copied) + b"\n"
 
 
 def decode(line: bytes) -> Record:

@@ -27,6 +27,7 @@ from pipeline.errors import OpenAIAPIError, TryLaterError, UsageError
 from pipeline.ledger import Ledger
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, answer_token, serving
+from pipeline.verifying import verify
 
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-6-luna"}
 both_providers = pytest.mark.parametrize("provider", list(MODELS))
@@ -547,3 +548,61 @@ async def test_the_caps_of_day_and_month_count_what_other_runs_spent(tmp_path: P
         answered = server.statistics()["answered"]
 
     assert (second.exit_code, second.run.succeeded, second.pending, answered) == (4, 0, 30, 30)
+
+
+async def test_equal_requests_can_be_paid_once(tmp_path: Path) -> None:
+    """--dedupe: one call for equal requests, a line for each with its own id and metadata; the copies cost nothing."""
+    same = [_line(f"a-{n}", text="the same", metadata={"n": n}) for n in range(5)]
+    others = [_line("b"), _line("c")]
+    source = _write(tmp_path / "in.jsonl", [same[0], others[0], *same[1:], others[1]])
+    output = tmp_path / "out.jsonl"
+
+    with _world() as (config, server):
+        once = Options(dedupe=True)
+        summary = await pipeline.run_batch([source], output=output, config=config, options=once)
+        again = await pipeline.run_batch([source], output=output, config=config, options=once)
+        _write(source, [_line("new", text="the same"), *same, *others])
+        more = await pipeline.run_batch([source], output=output, config=config, options=once)
+        truth = server.statistics()
+
+    lines = {each["custom_id"]: each for each in _results(output)}
+    assert (truth["answered"], summary.attempts.total, summary.run.succeeded) == (3, 3, 7)
+    assert (again.reused, more.reused, more.run.succeeded, more.attempts.total) == (7, 7, 1, 0)
+    assert sorted(lines) == ["a-0", "a-1", "a-2", "a-3", "a-4", "b", "c", "new"]
+    assert {name for name, line in lines.items() if "copy_of" in line} == {"a-1", "a-2", "a-3", "a-4", "new"}
+    assert {lines[f"a-{n}"]["content"] for n in range(5)} == {lines["new"]["content"]} != {lines["b"]["content"]}
+    assert [lines[f"a-{n}"]["metadata"] for n in range(5)] == [{"n": n} for n in range(5)]
+    assert lines["a-3"]["usage"]["total_tokens"] == lines["a-3"]["cost_usd"] == 0
+    assert summary.run.tokens.input == sum(lines[name]["usage"]["input_tokens"] for name in ("a-0", "b", "c"))
+    assert verify(output, [str(source)], Config()).exit_code == 0
+
+
+@pytest.mark.parametrize("form", ["openai-batch", "anthropic-batch"])
+async def test_copies_can_be_made_in_every_dialect(form: str, tmp_path: Path) -> None:
+    """A copy is a line of the dialect, and read back as one."""
+    source = _write(tmp_path / "in.jsonl", [_line(name, text="the same") for name in "ab"])
+    output = tmp_path / "out.jsonl"
+
+    with _world() as (config, _):
+        config = config.with_("output", format=form)
+        await pipeline.run_batch([source], output=output, config=config, options=Options(dedupe=True))
+
+    assert [each["custom_id"] for each in _results(output)] == ["a", "b"]
+    assert verify(output, [str(source)], Config()).exit_code == 0
+
+
+async def test_an_equal_of_what_failed_fails_too(tmp_path: Path) -> None:
+    """A copy of a failure is a failure; --retry-failed sends the first again and copies its answer."""
+    source = _write(tmp_path / "in.jsonl", [_line(name, text="the same") for name in "ab"])
+    output = tmp_path / "out.jsonl"
+
+    with _world(faults={"500": 1.0}) as (config, _):
+        config = config.with_("sending", max_attempts=1)
+        failed = await pipeline.run_batch([source], output=output, config=config, options=Options(dedupe=True))
+    with _world() as (config, server):
+        options = Options(dedupe=True, retry_failed=True)
+        mended = await pipeline.run_batch([source], output=output, config=config, options=options)
+        truth = server.statistics()
+
+    assert (failed.run.failed, failed.attempts.total, failed.exit_code) == (2, 1, 1)
+    assert (mended.run.succeeded, truth["answered"], mended.exit_code) == (2, 1, 0)

@@ -40,7 +40,7 @@ LAYERS = (
         "transport",
     ),
     ("accounts", "discreet", "lane", "plan", "record", "totals"),
-    ("rebuilding", "send"),
+    ("copies", "rebuilding", "send"),
     ("assemble", "checking", "estimating", "report", "verifying"),
     ("job", "streaming"),
     ("screen",),

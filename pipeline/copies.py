@@ -1,0 +1,73 @@
+"""Equal requests, paid once (`--dedupe`): the first is sent, and its result is copied for the others.
+
+Requests are equal when their digests are: the same body to the same provider. What is copied is the line itself, with
+the id and place of the other line in it, no tokens and no cost, as nothing was used for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from io import BufferedReader
+
+from pipeline import jsonl, results
+from pipeline.errors import LineError
+from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
+from pipeline.plan import Planner
+from pipeline.read import Line
+from pipeline.types import Request
+
+_MAX_LINE_BYTES = 1024 * 1024 * 1024
+
+
+class Originals:
+    """Which requests are sent, or were answered before, so that their equals need not be; 20 bytes each."""
+
+    def __init__(self) -> None:
+        self._digests = FingerprintSet()
+
+    def read(self, file: BufferedReader, *, answered_only: bool) -> None:
+        """Add what a results file holds."""
+        for line, _ in jsonl.lines(file, _MAX_LINE_BYTES):
+            with suppress(LineError):
+                record = results.decode(line)
+                if record.success or not answered_only:
+                    self.add(record.digest)
+
+    def add(self, digest: str) -> bool:
+        """Add a request; return whether it is the first of its kind."""
+        return self._digests.add(fingerprint(digest))
+
+
+def copies(
+    file: BufferedReader, lines: Iterator[Line], planner: Planner, *, run_id: str, at: str, retry_failed: bool
+) -> Iterator[bytes]:
+    """Yield a result line for each input line without one whose equal has one; `file` holds the results so far.
+
+    With `retry_failed` a failure counts as none.
+    """
+    done, originals = _look(file, answered_only=retry_failed)
+    for line in lines:
+        request = planner.plan(line)
+        if not isinstance(request, Request) or fingerprint(request.custom_id, request.digest) in done:
+            continue
+        offset = originals.get(fingerprint(request.digest))
+        if offset is not None:
+            file.seek(offset)
+            yield results.copy(file.readline(), request, run_id=run_id, at=at)
+
+
+def _look(file: BufferedReader, *, answered_only: bool) -> tuple[FingerprintSet, FingerprintMap]:
+    """Return which requests have a result, and where the result of each digest stands; of several the last."""
+    done, originals = FingerprintSet(), FingerprintMap()
+    offset = 0
+    for line, length in jsonl.lines(file, _MAX_LINE_BYTES):
+        here, offset = offset, offset + length + 1
+        try:
+            record = results.decode(line)
+        except LineError:
+            continue
+        if record.success or not answered_only:
+            done.add(fingerprint(record.custom_id, record.digest))
+        originals.put(fingerprint(record.digest), here)
+    return done, originals
