@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
@@ -264,7 +265,7 @@ def _run_jobs(
                 summary = await job.run_batch(
                     each.inputs,
                     output=each.output,
-                    config=settings,
+                    config=_with_rest_of_cap(settings, summaries),
                     options=options,
                     watch=screen.watcher(mode),
                     say=lambda message: screen.tell("message", message),
@@ -286,6 +287,15 @@ def _run_jobs(
     if left := len(jobs) - len(codes):
         screen.tell("warning", f"{left:,} further inputs were not begun", not_begun=left)
     return codes, summaries
+
+
+def _with_rest_of_cap(settings: Config, summaries: Sequence[Summary]) -> Config:
+    """Return settings in which the cap on a run is what the inputs before left of it."""
+    cap = settings.budget.per_run
+    if cap is None:
+        return settings
+    used = sum(summary.cap_used for summary in summaries)
+    return settings.with_("budget", per_run=max(Decimal(0), cap - Decimal(used).scaleb(-9)))
 
 
 def _between_pings(work: Callable[[], int], settings: Config, screen: Screen) -> int:

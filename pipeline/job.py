@@ -20,7 +20,7 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, files, money, providers, read, rebuilding, record, results, transport
+from pipeline import assemble, disk, errors, files, providers, read, rebuilding, record, results, transport
 from pipeline import config as configuration
 from pipeline import ledger as ledgers
 from pipeline.accounts import Accounts
@@ -391,7 +391,8 @@ class _Run:
                 unknown=counts.unknown + len(self.earlier_unknown),
             ),
             price_source=self.prices.source,
-            cap=money.dollars(self.budget.cap) if self.budget else None,
+            cap=self.budget.cap if self.budget else None,
+            cap_used=self.budget.spent if self.budget else 0,
             possibly_billed=unknown,
             run=self.run_totals,
             results=self.all_totals,

@@ -169,7 +169,8 @@ class Summary:
     `status` is `completed` (every line has a result), `partial` (ended early, can be continued) or `stopped` (by the
     provider, the budget, a signal or storage; `stop_reason` says by what). `results_file` is None for a Python stream.
     `possibly_billed` are calls that brought no answer and may be billed all the same, and that no result line tells
-    of: in flight at the end, or when an earlier run was killed. `cap` is what the run may spend, in dollars.
+    of: in flight at the end, or when an earlier run was killed. `cap` is what the run may spend, in nano-dollars, and
+    `cap_used` what it did, what may be billed included.
     `warnings` and `failures` (the first few, with file and line) are for people.
     """
 
@@ -191,7 +192,8 @@ class Summary:
     run: Totals
     results: Totals
     price_source: str | None = None
-    cap: float | None = None
+    cap: int | None = None
+    cap_used: int = 0
     possibly_billed: Sequence[Sent] = ()
     superseded: int = 0
     warnings: tuple[str, ...] = ()
@@ -222,7 +224,11 @@ class Summary:
             },
             "attempts": asdict(self.attempts),
             "tokens": self.run.tokens.as_dict(),
-            "cost": {**cost, "cap": self.cap},
+            "cost": cost
+            | {
+                "cap": None if self.cap is None else money.dollars(self.cap),
+                "cap_used": None if self.cap is None else money.dollars(self.cap_used),
+            },
             "by_model": self.run.by_model(),
             "results": self.results.as_dict(self.price_source),
             "possibly_billed": [sent.as_dict() for sent in self.possibly_billed],

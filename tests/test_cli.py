@@ -346,3 +346,23 @@ def test_few_open_files_mean_fewer_connections(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert b"16 requests in flight instead of 500" in done.stderr
+
+
+def test_a_cap_is_for_all_inputs_of_a_command(server: Server, tmp_path: Path) -> None:
+    """With -d the inputs share what --max-cost allows; exit 4, and what it allowed is spent, not once for each."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    message = {"role": "user", "content": "hi"}
+    for name in "abc":
+        line = {"model": "gpt-6-luna", "max_tokens": 100, "messages": [message]}
+        lines = [orjson.dumps({"custom_id": f"{name}-{n}", **line}) + b"\n" for n in range(40)]
+        (inbox / f"{name}.jsonl").write_bytes(b"".join(lines))
+
+    words = ["run", "inbox", "-d", "outbox", "--max-cost", "0.001", "-q"]
+    done = _call(words, tmp_path, _pointing_at(server))
+
+    costs = [
+        line["cost_usd"] for path in sorted((tmp_path / "outbox").glob("?.results.jsonl")) for line in _lines(path)
+    ]
+    assert done.returncode == 4, done.stderr
+    assert 0.0005 < sum(costs) <= 0.001

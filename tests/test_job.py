@@ -245,7 +245,8 @@ async def test_a_cap_is_never_passed_and_raised_the_job_goes_on(tmp_path: Path) 
     spent = first.run.spending.usd
     assert spent is not None
     assert 0.003 < spent <= 0.004
-    assert (first.exit_code, first.status, first.cap) == (4, "stopped", 0.004)
+    assert (first.exit_code, first.status, first.cap) == (4, "stopped", 4_000_000)
+    assert first.cap_used == first.run.spending.nanos
     assert "budget is reached" in (first.stop_reason or "")
     assert 0 < first.run.succeeded == answered < 600
     assert (second.reused, second.run.succeeded, second.exit_code) == (answered, 600 - answered, 0)

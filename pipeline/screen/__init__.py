@@ -280,7 +280,9 @@ def _models(summary: Summary) -> Table:
 def _money(summary: Summary) -> str:
     """Say what the run cost, what is known of waste and savings, and how much of the cap is used."""
     spending = summary.run.spending
-    details = [f"of at most {_dollars(summary.cap)}"] if summary.cap is not None else []
+    details = []
+    if summary.cap is not None:
+        details.append(f"{money.text(summary.cap_used)} of {money.text(summary.cap)} of the budget used")
     details += [f"{money.text(spending.wasted)} for answers that could not be used"] if spending.wasted else []
     details += [f"{money.text(spending.saved)} saved by the cache"] if spending.saved else []
     details += [f"{spending.unpriced:,} calls have no known price"] if spending.unpriced else []
