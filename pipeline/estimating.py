@@ -252,7 +252,7 @@ def estimate(
         lines += 1
         if isinstance(item, Invalid):
             invalid += 1
-        elif earlier.done.outcome(item.custom_id, item.digest) is not None:
+        elif earlier.done.outcome(record.key(item.custom_id, item.digest)) is not None:
             done += 1
         else:
             name = item.provider, item.model
@@ -402,9 +402,10 @@ class _Earlier:
                         found = results.decode(line)
                     except LineError:
                         continue
-                    earlier.done.add(found)
+                    request = record.key(found.custom_id, found.digest)
+                    earlier.done.add(request, success=found.success)
                     if found.success and found.usage and len(earlier.usages) < _LEARNED_FROM:
-                        earlier.usages[record.key(found.custom_id, found.digest)] = found.usage
+                        earlier.usages[request] = found.usage
         except OSError as exc:
             raise UsageError(f"cannot read {str(path)!r}: {exc.strerror}") from exc
         return earlier

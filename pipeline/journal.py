@@ -98,6 +98,10 @@ class Journal:
         if run is not None and run == self._last_run:
             self._left.pop((run, custom_id, digest), None)
 
+    def unsettled(self) -> tuple[str | None, list[tuple[str, str]]]:
+        """Return the last run and the requests, custom_id and digest, of its calls that nothing tells of so far."""
+        return self._last_run, [(name, digest) for run, name, digest in self._left if run == self._last_run]
+
     def begin(self) -> None:
         """Start the journal of a run; what nothing tells of stays in it."""
         self._rewrite(self._snapshot())

@@ -8,10 +8,14 @@ what was answered before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
 
 from pipeline import config, formats, jsonl, providers
 from pipeline.config import Config, Endpoint
@@ -35,8 +39,20 @@ class Invalid:
     failure: Failure
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What planning some lines left behind: the fingerprints that they took, and how often those that they repeat.
+
+    `is_alone` tells that no line before them took any of these, so that they mean the same wherever none did.
+    """
+
+    marks: Sequence[int]
+    repeats: Mapping[int, int]
+    is_alone: bool
+
+
 class Planner:
-    """Turns lines into requests; remembers only which ids it has seen (10 to 20 bytes a line).
+    """Turns lines into requests; remembers only which ids it has seen (10 bytes a line).
 
     `provider` and `model` are the user's words on the command line for lines that do not say. A provider named there
     also wins over the one told by a model's name when both speak one protocol (`gpt-oss-20b` on a vLLM server).
@@ -55,7 +71,37 @@ class Planner:
         self._salt = salt
         self.ids = FingerprintSet()
         self._repeats: dict[int, int] = {}
+        self._claims = _NewClaims()
         self._providers_told: dict[str, str | None] = {}
+
+    def basis(self) -> bytes:
+        """Return all that plans depend on beside the lines and their order.
+
+        Of an address the port is left out, which is another one each time the simulator is started.
+        """
+        settings = self._config
+        hosts = {name: urlsplit(each.base_url).hostname for name, each in settings.providers.items()}
+        parts = {
+            "providers": {
+                name: each.model_dump() | {"base_url": hosts[name]} for name, each in settings.providers.items()
+            },
+            "request": settings.request.model_dump(),
+            "max_line_bytes": settings.input.max_line_bytes,
+            "defaults": [settings.provider, self._provider, self._model, self._salt],
+        }
+        return orjson.dumps(parts)
+
+    def claim(self, claims: Claims) -> bool:
+        """Take what lines left behind that were planned by an earlier run, if they mean the same here; else nothing."""
+        if not self.ids.add_all(claims.marks):
+            return False
+        self._repeats.update(claims.repeats)
+        return True
+
+    def take_claims(self) -> Claims:
+        """Return what the lines left behind that were planned since the last time."""
+        new, self._claims = self._claims, _NewClaims()
+        return Claims(marks=new.marks, repeats=new.repeats, is_alone=new.is_alone)
 
     def plan(self, line: Line) -> Request | Invalid:
         """Return the request that a line asks for, or why there is none."""
@@ -135,15 +181,30 @@ class Planner:
         """Name a line after its content; equal lines are counted."""
         base = f"line-{blake2b(content, digest_size=8).hexdigest()}"
         mark = fingerprint(base)
-        if self.ids.add(mark):
+        count = self._count(mark)
+        if count == 1:
             return base
-        while True:
-            count = self._repeats[mark] = self._repeats.get(mark, 1) + 1
-            if self.ids.add(fingerprint(f"{base}-{count}")):
-                return f"{base}-{count}"
+        while not self._add(fingerprint(f"{base}-{count}")):  # somebody gave a line this id
+            count = self._count(mark)
+        return f"{base}-{count}"
+
+    def _count(self, mark: int) -> int:
+        """Return for the how-manieth time something is there."""
+        if self._add(mark):
+            return 1
+        count = self._repeats[mark] = self._claims.repeats[mark] = self._repeats.get(mark, 1) + 1
+        return count
+
+    def _add(self, mark: int) -> bool:
+        """Remember a fingerprint; return whether it is new."""
+        if self.ids.add(mark):
+            self._claims.marks.append(mark)
+            return True
+        self._claims.is_alone = self._claims.is_alone and mark in self._claims.marks
+        return False
 
     def _require_new(self, custom_id: str) -> None:
-        if not self.ids.add(fingerprint(custom_id)):
+        if not self._add(fingerprint(custom_id)):
             raise LineError(
                 f"custom_id {custom_id!r} was used before; every id may stand once", type="duplicate_custom_id"
             )
@@ -153,12 +214,11 @@ class Planner:
         own = value.get("custom_id") if isinstance(value, Mapping) else None
         custom_id = custom_id or (own if isinstance(own, str) else None)
         if custom_id:
-            self.ids.add(fingerprint(custom_id))
+            self._add(fingerprint(custom_id))
         else:
             custom_id = self._derive_id(line.data.strip())
         failure = Failure(type=error.type, message=f"{line.source}:{line.number}: {error.message}")
-        mark = fingerprint(custom_id, "invalid", _digest(line.data))
-        repeat = self._repeats[mark] = self._repeats.get(mark, 0) + 1
+        repeat = self._count(fingerprint(custom_id, "invalid", _digest(line.data)))
         digest = _digest(f"invalid {repeat}\n".encode() + line.data)
         return Invalid(custom_id=custom_id, digest=digest, line=line, failure=failure)
 
@@ -166,6 +226,17 @@ class Planner:
 def _as_limit(tokens: int | None) -> int | None:
     """Return a bound to reckon with: a body in its own dialect may say anything, and only its provider judges it."""
     return min(tokens, _MOST_TOKENS) if tokens and tokens > 0 else None
+
+
+class _NewClaims:
+    """Claims while lines are being planned."""
+
+    __slots__ = ("is_alone", "marks", "repeats")
+
+    def __init__(self) -> None:
+        self.marks = array("Q")
+        self.repeats: dict[int, int] = {}
+        self.is_alone = True
 
 
 def _known(name: str, endpoints: Mapping[str, Endpoint]) -> str:

@@ -13,14 +13,14 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import chain
 from pathlib import Path
 
 from pipeline import jsonl
 from pipeline.errors import LineError, UsageError
+from pipeline.fingerprints import checksum
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -37,7 +37,10 @@ _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or 
 _ENDLESS_BYTES = 2**30  # nobody's line, and soon read
 _BATCH_LINES = 256
 _BATCH_BYTES = 1024 * 1024
-_UNREADABLE = (OSError, EOFError, zlib.error, zstd.ZstdError, LineError)
+_BLOCK_BYTES = 256 * 1024
+_LINE_END = ord("\n")
+_DAMAGED = (OSError, EOFError, zlib.error, zstd.ZstdError)
+_SizeOf = Callable[[bytes], int | None] | None
 _File = BufferedReader | gzip.GzipFile | zstd.ZstdFile
 
 
@@ -49,6 +52,36 @@ class Line:
     number: int
     data: bytes
     problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Some lines of an input that follow on each other, the first of this number, as they stand there, with their ends.
+
+    With a `problem` it is one line that cannot be used, or what is left of it.
+    """
+
+    source: str
+    number: int
+    content: bytes
+    problem: str | None = None
+
+    def __len__(self) -> int:
+        """How many lines, the blank ones too."""
+        return 1 if self.problem else self.content.count(b"\n")
+
+    def lines(self) -> list[Line]:
+        """Return the lines that are not blank."""
+        if self.problem:
+            return [Line(source=self.source, number=self.number, data=self.content, problem=self.problem)]
+        return [
+            Line(source=self.source, number=number, data=data)
+            for number, data in enumerate(self.content.split(b"\n"), start=self.number)
+            if data and not data.isspace()
+        ]
+
+    def first_line(self) -> bytes:
+        return self.content.partition(b"\n")[0]
 
 
 def sources(inputs: Sequence[str], *, may_be_empty: bool = False) -> list[str]:
@@ -71,38 +104,125 @@ def lines(source: str, max_line_bytes: int) -> Iterator[Line]:
 
     An input that turns out damaged (a cut archive, a disk error) or endless ends with a line that says so.
     """
-    number = 0
-    endless = max(_ENDLESS_BYTES, max_line_bytes)
+    for batch in batches([source], max_line_bytes):
+        yield from batch.lines()
+
+
+def batches(inputs: Iterable[str], max_line_bytes: int, size_of: _SizeOf = None) -> Iterator[Batch]:
+    """Yield the lines of all inputs in batches of bounded length and size: a thread hop pays only for many lines.
+
+    `size_of` tells how batches were cut before: how many bytes had the one that began with a line of this checksum.
+    They are cut so again wherever such a line stands, so the same lines are mostly in the same batch.
+    """
+    for source in inputs:
+        yield from _batches_of(source, max_line_bytes, size_of)
+
+
+def _batches_of(source: str, max_line_bytes: int, size_of: _SizeOf) -> Iterator[Batch]:
+    number = 1
     try:
         with _open(source) as raw, _decompressed(raw) as file:
-            for number, (data, length) in enumerate(jsonl.lines(file, max_line_bytes, endless), start=1):
-                if number == 1:
-                    data = data.removeprefix(_BOM)
-                if length > max_line_bytes:
+            ahead = _Ahead(file)
+            ahead.skip(_BOM)
+            while not ahead.is_at_end():
+                if size := _cut(ahead, max_line_bytes, size_of):
+                    batch = Batch(source=source, number=number, content=ahead.take(size))
+                else:
+                    data, length = next(jsonl.lines(ahead, max_line_bytes, max(_ENDLESS_BYTES, max_line_bytes)))
+                    if ahead.damage:
+                        break
                     problem = (
                         f"longer than {max_line_bytes:,} bytes ({length:,}); raise input.max_line_bytes to allow it"
                     )
-                    yield Line(source=source, number=number, data=data[:4096], problem=problem)
-                elif data and not data.isspace():
-                    yield Line(source=source, number=number, data=data)
-    except _UNREADABLE as exc:
+                    batch = Batch(source=source, number=number, content=data[:4096], problem=problem)
+                yield batch
+                number += len(batch)
+            if ahead.damage:
+                raise ahead.damage
+    except (*_DAMAGED, LineError) as exc:
         reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
         problem = f"the input cannot be read beyond this line: {reason}"
-        yield Line(source=source, number=number + 1, data=f"{source}:{problem}".encode(), problem=problem)
+        yield Batch(source=source, number=number, content=f"{source}:{problem}".encode(), problem=problem)
 
 
-def batches(inputs: Iterable[str], max_line_bytes: int) -> Iterator[list[Line]]:
-    """Yield the lines of all inputs in lists of bounded length and size: a thread hop pays only for many lines."""
-    batch: list[Line] = []
-    size = 0
-    for line in chain.from_iterable(lines(source, max_line_bytes) for source in inputs):
-        batch.append(line)
-        size += len(line.data)
-        if len(batch) >= _BATCH_LINES or size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _cut(ahead: _Ahead, max_line_bytes: int, size_of: _SizeOf) -> int:
+    """Return how many bytes of what is ahead are the next batch: whole lines; 0 where a line is too long for any."""
+    end, count = 0, 0
+    while count < _BATCH_LINES and end < _BATCH_BYTES:
+        next_end = ahead.end_of_line(end, max_line_bytes)
+        if next_end - end - 1 > max_line_bytes or next_end == end:
+            break
+        if size_of and (size := size_of(checksum(ahead.data[end : next_end - 1]))):
+            if end:
+                break
+            if ahead.has_line_end_at(size):
+                return size
+        end = next_end
+        count += 1
+    return end
+
+
+class _Ahead:
+    """What was read of a file and is not taken yet; its last line gets an end if it has none.
+
+    `damage` is why a file ended before its time; of its last line nothing is left then.
+    """
+
+    def __init__(self, file: jsonl.Source) -> None:
+        self._file = file
+        self._has_ended = False
+        self.data = bytearray()
+        self.damage: Exception | None = None
+
+    def is_at_end(self) -> bool:
+        return not self._has(1)
+
+    def skip(self, beginning: bytes) -> None:
+        if self._has(len(beginning)) and self.data.startswith(beginning):
+            del self.data[: len(beginning)]
+
+    def end_of_line(self, start: int, max_bytes: int) -> int:
+        """Return the end of the line that begins there, `\\n` included; of a longer one that of what was read.
+
+        Where nothing begins, it is where it ends.
+        """
+        looked = start
+        while (end := self.data.find(b"\n", looked)) < 0:
+            looked = len(self.data)
+            if looked - start > max_bytes + 1 or not self._has(looked + 1):
+                return len(self.data)
+        return end + 1
+
+    def has_line_end_at(self, size: int) -> bool:
+        """Tell whether the first so many bytes are whole lines."""
+        return self._has(size) and self.data[size - 1] == _LINE_END
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(memoryview(self.data)[:size])
+        del self.data[:size]
+        return taken
+
+    def read1(self, size: int = -1, /) -> bytes:
+        """Return what is there of the next line, so that one line alone can be read by `jsonl.lines`."""
+        if not self._has(1):
+            return b""
+        return self.take(self.data.find(b"\n") + 1 or len(self.data))
+
+    def _has(self, size: int) -> bool:
+        """Read on until so many bytes are there; return whether they are."""
+        while len(self.data) < size and not self._has_ended:
+            try:
+                block = self._file.read1(_BLOCK_BYTES)
+            except _DAMAGED as exc:
+                self._has_ended, self.damage = True, exc
+                del self.data[self.data.rfind(b"\n") + 1 :]
+                break
+            self.data += block
+            if not block:
+                self._has_ended = True
+                if self.data and self.data[-1] != _LINE_END:
+                    self.data += b"\n"
+        return len(self.data) >= size
 
 
 def is_file_of(source: str, path: Path) -> bool:

@@ -5,7 +5,8 @@ told. The same groups carry the intents of calls to the attempts journal (`journ
 serve both. The file itself is locked, not a name beside it, so a dead holder blocks nobody and no second name leads
 around it.
 
-Nothing that was paid for is deleted: lines that a newer answer replaced go to `NAME.superseded.jsonl`.
+Nothing that was paid for is deleted: lines that a newer answer replaced go to `NAME.superseded.jsonl`. What a start
+would have to read line by line is kept in short in the index beside the file (`index`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from anyio import to_thread
 from pipeline import disk, journal, jsonl, results
 from pipeline.errors import LineError, StorageError, UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
+from pipeline.index import Index, Segment, Stretch
 from pipeline.journal import Journal, Sent
 from pipeline.results import Record
+from pipeline.totals import Totals
 from pipeline.types import OutputFormat, Request, Result
 
 # A write and its sync are shared by the lines of a moment: one for every line would cost more than all the rest.
@@ -46,25 +49,41 @@ def key(custom_id: str, digest: str) -> int:
 class Done:
     """What a results file already holds: which requests are answered, which failed.
 
-    20 bytes at most for each line. `damaged` counts lines that are not results.
+    10 bytes for each line. `damaged` counts lines that are not results.
     """
 
     def __init__(self) -> None:
         self._answered = FingerprintSet()
         self._failed = FingerprintSet()
+        self._unsorted = {True: array("Q"), False: array("Q")}
         self.lines = 0
         self.damaged = 0
 
-    def add(self, record: Record) -> None:
-        (self._answered if record.success else self._failed).add(key(record.custom_id, record.digest))
+    def add(self, request: int, *, success: bool) -> None:
+        """Note the result of a request, which is given by its `key`."""
+        self._unsorted[success].append(request)
         self.lines += 1
 
-    def outcome(self, custom_id: str, digest: str) -> bool | None:
-        """Return True when answered, False when failed, None when not there."""
-        mark = key(custom_id, digest)
-        if mark in self._answered:
+    def add_segment(self, segment: Segment) -> None:
+        self._unsorted[True].extend(segment.answered)
+        self._unsorted[False].extend(segment.failed)
+        self.lines += segment.lines
+        self.damaged += segment.damaged
+
+    def outcome(self, request: int) -> bool | None:
+        """Return True when a request was answered, False when it failed, None when it is not there."""
+        if self._unsorted[True] or self._unsorted[False]:
+            self.sort()
+        if request in self._answered:
             return True
-        return False if mark in self._failed else None
+        return False if request in self._failed else None
+
+    def sort(self) -> None:
+        """Make ready for questions, once what is known is noted."""
+        for items, known in ((self._unsorted[True], self._answered), (self._unsorted[False], self._failed)):
+            if items:
+                known.update(items)
+                del items[:]
 
 
 class Recorder:
@@ -94,8 +113,10 @@ class Recorder:
         self._on_done = on_done
         self._file: disk.Appender | None = None
         self._journal = Journal(disk.target_of(path), run_id, sync=sync)
+        self._index = Index(path)
+        self._stretches: list[Stretch] = []
         self._lines: list[bytes] = []
-        self._results: list[Result] = []
+        self._results: list[Result | Record] = []
         self._waiting = 0
         self._arrival = anyio.Event()
         self._full = anyio.Event()
@@ -120,21 +141,30 @@ class Recorder:
             raise StorageError(f"cannot repair {str(self.path)!r} or a file beside it: {exc.strerror}") from exc
         self._journal.read()
 
-    def done(self, on_record: Callable[[Record], None]) -> Done:
-        """Read what the file holds; every readable record is also given to `on_record`."""
+    def done(self, totals: Totals) -> Done:
+        """Read what the file holds, as far as the index does not know it; every result is also counted in `totals`."""
         done = Done()
+        run, calls = self._journal.unsettled()
+        requests = {key(*call): call for call in calls}
         with self._reading() as file:
+            for segment in self._index.read(file, of_one_run=bool(calls)):
+                done.add_segment(segment)
+                totals.add_state(segment.totals)
+                if requests and segment.run == run:
+                    for request in requests.keys() & {*segment.answered, *segment.failed}:
+                        self._journal.settle(run, *requests[request])
             for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):
-                if not length:
-                    continue
-                try:
-                    record = results.decode(line)
-                except LineError:
+                record = _decode_or_none(line)
+                request = 0
+                if record:
+                    request = key(record.custom_id, record.digest)
+                    done.add(request, success=record.success)
+                    self._journal.settle(record.run, record.custom_id, record.digest)
+                    totals.add(record)
+                elif length:
                     done.damaged += 1
-                    continue
-                done.add(record)
-                self._journal.settle(record.run, record.custom_id, record.digest)
-                on_record(record)
+                self._index.add(line + b"\n", request, record, record.run if record else None)
+        self._index.flush()
         return done
 
     @contextmanager
@@ -145,6 +175,14 @@ class Recorder:
                 yield file
         except OSError as exc:
             raise StorageError(f"cannot read {str(self.path)!r}: {exc.strerror}") from exc
+
+    def stretch_sizes(self) -> Callable[[bytes], int | None] | None:
+        """Return what tells how many bytes the stretch has that begins with a line of a checksum; None if none does."""
+        return self._index.size_of if len(self._index) else None
+
+    def stretch(self, mark: bytes, start: bytes) -> Stretch | None:
+        """Return what is known of a stretch of an input: by its checksum, and by that of its first line."""
+        return self._index.find(mark, start)
 
     def set_aside(self) -> Path | None:
         """Move the file's content, and its journal, to a free name beside it and start empty; None if there is none."""
@@ -157,6 +195,7 @@ class Recorder:
             os.rename(target, aside)
         except OSError as exc:
             raise StorageError(f"cannot set {str(target)!r} aside: {exc.strerror}") from exc
+        self._index.drop()
         self.release()
         self.open()
         return aside
@@ -184,6 +223,7 @@ class Recorder:
     async def append_lines(self, lines: Sequence[bytes]) -> None:
         """Take finished result lines; returns when they are on the disk. `on_done` does not hear of them."""
         self._lines += lines
+        self._results += map(results.decode, lines)
         await self._wait_written(len(lines))
 
     async def sending(self, request: Request, attempt: int, at: str) -> None:
@@ -198,6 +238,12 @@ class Recorder:
     def unbilled(self, request: Request, attempt: int) -> None:
         """Note that a call came back and was not billed."""
         self._journal.unbilled(request, attempt)
+
+    def keep(self, stretch: Stretch) -> None:
+        """Note that all lines of a stretch have results on the disk; the index learns it some time later."""
+        self._stretches.append(stretch)
+        if len(self._stretches) >= _GROUP_LINES:
+            self._arrival.set()
 
     def unknown(self) -> tuple[Sent, ...]:
         """Return the calls that may be billed without an answer, of this run and of earlier ones that crashed."""
@@ -216,6 +262,7 @@ class Recorder:
             with anyio.CancelScope(shield=True):
                 if not self._has_failed:
                     await self._write_group()
+                await to_thread.run_sync(self._finish_index, self._take_stretches(), limiter=self._thread)
 
     async def _wait_written(self, count: int) -> None:
         self._waiting += count
@@ -232,10 +279,12 @@ class Recorder:
         if not self._is_closed:
             self._arrival, self._full = anyio.Event(), anyio.Event()
         with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(self._write, lines, self._journal.take(), limiter=self._thread)
+            group = (lines, done, self._journal.take(), self._take_stretches())
+            await to_thread.run_sync(self._write, *group, limiter=self._thread)
         for result in done:
             self._journal.finished(result.custom_id, result.digest)
-            self._on_done(result)
+            if isinstance(result, Result):
+                self._on_done(result)
         written.set()
 
     def close(self) -> None:
@@ -251,10 +300,13 @@ class Recorder:
     def release(self) -> None:
         """Give the files and the lock back."""
         self._journal.release()
+        self._index.release()
         if self._file is not None:
             self._file.close()
 
-    def _write(self, lines: list[bytes], calls: list[bytes]) -> None:
+    def _write(
+        self, lines: list[bytes], written: Sequence[Result | Record], calls: list[bytes], stretches: list[Stretch]
+    ) -> None:
         """Write answers first: they are paid for, and a journal that finds no room must not cost them."""
         try:
             if lines:
@@ -263,6 +315,17 @@ class Recorder:
         except StorageError:
             self._has_failed = True
             raise
+        for line, result in zip(lines, written, strict=True):
+            self._index.add(line, key(result.custom_id, result.digest), result, self._run_id)
+        self._index.add_stretches(stretches)
+
+    def _finish_index(self, stretches: list[Stretch]) -> None:
+        self._index.add_stretches(stretches)
+        self._index.flush()
+
+    def _take_stretches(self) -> list[Stretch]:
+        taken, self._stretches = self._stretches, []
+        return taken
 
     def _open_file(self) -> disk.Appender:
         assert self._file is not None, "open() comes first"
@@ -323,6 +386,7 @@ class Recorder:
             raise StorageError(f"cannot rewrite {str(self.path)!r}: {exc.strerror}; it is as it was") from exc
         self._open_file().close()
         self._file = disk.Appender(fd, self.path, sync=self._sync)
+        self._index.drop()
 
 
 def _refuse_foreign(fd: int, path: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.journal import Sent
 from pipeline.results import Record
 from pipeline.types import Result, Usage
 
+_SUMS = ("requests", "nanos", "wasted", "saved", "priced", "unpriced")
 _TOKENS = ("input", "output", "cache_read", "cache_write", "reasoning")
 
 
@@ -36,6 +37,11 @@ class Tokens:
         self.cache_read += usage.cache_read_tokens
         self.cache_write += usage.cache_write_tokens
         self.reasoning += usage.reasoning_tokens
+
+    def merge(self, sums: Mapping[str, int]) -> None:
+        """Add another sum, as `asdict` gives it."""
+        for name in _TOKENS:
+            setattr(self, name, getattr(self, name) + sums[name])
 
     def as_dict(self) -> dict[str, int]:
         return {"input": self.input, "output": self.output, "total": self.input + self.output} | {
@@ -76,6 +82,12 @@ class Spending:
         else:
             self.priced += 1
             self.nanos += nanos
+
+    def merge(self, sums: Mapping[str, Any]) -> None:
+        """Add another sum, as `asdict` gives it."""
+        self.tokens.merge(sums["tokens"])
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + sums[name])
 
     @property
     def usd(self) -> float | None:
@@ -134,6 +146,26 @@ class Totals:
             "cost": self.spending.as_dict(price_source),
             "by_model": self.by_model(),
         }
+
+    def as_state(self) -> dict[str, Any]:
+        """Return all of it as JSON values, from which `add_state` counts it again."""
+        return {
+            "succeeded": self.succeeded,
+            "failed": self.failed,
+            "invalid": self.invalid,
+            "without_usage": self.without_usage,
+            "models": [[key, asdict(spending)] for key, spending in self._models.items()],
+        }
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Count results that were counted before."""
+        self.succeeded += state["succeeded"]
+        self.failed += state["failed"]
+        self.invalid += state["invalid"]
+        self.without_usage += state["without_usage"]
+        for (provider, model, lane), sums in state["models"]:
+            for spending in (self.spending, self._models[provider, model, lane]):
+                spending.merge(sums)
 
     def by_model(self) -> list[dict[str, Any]]:
         """Return requests, tokens and dollars of each (provider, model, lane), the largest first."""

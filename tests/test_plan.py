@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import jsonl, read
+from pipeline import jsonl, read, record
 from pipeline.config import Config
 from pipeline.errors import UsageError
 from pipeline.fingerprints import fingerprint
 from pipeline.plan import Invalid, Planner
 from pipeline.read import Line
 from pipeline.record import Done
-from pipeline.results import Record
 from pipeline.types import Request
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
@@ -468,14 +467,14 @@ def test_planned_and_done_partition_the_input(values: list[Any], count: int, ran
     items = list(map(Planner(Config()).plan, lines))
     done = Done()
     for item in items[:count]:
-        done.add(Record(custom_id=item.custom_id, digest=item.digest, success=isinstance(item, Request)))
+        done.add(record.key(item.custom_id, item.digest), success=isinstance(item, Request))
 
     again = list(map(Planner(Config()).plan, lines))
 
-    keys = [(item.custom_id, item.digest) for item in again]
+    keys = [record.key(item.custom_id, item.digest) for item in again]
     assert len(set(keys)) == len(lines)
-    assert [done.outcome(*key) is not None for key in keys] == [index < count for index in range(len(lines))]
-    assert [done.outcome(*key) for key in keys[:count]] == [isinstance(item, Request) for item in items[:count]]
+    assert [done.outcome(key) is not None for key in keys] == [index < count for index in range(len(lines))]
+    assert [done.outcome(key) for key in keys[:count]] == [isinstance(item, Request) for item in items[:count]]
 
 
 def test_the_samples_are_planned() -> None:

@@ -377,7 +377,7 @@ def test_batches_hold_every_line_once(tmp_path_factory: pytest.TempPathFactory, 
     expected = [
         (source, number) for source, count in zip(sources, counts, strict=True) for number in range(1, count + more + 1)
     ]
-    assert [(line.source, line.number) for batch in batches for line in batch] == expected
+    assert [(line.source, line.number) for batch in batches for line in batch.lines()] == expected
     assert all(1 <= len(batch) <= 256 for batch in batches)
 
 

@@ -116,12 +116,12 @@ async def test_results_are_written_and_found_again(path: Path, form: OutputForma
     totals = Totals()
     second = recorder(path, form=form)
     second.open()
-    done = second.done(totals.add)
+    done = second.done(totals)
     second.release()
 
     assert [(each.custom_id, each.success) for each in told] == [("a", True), ("b", False), ("c", True)]
-    assert [done.outcome(name, "d") for name in ("a", "b", "c", "x")] == [True, False, True, None]
-    assert done.outcome("a", "other") is None
+    assert [done.outcome(record.key(name, "d")) for name in ("a", "b", "c", "x")] == [True, False, True, None]
+    assert done.outcome(record.key("a", "other")) is None
     assert (done.lines, done.damaged) == (3, 0)
     assert (totals.succeeded, totals.failed, totals.tokens.input, totals.tokens.output) == (2, 1, 4, 6)
 
@@ -217,7 +217,7 @@ async def test_files_are_readable_by_their_owner_only(path: Path) -> None:
         os.umask(before)
 
     modes = {each.name: mode_of(each) for each in path.parent.iterdir()}
-    names = ("a.jsonl", "a.superseded.jsonl", "a.torn", "a.usage.json", "fresh.jsonl")
+    names = ("a.jsonl", "a.superseded.jsonl", "a.torn", "a.usage.json", "fresh.index", "fresh.jsonl")
     assert modes == dict.fromkeys(names, 0o600)
 
 
@@ -434,11 +434,11 @@ def test_damaged_lines_are_counted_and_passed_over(path: Path) -> None:
     reader = recorder(path)
     reader.open()
 
-    done = reader.done(lambda each: None)
+    done = reader.done(Totals())
     reader.release()
 
     assert (done.lines, done.damaged) == (2, 3)
-    assert [done.outcome(name, "d") for name in ("é-1", "q-2", "q-3")] == [True, None, True]
+    assert [done.outcome(record.key(name, "d")) for name in ("é-1", "q-2", "q-3")] == [True, None, True]
 
 
 # ── setting aside ─────────────────────────────────────────────────────────────────────────────────────
