@@ -131,6 +131,7 @@ class _Run:
         if options.dedupe and read.STDIN in self.sources:
             raise UsageError("--dedupe wants files: stdin can be read only once")
         self.originals = Originals() if options.dedupe else None
+        self.previewed = array("Q")
         self.warnings = self._preview()
         if room < wanted:
             self.warnings += (
@@ -195,6 +196,7 @@ class _Run:
             item = planner.plan(line)
             if isinstance(item, Request):
                 wanted.setdefault((item.provider, item.model), item)
+                self.previewed.append(record.key(item.custom_id, item.digest))
         for name in dict.fromkeys(name for name, _ in wanted):
             configuration.api_key(name, self.settings.providers[name])
         if self.budget:
@@ -212,6 +214,7 @@ class _Run:
         if self.originals:
             with self.recorder.path.open("rb") as file:
                 self.originals.read(file, answered_only=self.options.retry_failed)
+        self._tell_changes()
         self.recorder.begin()
         self.earlier_unknown = self.recorder.unknown()
         self._open_books()
@@ -220,6 +223,15 @@ class _Run:
         may_tidy = self.done.lines or self.done.damaged or self.settings.output.ordered
         if may_tidy and not all(Path(source).is_file() for source in self.sources):
             self.positions = FingerprintMap()
+
+    def _tell_changes(self) -> None:
+        """Say, before anything is spent, when lines are not as they were answered: perhaps that was not meant."""
+        done = sum(self.done.outcome(request) is not None for request in self.previewed)
+        if self.done.lines and done < len(self.previewed):
+            self.say(
+                f"{done:,} of the first {len(self.previewed):,} requests have results; the others are sent: "
+                "they are new, or a changed line, model or setting made them new"
+            )
 
     def _open_books(self) -> None:
         """Note in the ledger that this run goes on, and learn from it what the caps of day and month leave."""

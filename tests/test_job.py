@@ -138,6 +138,27 @@ async def test_only_what_differs_is_sent(tmp_path: Path) -> None:
     assert len(_results(tmp_path / "out.superseded.jsonl")) == 1
 
 
+async def test_a_change_is_told_before_it_is_paid_for(tmp_path: Path) -> None:
+    """A model that was changed makes every request new; that is said before the first call, and not without need."""
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(5)])
+    said: list[tuple[str, int]] = []
+
+    with _world() as (config, server):
+
+        def hear(message: str) -> None:
+            said.append((message, server.statistics()["answered"]))
+
+        for _ in range(2):
+            await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config, say=hear)
+        assert said == []
+        _write(source, [_line(f"q-{n}", temperature=0.5) for n in range(5)])
+        await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config, say=hear)
+
+    assert len(said) == 1
+    assert said[0][0].startswith("0 of the first 5 requests have results")
+    assert said[0][1] == 5
+
+
 async def test_bad_lines_fail_alone_and_can_be_mended(tmp_path: Path) -> None:
     """Invalid lines get a result with file and line; mended, only they are sent, and the failures are gone."""
     source = tmp_path / "in.jsonl"
