@@ -166,7 +166,7 @@ def estimate(**options: Any) -> None:
 @_config_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object on stdout.")
 def verify(**options: Any) -> None:
-    """Prove from the files alone that RESULTS are whole: no line torn or twice, totals the sum of the lines.
+    """Prove from the files alone that RESULTS are whole: no line torn or twice, totals and ledger the sum of the lines.
 
     With --input also that every line of it has one result. Exit 0 if all is proven, 6 if results are damaged, else 1.
     """
@@ -517,7 +517,8 @@ def _check(
 def _verify(*, results: str, inputs: tuple[str, ...], config_file: str | None, as_json: bool) -> int:
     from pipeline import config, safe, verifying
 
-    report = verifying.verify(Path(results), inputs, config.load(config_file))
+    settings = config.load(config_file)
+    report = verifying.verify(Path(results), inputs, settings, ledger=config.ledger_path(settings))
     if as_json:
         _print_json([report.as_dict()])
         return report.exit_code

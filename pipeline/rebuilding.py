@@ -22,7 +22,7 @@ from pipeline.accounts import Accounts
 from pipeline.disk import beside
 from pipeline.errors import LineError, UsageError
 from pipeline.fingerprints import FingerprintSet, fingerprint
-from pipeline.ledger import Ledger, Run
+from pipeline.ledger import Entry, Ledger, Run
 from pipeline.results import Record
 
 _MAX_LINE_BYTES = 1024 * 1024 * 1024
@@ -61,19 +61,22 @@ def rebuild(ledger: Ledger, files: Sequence[Path], only: Collection[str] | None 
     With `only` just the runs with these ids.
     """
     found: dict[str, _Found] = {}
-    summaries: dict[str, Mapping[str, Any]] = {}
     seen = FingerprintSet()
-    damaged = 0
-    for path in files:
-        damaged += _read(path, found, seen)
-        summary = _summary(path)
-        summaries[str(summary.get("run_id"))] = summary
+    damaged = sum(_read(path, found, seen) for path in files)
+    summaries = {str(summary.get("run_id")): summary for summary in map(_summary, files)}
     known = {run.run_id: run for run in ledger.runs(include_simulated=True)}
     for run_id, what in found.items():
         if only is not None and run_id not in only:
             continue
         ledger.record(_run(run_id, what, summaries.get(run_id), known.get(run_id)), what.accounts.entries())
     return Rebuilt(runs=len(found), results=len(seen), damaged=damaged)
+
+
+def entries_of(path: Path) -> dict[str, list[Entry]]:
+    """Return the entries that a results file, with what was set aside from it, tells of each of its runs."""
+    found: dict[str, _Found] = {}
+    _read(path, found, FingerprintSet())
+    return {run_id: what.accounts.entries() for run_id, what in found.items()}
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,14 +10,16 @@ from typing import Any
 
 import orjson
 
-from pipeline import disk, jsonl, read, results
+from pipeline import disk, jsonl, read, rebuilding, results
 from pipeline.config import Config
 from pipeline.errors import LineError, UsageError
 from pipeline.fingerprints import FingerprintMap, fingerprint
+from pipeline.ledger import Ledger
 from pipeline.plan import Planner
 from pipeline.totals import Totals
 
 SHOWN = 20
+_LEDGER_SUMS = ("succeeded", "failed", "input_tokens", "output_tokens", "cost_nano", "wasted_nano")
 _MAX_LINE_BYTES = 1024 * 1024 * 1024
 
 
@@ -55,14 +57,16 @@ class Report:
         }
 
 
-def verify(path: Path, inputs: Sequence[str], settings: Config) -> Report:
-    """Look at a results file, at its totals and, with `inputs`, at whether each of their lines has one result."""
+def verify(path: Path, inputs: Sequence[str], settings: Config, *, ledger: Path | None = None) -> Report:
+    """Look at a results file, its totals, what a ledger says of its runs, and whether each line of `inputs` has one."""
     if not path.is_file():
         raise UsageError(f"the results {str(path)!r} are not a file")
     report = Report()
     totals = Totals()
     ids = _results(path, report, totals)
     _totals(path, report, totals)
+    if ledger and ledger.exists() and report.results:
+        _ledger(path, ledger, report)
     if inputs:
         _inputs(inputs, settings, report, ids)
     return report
@@ -117,6 +121,20 @@ def _totals(path: Path, report: Report, totals: Totals) -> None:
     for key, found in totals.as_dict(stated.get("cost", {}).get("price_source")).items():
         if stated.get(key) != found:
             report.add("totals", f"{name}: results.{key} is {stated.get(key)}, and the lines add up to {found}")
+
+
+def _ledger(path: Path, ledger: Path, report: Report) -> None:
+    """Compare what the ledger says of each run with what the lines say; calls that no line tells of do not count."""
+    with Ledger.open(ledger) as book:
+        recorded = book.entries(include_simulated=True)
+    for run, entries in rebuilding.entries_of(path).items():
+        if run not in recorded:
+            report.notes.append(f"the ledger knows nothing of {run}; pipeline report --rebuild {path} tells it")
+            continue
+        for name in _LEDGER_SUMS:
+            said, found = (sum(getattr(entry, name) for entry in each) for each in (recorded[run], entries))
+            if said != found:
+                report.add("ledger", f"{ledger}: {name} of {run} is {said:,}, and the lines add up to {found:,}")
 
 
 def _inputs(inputs: Sequence[str], settings: Config, report: Report, ids: FingerprintMap) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -11,6 +14,7 @@ import pytest
 import pipeline
 from pipeline import config as configuration
 from pipeline.config import Config
+from pipeline.ledger import Ledger
 from pipeline.simulator import Options, serving
 from pipeline.verifying import Report, verify
 
@@ -104,3 +108,29 @@ async def test_totals_that_are_gone_are_a_problem(folder: Path) -> None:
     (folder / "out.usage.json").unlink()
 
     assert set(look(folder).problems) == {"totals"}
+
+
+@pytest.mark.parametrize("change", [{"cost_nano": 1}, {"succeeded": 9}, {"output_tokens": 3}])
+async def test_a_ledger_that_says_something_else_is_told(folder: Path, change: dict[str, Any]) -> None:
+    """What the ledger holds of a run is what its lines add up to, to the nano-dollar."""
+    books = Path(os.environ["PIPELINE_LEDGER"])
+    run_id = orjson.loads((folder / "out.usage.json").read_bytes())["run_id"]
+    with Ledger.open(books) as ledger:
+        run = next(run for run in ledger.runs(include_simulated=True) if run.run_id == run_id)
+        (entry,) = ledger.entries(include_simulated=True)[run_id]
+        assert verify(folder / "out.jsonl", [], Config(), ledger=books).exit_code == 0
+        ledger.record(run, [dataclasses.replace(entry, **change)])
+
+    report = verify(folder / "out.jsonl", [], Config(), ledger=books)
+
+    assert (set(report.problems), report.exit_code) == ({"ledger"}, 1)
+    assert run_id in report.shown[0]
+
+
+async def test_a_run_that_the_ledger_does_not_know_is_noted(folder: Path, tmp_path: Path) -> None:
+    """Another ledger is no problem of these results, but told, with the way to mend it."""
+    with Ledger.open(tmp_path / "other.sqlite"):
+        report = verify(folder / "out.jsonl", [], Config(), ledger=tmp_path / "other.sqlite")
+
+    assert report.exit_code == 0
+    assert any("report --rebuild" in note for note in report.notes)
