@@ -7,7 +7,7 @@ disk would hold after the power failed. What a run reported as done is written d
 what must be there. Needs root and loop devices.
 
 Power fails for program and disk at once. The call alone does not do that: a sync on its way may still come back with
-success although nothing is on the disk (seen once in some 300 cuts on Linux 6.18), and a program that lives on acts on
+success although nothing is on the disk (it seems: twice in 300 cuts on Linux 6.18), and a program that lives on acts on
 it. So the run is frozen first; then nobody acts on what the kernel answers after the cut.
 """
 
