@@ -191,7 +191,7 @@ class Index:
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, line: bytes, request: int, result: Record | Result | None, run: str | None) -> None:
-        """Take the next line of the results file, with its end, and what it says: None where it is damaged."""
+        """Take the next line of the results file, with its end, and what it says: None where it is no result."""
         self._segment.add(line, request, result, run or "")
         if self._segment.lines >= _SEGMENT_LINES or self._segment.size >= _SEGMENT_BYTES:
             self.flush()
@@ -305,7 +305,7 @@ class _NewSegment:
         self.digest.update(line)
         self.size += len(line)
         if result is None:
-            self.damaged += 1
+            self.damaged += line != b"\n"
             return
         self.run = run if not self.lines or self.run == run else None
         self.lines += 1

@@ -413,13 +413,13 @@ _USAGE_FIELDS: Sequence[str] = (
 def _to_usage(value: Mapping[str, Any] | None) -> Usage | None:
     if value is None:
         return None
-    counts: dict[str, Any] = {name: value.get(name, 0) for name in _USAGE_FIELDS}
-    if not all(type(count) is int and count >= 0 for count in counts.values()):
+    counts: list[Any] = [value.get(name, 0) for name in _USAGE_FIELDS]
+    if set(map(type, counts)) != {int} or min(counts) < 0:
         raise TypeError("a number of tokens is not a whole number")
     tier = value.get("service_tier")
     if not isinstance(tier, str | None):
         raise TypeError("a service tier is not a text")
-    return Usage(**counts, service_tier=tier)
+    return Usage(**dict(zip(_USAGE_FIELDS, counts, strict=True)), service_tier=tier)
 
 
 def _to_cost(value: Mapping[str, Any]) -> Cost:
