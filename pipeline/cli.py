@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -244,7 +244,7 @@ def _run(
         return _worst(codes)
 
     code = work() if job_options.simulate else _between_pings(work, settings, screen)
-    if code in (130, 143) and "-" in inputs:
+    if any(each == "-" or Path(each).is_fifo() for each in inputs):
         _leave_now(code)
     return code
 
@@ -606,6 +606,8 @@ def _guarded(command: Callable[..., int], screen: Screen | None = None, **option
     except PipelineError as exc:
         _tell_error(screen or _screen(), exc)
         sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _tell_error(screen: Screen, error: PipelineError) -> None:
@@ -640,8 +642,13 @@ def _print_json(objects: list[dict[str, Any]]) -> None:
 
 
 def _write(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    """Write to stdout and leave nothing in a buffer: Python would try again at its end, and change the exit code."""
+    from pipeline import disk
+
+    try:
+        disk.write_all(sys.stdout.fileno(), data)
+    except OSError as exc:
+        raise StorageError(f"cannot write to standard output: {exc.strerror}") from exc
 
 
 class _Steady:
@@ -675,6 +682,6 @@ def _fill_standard_files() -> None:
 
 
 def _leave_now(code: int) -> NoReturn:
-    """Leave although a thread still waits for stdin; everything is on the disk."""
+    """Leave although a thread may still wait for a pipe; everything is on the disk."""
     sys.stdout.flush()
     os._exit(code)

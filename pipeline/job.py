@@ -1,6 +1,7 @@
 """One run, from inputs to summary: the one place where the parts are made and joined.
 
     read ─▶ plan ─▶ send ─▶ record ─▶ totals
+    └── intake ──┘  sender  recorder  books (the ledger)
 
 `run_batch` is what `pipeline run` does for one results file. The parts themselves are made in `assemble`.
 """
@@ -10,10 +11,8 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from array import array
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +20,23 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, files, providers, read, rebuilding, record, results, transport
+from pipeline import assemble, disk, errors, files, ledger, providers, read, record, results, transport
 from pipeline import config as configuration
-from pipeline import ledger as ledgers
-from pipeline.accounts import Accounts
 from pipeline.assemble import Options
+from pipeline.books import RUNNING, Books
 from pipeline.clock import Clock
 from pipeline.config import Config
-from pipeline.copies import Originals, copies
 from pipeline.errors import BudgetReachedError, PipelineError, TryLaterError, UsageError
-from pipeline.fingerprints import FingerprintMap, checksum
-from pipeline.index import Awaited, Stretch
+from pipeline.intake import Intake
 from pipeline.journal import Sent
-from pipeline.ledger import Entry, Ledger
-from pipeline.plan import Invalid
 from pipeline.pricing import Prices
-from pipeline.read import Batch
-from pipeline.record import Done, Recorder
+from pipeline.record import Recorder
 from pipeline.send import Sender, Statistics
 from pipeline.totals import Attempts, Summary, Totals
-from pipeline.types import Request, Result
+from pipeline.types import Result
 
-PREVIEW_LINES = 2_000
 SHOWN_FAILURES = 10
 _COUNT_REST_SECONDS = 5.0
-_BOOK_SECONDS = 30.0
-_COPIED_AT_ONCE = 256
-# What is read in one go: a thread hop pays only for many lines.
-_READ_LINES = 256
-_READ_BYTES = 512 * 1024
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -90,8 +77,8 @@ async def run_batch(
     config = config or configuration.load()
     prices = Prices(config)
     with assemble.settings_for(config, options) as settings:
-        ledger = configuration.ledger_path(config)
-        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, prices, ledger, say)
+        books = Books(configuration.ledger_path(config))
+        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, prices, books, say)
         try:
             return await run.execute(watch, handle_signals=handle_signals)
         except BaseExceptionGroup as group:
@@ -112,7 +99,7 @@ class _Run:
         settings: Config,
         options: Options,
         prices: Prices,
-        ledger: Path,
+        books: Books,
         say: Callable[[str], None],
     ) -> None:
         room = files.room_for(settings.sending.concurrency)
@@ -120,26 +107,14 @@ class _Run:
         self.settings = settings.with_("sending", concurrency=room)
         self.options = options
         self.prices = prices
-        self.ledger = ledger
-        self.accounts = Accounts()
+        self.books = books
         self.say = say
         self.clock = Clock()
+        self.run_id = f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}"
         self.pricing = assemble.Pricing(prices, self.clock)
         self.budget = assemble.budget(settings)
         self.sources = read.sources(inputs)
         _refuse_overwriting_input(output, self.sources)
-        if options.dedupe and read.STDIN in self.sources:
-            raise UsageError("--dedupe wants files: stdin can be read only once")
-        self.originals = Originals() if options.dedupe else None
-        self.previewed = array("Q")
-        self.warnings = self._preview()
-        if room < wanted:
-            self.warnings += (
-                f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
-            )
-        self.run_id = f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}"
-        self.run_totals = Totals()
-        self.all_totals = Totals()
         self.recorder = Recorder(
             output,
             run_id=self.run_id,
@@ -149,30 +124,38 @@ class _Run:
             sync=settings.output.durability == "full",
             on_done=self._count,
         )
-        self.planner = assemble.planner(settings, options)
-        self.basis = self.planner.basis()
-        self.awaited = Awaited()
-        self.done = Done()
+        self.intake = Intake(self.sources, self.settings, options, self.recorder, self.clock)
+        self.warnings = self._preview()
+        if room < wanted:
+            self.warnings += (
+                f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
+            )
+        self.run_totals = Totals()
+        self.all_totals = Totals()
+        self.damaged = 0
         self.earlier_unknown: Sequence[Sent] = ()
-        self.positions: FingerprintMap | None = None
         self.failures: list[str] = []
-        self.read_lines = 0
-        self.reused = 0
-        self.reused_failed = 0
-        self.is_all_read = False
         self.signal: signal.Signals | None = None
+        self.work: anyio.CancelScope | None = None
         self.sender: Sender
 
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
+        async with anyio.create_task_group() as beside:
+            if handle_signals:
+                beside.start_soon(self._heed_signals)
+            summary = await self._run(watch)
+            beside.cancel_scope.cancel()
+        return summary
+
+    async def _run(self, watch: Watch | None) -> Summary:
         await to_thread.run_sync(self._open)
         async with transport.Client(self.settings.sending) as client:
             self.sender = assemble.sender(self.settings, client, self.clock, self.recorder, self.pricing, self.budget)
             async with anyio.create_task_group() as writing:
                 writing.start_soon(self.recorder.run)
                 try:
-                    await self._work(watch, handle_signals=handle_signals)
-                    if self.originals:
-                        await self._copy_results()
+                    await self._work(watch)
+                    await self._copy_results()
                 finally:
                     self.recorder.close()
         self.all_totals.add_state(self.run_totals.as_state())
@@ -187,228 +170,90 @@ class _Run:
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _preview(self) -> tuple[str, ...]:
-        """Look at the first lines before anything is sent: keys must be there, retired models are told."""
-        planner = assemble.planner(self.settings, self.options)
-        wanted: dict[tuple[str, str], Request] = {}
-        files = [source for source in self.sources if Path(source).is_file()]
-        lines = (line for source in files for line in read.lines(source, self.settings.input.max_line_bytes))
-        for line in islice(lines, min(PREVIEW_LINES, self.options.limit or PREVIEW_LINES)):
-            item = planner.plan(line)
-            if isinstance(item, Request):
-                wanted.setdefault((item.provider, item.model), item)
-                self.previewed.append(record.key(item.custom_id, item.digest))
-        for name in dict.fromkeys(name for name, _ in wanted):
+        """Look at the first lines before anything is sent: keys and prices must be there, retired models are told."""
+        found = self.intake.preview()
+        for name in dict.fromkeys(name for name, _ in found):
             configuration.api_key(name, self.settings.providers[name])
         if self.budget:
-            for request in wanted.values():
+            for request in found.values():
                 self.pricing.worst_case(request)
-        notices = (_retirement(self.settings, name, model) for name, model in wanted)
+        notices = (_retirement(self.settings, name, model) for name, model in found)
         return tuple(notice for notice in notices if notice)
 
     def _open(self) -> None:
-        """Take the output and learn what it holds."""
+        """Take the output and learn what it holds; note in the ledger that this run goes on."""
         self.recorder.open()
         if self.options.fresh and (aside := self.recorder.set_aside()):
             self.say(f"earlier results are set aside as {aside}")
-        self.done = self.recorder.done(self.all_totals)
-        if self.originals:
-            with self.recorder.path.open("rb") as file:
-                self.originals.read(file, answered_only=self.options.retry_failed)
-        self._tell_changes()
+        done = self.recorder.done(self.all_totals)
+        self.damaged = done.damaged
+        if done.damaged:
+            self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
+        if notice := self.intake.learn(done):
+            self.say(notice)
         self.recorder.begin()
         self.earlier_unknown = self.recorder.unknown()
-        self._open_books()
-        if self.done.damaged:
-            self.warnings += (f"{self.done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
-        may_tidy = self.done.lines or self.done.damaged or self.settings.output.ordered
-        if may_tidy and not all(Path(source).is_file() for source in self.sources):
-            self.positions = FingerprintMap()
-
-    def _tell_changes(self) -> None:
-        """Say, before anything is spent, when lines are not as they were answered: perhaps that was not meant."""
-        done = sum(self.done.outcome(request) is not None for request in self.previewed)
-        if self.done.lines and done < len(self.previewed):
-            self.say(
-                f"{done:,} of the first {len(self.previewed):,} requests have results; the others are sent: "
-                "they are new, or a changed line, model or setting made them new"
-            )
-
-    def _open_books(self) -> None:
-        """Note in the ledger that this run goes on, and learn from it what the caps of day and month leave."""
-        self._account(self._books("running"))
+        self.books.open(self._describe())
         if self.budget and not self.options.simulate:
-            now = self.clock.moment()
-            today = now.replace(hour=0, minute=0, second=0, microsecond=0)
-            with Ledger.open(self.ledger) as ledger:
-                self.budget = assemble.budget(
-                    self.settings,
-                    spent_today=ledger.spent(today),
-                    spent_this_month=ledger.spent(today.replace(day=1)),
-                )
+            today, month = self.books.spent(self.clock.moment())
+            self.budget = assemble.budget(self.settings, spent_today=today, spent_this_month=month)
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _work(self, watch: Watch | None, *, handle_signals: bool) -> None:
+    async def _work(self, watch: Watch | None) -> None:
         async with anyio.create_task_group() as beside:
-            with anyio.CancelScope() as scope:
-                if handle_signals:
-                    beside.start_soon(self._heed_signals, scope)
+            with anyio.CancelScope() as self.work:
+                if self.signal:
+                    self._drain()
                 if watch:
                     beside.start_soon(watch, self.progress)
                 beside.start_soon(to_thread.run_sync, self.prices.load)
-                beside.start_soon(self._keep_books)
+                beside.start_soon(self.books.keep, self._describe)
                 beside.start_soon(self.sender.stop_when_stalled, assemble.patience(self.settings))
                 async with anyio.create_task_group() as work:
-                    work.start_soon(self._read_and_submit)
+                    work.start_soon(self._feed)
                     await self.sender.run()
                     # After a stop the reader may still count what is left, but nobody waits long for a number.
-                    scope.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
+                    self.work.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
             beside.cancel_scope.cancel()
 
-    async def _read_and_submit(self) -> None:
-        """Plan every line; submit what is not done yet. After a stop the rest is only counted."""
-        self.done.sort()  # here and now: beside other tables, and in their thread, it takes a third less memory
-        batches = read.batches(self.sources, self.settings.input.max_line_bytes, self.recorder.stretch_sizes())
-        while not self._is_limit_reached():
-            known = await to_thread.run_sync(self._read_on, batches, abandon_on_cancel=True)
-            if not known:
-                break
-            for batch, mark, stretch in known:
-                if not (stretch and self._pass_over(stretch)):
-                    await self.sender.submit(await self._plan(batch, mark))
-        self.is_all_read = True
+    async def _feed(self) -> None:
+        await self.intake.feed(self.sender.submit)
         self.sender.close()
 
-    def _read_on(self, batches: Iterator[Batch]) -> list[tuple[Batch, bytes, Stretch | None]]:
-        """Return some batches, each with its checksum and what is known of it."""
-        known: list[tuple[Batch, bytes, Stretch | None]] = []
-        lines = size = 0
-        while lines < _READ_LINES and size < _READ_BYTES and (batch := next(batches, None)):
-            mark = checksum(self.basis, batch.content)
-            stretch = self.recorder.stretch(mark, checksum(batch.first_line()))
-            known.append((batch, mark, stretch))
-            size += len(batch.content)
-            lines += 0 if stretch else len(batch)
-        return known
-
-    def _is_limit_reached(self) -> bool:
-        return self.options.limit is not None and self.read_lines >= self.options.limit
-
-    def _pass_over(self, stretch: Stretch) -> bool:
-        """Count the lines of a stretch as done without planning them, if planning would find just that."""
-        limit = self.options.limit
-        outcomes = [self.done.outcome(request) for request in stretch.failed]
-        if (
-            self.positions is not None
-            or (limit is not None and self.read_lines + stretch.lines > limit)
-            or None in outcomes
-            or (self.options.retry_failed and False in outcomes)
-            or not self.planner.claim(stretch.claims)
-        ):
-            return False
-        self.read_lines += stretch.lines
-        self.reused += stretch.lines
-        self.reused_failed += outcomes.count(False)
-        return True
-
-    async def _plan(self, batch: Batch, mark: bytes) -> list[Request]:
-        """Return the requests of a batch that are to be sent; record the lines that cannot be."""
-        wanted: list[Request] = []
-        invalid: list[Result] = []
-        failed = array("Q")
-        copied = 0
-        lines = batch.lines()
-        for line in lines:
-            if self._is_limit_reached():
-                break
-            self.read_lines += 1
-            item = self.planner.plan(line)
-            request = record.key(item.custom_id, item.digest)
-            outcome = self._earlier_outcome(request)
-            if outcome is not None:
-                if not outcome:
-                    failed.append(request)
-            elif isinstance(item, Invalid):
-                invalid.append(assemble.invalid_result(item, self.clock))
-            elif self.originals is None or self.originals.add(item.digest):
-                wanted.append(item)
-            else:
-                copied += 1
-        else:
-            self._follow(batch, mark, len(lines), failed, waiting=len(wanted) + len(invalid) + copied)
-        if invalid:
-            await self.recorder.append(*invalid)
-        return wanted
-
-    def _earlier_outcome(self, request: int) -> bool | None:
-        """Return whether a line was answered by an earlier run, and count it as reused; None where it is to be done."""
-        if self.positions is not None:
-            self.positions.put(request, len(self.positions))
-        outcome = self.done.outcome(request)
-        if outcome is None or (outcome is False and self.options.retry_failed):
-            return None
-        self.reused += 1
-        self.reused_failed += not outcome
-        return outcome
-
-    def _follow(self, batch: Batch, mark: bytes, lines: int, failed: array[int], *, waiting: int) -> None:
-        """Let the index know of the batch as a stretch, once all its lines have results."""
-        claims = self.planner.take_claims()
-        if batch.problem or not claims.is_alone:
-            return
-        start = checksum(batch.first_line())
-        stretch = Stretch(mark=mark, start=start, size=len(batch.content), lines=lines, claims=claims, failed=failed)
-        if waiting:
-            self.awaited.add(stretch, batch.source, range(batch.number, batch.number + len(batch)), waiting)
-        else:
-            self.recorder.keep(stretch)
-
-    async def _keep_books(self) -> None:
-        """Bring the ledger up to date now and then, so a run that is killed is in it, and other runs' caps hold."""
-        while True:
-            await anyio.sleep(_BOOK_SECONDS)
-            await to_thread.run_sync(self._account, self._books("running"), self.accounts.entries())
-
     async def _copy_results(self) -> None:
-        """Give each request that was not sent because an equal one was the result of that one, if it has one."""
-        lines = chain.from_iterable(read.lines(each, self.settings.input.max_line_bytes) for each in self.sources)
-        planner = assemble.planner(self.settings, self.options)
-        with self.recorder.path.open("rb") as file:
-            copied = copies(
-                file,
-                islice(lines, self.options.limit),
-                planner,
-                run_id=self.run_id,
-                at=self.clock.utc(),
-                retry_failed=self.options.retry_failed,
-            )
-            while batch := await to_thread.run_sync(lambda: list(islice(copied, _COPIED_AT_ONCE))):
-                await self.recorder.append_lines(batch)
-                for line in batch:
-                    record = results.decode(line)
-                    self.run_totals.add(record)
-                    self.accounts.add(record, self.clock.utc()[:10])
+        """Give each request that was not sent because an equal one was the result of that one."""
+        groups = self.intake.copies(self.run_id)
+        while lines := await to_thread.run_sync(next, groups, None):
+            await self.recorder.append_lines(lines)
+            for copy in map(results.decode, lines):
+                self.run_totals.add(copy)
+                self.books.accounts.add(copy, self.clock.utc()[:10])
 
-    async def _heed_signals(self, work: anyio.CancelScope) -> None:
-        """First signal: send nothing new and finish what is in flight. Second: stop now."""
-        with anyio.open_signal_receiver(*_SIGNALS) as signals:
+    async def _heed_signals(self) -> None:
+        """First signal: send nothing new and finish what is in flight. Second: stop now. What is ignored stays so."""
+        heeded = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        with anyio.open_signal_receiver(*heeded) as signals:
             async for received in signals:
-                if self.signal:
+                if self.signal is None:
+                    self.signal = received
+                    self._drain()
+                elif self.work:
                     self.say("stopping now")
-                    work.cancel()
-                    return
-                self.signal = received
-                work.deadline = anyio.current_time() + self.settings.sending.drain_timeout
-                self.sender.stop()
-                in_flight = self.sender.statistics().in_flight
-                self.say(f"{received.name}: finishing {in_flight} request(s) in flight; once more to stop now")
+                    self.work.cancel()
+
+    def _drain(self) -> None:
+        """Send nothing new; before the work begins there is nothing to stop yet, after it nothing any more."""
+        if self.work and self.signal:
+            self.work.deadline = anyio.current_time() + self.settings.sending.drain_timeout
+            self.sender.stop()
+            in_flight = self.sender.statistics().in_flight
+            self.say(f"{self.signal.name}: finishing {in_flight} request(s) in flight; once more to stop now")
 
     def _count(self, result: Result) -> None:
         self.run_totals.add(result)
-        self.accounts.add(result, result.completed_at[:10])
-        failed = record.key(result.custom_id, result.digest) if result.failure else None
-        if stretch := self.awaited.finished(result.source, result.line, failed):
-            self.recorder.keep(stretch)
+        self.books.accounts.add(result, result.completed_at[:10])
+        self.intake.finished(result)
         if result.failure and len(self.failures) < SHOWN_FAILURES:
             self.failures.append(_describe_failure(result))
 
@@ -416,9 +261,9 @@ class _Run:
         """Return a snapshot of the run."""
         return Progress(
             elapsed_s=self.clock.elapsed(),
-            read=self.read_lines,
-            total=self.read_lines if self.is_all_read else None,
-            reused=self.reused,
+            read=self.intake.lines,
+            total=self.intake.lines if self.intake.is_all_read else None,
+            reused=self.intake.reused,
             run=self.run_totals,
             sender=self.sender.statistics(),
             is_draining=self.sender.is_draining,
@@ -428,39 +273,25 @@ class _Run:
 
     def _tidy(self) -> int:
         """Bring the results file into its final form, if the whole input is known."""
-        is_whole = self.is_all_read and self.options.limit is None and not self.sender.statistics().dropped
-        has_leftovers = self.done.lines != self.reused or self.done.damaged > 0
-        ordered = self.settings.output.ordered
-        if not is_whole or not (has_leftovers or ordered):
+        if not self.intake.wants_tidying() or self.sender.statistics().dropped:
             return 0
-        positions = self._positions() if self.positions is None else self.positions
-        superseded = self.recorder.tidy(positions, self.planner.ids, ordered=ordered)
+        superseded = self.recorder.tidy(*self.intake.places(), ordered=self.settings.output.ordered)
         if superseded:
             self.all_totals = Totals()
             self.recorder.done(self.all_totals)
         return superseded
 
-    def _positions(self) -> FingerprintMap:
-        """Read the inputs once more, as they are now: places are seldom wanted, and take 20 bytes a line."""
-        positions = FingerprintMap()
-        self.planner = assemble.planner(self.settings, self.options)
-        for batch in read.batches(self.sources, self.settings.input.max_line_bytes):
-            for line in batch.lines():
-                item = self.planner.plan(line)
-                positions.put(record.key(item.custom_id, item.digest), len(positions))
-            self.planner.take_claims()
-        return positions
-
     def _summary(self, superseded: int) -> Summary:
         counts = self.sender.statistics()
-        pending = self.read_lines - self.reused - self.run_totals.finished
-        reason = self._reason() if pending else None
+        pending = self.intake.lines - self.intake.reused - self.run_totals.finished
+        is_unfinished = pending > 0 or not self.intake.is_all_read
+        reason = self._reason() if is_unfinished else None
         unknown = self.recorder.unknown()
         return Summary(
             run_id=self.run_id,
-            status="completed" if not pending and self.is_all_read else "stopped" if reason else "partial",
+            status="stopped" if reason else "partial" if is_unfinished else "completed",
             stop_reason=reason,
-            exit_code=self._exit_code(pending),
+            exit_code=self._exit_code(is_unfinished=is_unfinished),
             started_at=self.clock.started_at,
             finished_at=self.clock.utc(),
             wall_seconds=self.clock.elapsed(),
@@ -468,8 +299,8 @@ class _Run:
             tags=self.settings.tags,
             inputs=self.sources,
             results_file=str(self.recorder.path),
-            total=self.read_lines,
-            reused=self.reused,
+            total=self.intake.lines,
+            reused=self.intake.reused,
             pending=pending,
             attempts=Attempts(
                 total=counts.attempts + len(self.earlier_unknown),
@@ -489,50 +320,36 @@ class _Run:
             failures=tuple(self.failures),
         )
 
-    def _books(self, status: str) -> ledgers.Run:
-        """Return what the ledger holds of this run, as far as it has come."""
-        return ledgers.Run(
+    def _describe(self) -> ledger.Run:
+        """Return what the ledger holds of this run while it goes on."""
+        return ledger.Run(
             run_id=self.run_id,
             started_at=self.clock.started_at,
-            status=status,
+            status=RUNNING,
             simulated=self.options.simulate,
             results_file=str(self.recorder.path.absolute()),
             inputs=tuple(self.sources),
             tags=self.settings.tags,
             price_source=self.prices.source,
-            total=self.read_lines,
+            total=self.intake.lines,
             succeeded=self.run_totals.succeeded,
             failed=self.run_totals.failed,
             invalid=self.run_totals.invalid,
-            reused=self.reused,
+            reused=self.intake.reused,
             wall_seconds=self.clock.elapsed(),
         )
 
-    def _account(self, run: ledgers.Run, entries: Sequence[Entry] = ()) -> None:
-        with Ledger.open(self.ledger) as ledger:
-            ledger.record(run, entries)
-
     def _close_books(self, summary: Summary) -> None:
-        """Record the run as it ended, and what is in the results of earlier ones that were killed."""
         run = replace(
-            self._books(summary.status),
+            self._describe(),
+            status=summary.status,
             finished_at=summary.finished_at,
             exit_code=summary.exit_code,
             stop_reason=summary.stop_reason,
             pending=summary.pending,
             wall_seconds=summary.wall_seconds,
         )
-        self._account(run, self.accounts.entries(summary.possibly_billed))
-        with Ledger.open(self.ledger) as ledger:
-            killed = [
-                each
-                for each in ledger.runs(include_simulated=True)
-                if each.status == "running" and each.results_file == run.results_file
-            ]
-            for each in killed:
-                ledger.record(replace(each, status="killed"), ())
-            if killed:
-                rebuilding.rebuild(ledger, [self.recorder.path], only={each.run_id for each in killed})
+        self.books.close(run, summary.possibly_billed, self.recorder.path)
 
     def _reason(self) -> str | None:
         if self.signal:
@@ -540,14 +357,14 @@ class _Run:
         reasons = [_explain(reason) for reason in assemble.stop_reasons(self.sender)]
         return "; ".join(reasons) or None
 
-    def _exit_code(self, pending: int) -> int:
-        if self.signal and pending:
+    def _exit_code(self, *, is_unfinished: bool) -> int:
+        if self.signal and is_unfinished:
             return 130 if self.signal is signal.SIGINT else 143
         if reasons := assemble.stop_reasons(self.sender):
             return _exit_code(reasons[0], has_sent=self.sender.statistics().attempts > 0)
-        if self.done.damaged:
+        if self.damaged:
             return 6
-        return int(bool(self.run_totals.failed or self.run_totals.invalid or self.reused_failed))
+        return int(bool(self.run_totals.failed or self.run_totals.invalid or self.intake.reused_failed))
 
 
 # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -68,9 +68,10 @@ SABOTEURS = (
     Saboteur(
         name="a result is reported before it is written",
         file="record.py",
-        old="        with anyio.CancelScope(shield=True):\n            await to_thread.run_sync(self._write,",
-        new="        for result in done:\n            self._on_done(result)\n        done = []\n"
-        "        with anyio.CancelScope(shield=True):\n            await to_thread.run_sync(self._write,",
+        old="        with anyio.CancelScope(shield=True):\n            group = (",
+        new="        for result in done:\n            self._on_done(result)\n"
+        "        self._on_done = lambda result: None\n"
+        "        with anyio.CancelScope(shield=True):\n            group = (",
         test="tests/test_record.py::test_a_result_is_told_only_when_it_is_on_the_disk",
     ),
     Saboteur(
@@ -132,9 +133,9 @@ SABOTEURS = (
     Saboteur(
         name="the disk is read with str.splitlines",
         file="record.py",
-        old="            for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):\n                if not length:\n",
+        old="            for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):\n                record = ",
         new="            for text in file.read().decode(errors='replace').splitlines():\n"
-        "                line, length = text.encode(), len(text)\n                if not length:\n",
+        "                line, length = text.encode(), len(text)\n                record = ",
         test="tests/torture/test_damage.py::test_separators_inside_an_answer_end_no_line",
     ),
     Saboteur(
@@ -224,8 +225,8 @@ SABOTEURS = (
     Saboteur(
         name="the first signal drops what is in flight",
         file="job.py",
-        old="                self.sender.stop()\n                in_flight",
-        new="                self.sender.stop()\n                work.cancel()\n                in_flight",
+        old="            self.sender.stop()\n            in_flight",
+        new="            self.sender.stop()\n            self.work.cancel()\n            in_flight",
         test="tests/torture/test_signals.py::test_one_signal_finishes_what_is_in_flight",
     ),
     Saboteur(

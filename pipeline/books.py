@@ -1,0 +1,62 @@
+"""The ledger as one run sees it: opened before the first call, brought up to date now and then, closed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import anyio
+from anyio import to_thread
+
+from pipeline import rebuilding
+from pipeline.accounts import Accounts
+from pipeline.journal import Sent
+from pipeline.ledger import Entry, Ledger, Run
+
+RUNNING = "running"
+KILLED = "killed"
+_SECONDS = 30.0
+
+
+class Books:
+    """Keeps a run's account in the ledger; `accounts` is what the run adds up to so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.accounts = Accounts()
+        self._path = path
+
+    def open(self, run: Run) -> None:
+        """Note that a run goes on, so that it is known even if it is killed. Raises `StorageError`."""
+        self._record(run, ())
+
+    def spent(self, now: datetime) -> tuple[int, int]:
+        """Return what real runs cost today and this month (UTC), in nano-dollars."""
+        today = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        with Ledger.open(self._path) as ledger:
+            return ledger.spent(today), ledger.spent(today.replace(day=1))
+
+    async def keep(self, describe: Callable[[], Run]) -> None:
+        """Bring the account up to date every half minute: a kill then costs no more of it, and others' caps hold."""
+        while True:
+            await anyio.sleep(_SECONDS)
+            await to_thread.run_sync(self._record, describe(), self.accounts.entries())
+
+    def close(self, run: Run, unknown: Sequence[Sent], results: Path) -> None:
+        """Record a run as it ended, and what its results file holds of earlier runs that were killed."""
+        self._record(run, self.accounts.entries(unknown))
+        with Ledger.open(self._path) as ledger:
+            killed = [
+                each
+                for each in ledger.runs(include_simulated=True)
+                if each.status == RUNNING and each.results_file == run.results_file
+            ]
+            for each in killed:
+                ledger.record(replace(each, status=KILLED), ())
+            if killed:
+                rebuilding.rebuild(ledger, [results], only={each.run_id for each in killed})
+
+    def _record(self, run: Run, entries: Sequence[Entry]) -> None:
+        with Ledger.open(self._path) as ledger:
+            ledger.record(run, entries)
