@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pipeline
@@ -219,9 +219,10 @@ def test_an_index_is_small_and_private(path: Path) -> None:
 
 
 @pytest.mark.parametrize("answered_by", ["run-1", "run-0"])
-def test_calls_of_a_crashed_run_are_settled_by_its_own_results(path: Path, answered_by: str) -> None:
+@pytest.mark.parametrize("others", [pytest.param(3, id="segment of one run"), pytest.param(5, id="of several")])
+def test_calls_of_a_crashed_run_are_settled_by_its_own_results(path: Path, answered_by: str, others: int) -> None:
     """A call that was on its way is told by a result of its run, also one the index knows; another run's tells not."""
-    lines = [a_line(name) for name in NAMES[:5]]
+    lines = [a_line(name) for name in NAMES[:others]]
     own = results.encode(a_result("q-7"), OutputFormat.NATIVE, run_id=answered_by)
     path.write_bytes(b"".join(lines) + own)
     sent = {
@@ -282,6 +283,7 @@ INPUT_LINES = st.one_of(
     st.integers(1, 3).map(lambda number: orjson.dumps({**CHAT, "temperature": number / 10})),
     st.sampled_from([b"{", b"[1]", b'{"custom_id":"q-1"}', b'{"custom_id":"q-9","messages":[]}', b"  "]),
 ).map(lambda line: line + b"\n")
+SAME = orjson.dumps(CHAT) + b"\n"
 PARTS = st.lists(INPUT_LINES, max_size=5).map(b"".join)
 
 
@@ -292,6 +294,7 @@ def plan(planner: Planner, content: bytes) -> tuple[list[tuple[str, str]], Claim
     return [(item.custom_id, item.digest) for item in items], planner.take_claims()
 
 
+@example(b"", SAME + SAME, b"", SAME)
 @given(PARTS, PARTS, PARTS, PARTS)
 def test_claims_stand_for_planning(before: bytes, stretch: bytes, elsewhere: bytes, after: bytes) -> None:
     """Where claims of lines are taken, planning them would give what it gave, and what comes after is the same."""
@@ -518,6 +521,18 @@ async def test_a_finished_input_is_passed_over(tmp_path: Path) -> None:
     assert len(stretches) == len(batches) == -(-len(content) // 4)
     assert sum(stretch.lines for stretch in stretches) == done.lines == len(content)
     assert sum(len(stretch.failed) for stretch in stretches) == 4
+
+
+async def test_a_duplicate_is_none_once_the_first_is_gone(tmp_path: Path) -> None:
+    """Lines that mean something else without lines before them are planned, however well they are known."""
+    first, others = question("q-0", "first"), [question(f"q-{number}", "other") for number in range(1, 4)]
+    stretch = [question("q-0", "second"), *(question(f"p-{number}", "more") for number in range(3))]
+    with world() as config:
+        refused = await run(tmp_path, [first, *others, *stretch], config, with_index=True)
+        answered = await run(tmp_path, [*others, *stretch], config, with_index=True)
+
+    assert (refused.run.succeeded, refused.run.invalid) == (7, 1)
+    assert (answered.reused, answered.run.succeeded, answered.exit_code) == (6, 1, 0)
 
 
 async def test_a_killed_run_has_an_index(tmp_path: Path) -> None:

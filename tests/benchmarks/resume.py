@@ -6,7 +6,8 @@
 Writes an input and its results (not through a provider: only their form counts), then starts the program again and
 again, each time with one line more, before a server that notes when the call arrives and how much memory the program
 has then. First without the index, which this start writes, then with it: as it is, after an edit near the beginning of
-the input, and shuffled. As machines differ and are shared, `wc -l` over both files stands beside it.
+the input, and shuffled. As machines differ and are shared, `wc -l` over both files stands beside it. Memory of a line
+is the difference to the same starts over a tenth of the lines.
 
 What was learned on the way (a million lines, 2 cores): planning a line costs 40 µs and parsing a result 12 µs, so
 neither may happen; even splitting the input into lines and hashing each costs more than hashing it in stretches of 256
@@ -19,10 +20,11 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -35,6 +37,7 @@ import orjson
 
 from pipeline import config as configuration
 from pipeline import results
+from pipeline.config import Config
 from pipeline.plan import Planner
 from pipeline.read import Line
 from pipeline.types import OutputFormat, Reply, Request, Result, Usage
@@ -49,12 +52,11 @@ ANSWER = "x" * 470
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One start of the program: seconds until its call arrived, CPU seconds of the whole run, memory in bytes."""
+    """One start of the program: seconds until its call arrived, CPU seconds of all of it, peak memory at the call."""
 
     seconds: float
     cpu: float
     memory: int
-    peak: int
 
 
 class _Server(HTTPServer):
@@ -62,12 +64,12 @@ class _Server(HTTPServer):
 
     caller = 0
     arrival: float | None = None
-    memory = peak = 0
+    memory = 0
 
     def note(self) -> None:
         if self.arrival is None:
             self.arrival = time.perf_counter()
-            self.memory, self.peak = _memory(self.caller)
+            self.memory = _memory(self.caller)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -90,23 +92,21 @@ class _Handler(BaseHTTPRequestHandler):
 
 def main(folder: Path, count: int) -> None:
     """Write the files, start the program in each way, print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     source, output = folder / "in.jsonl", folder / "out.jsonl"
-    for path in folder.glob("out.*"):
-        path.unlink()
     with _serving() as server:
-        source.write_bytes(b"")
-        bare = _start(server, source, output)
-        output.unlink()
-        _write(source, output, count, Planner(configuration.load(environ=_environ(server))))
-        rows: list[tuple[str, Start | float]] = [("wc -l", _seconds("wc", "-l", str(source), str(output)))]
-        rows.append(("without an index", _start(server, source, output)))
-        rows.append(("with it", _start(server, source, output)))
-        _edit(source)
-        rows.append(("with it, lines edited", _start(server, source, output)))
-        _shuffle(source)
-        rows.append(("with it, input shuffled", _start(server, source, output)))
-    print(_table(rows, bare, count, output))
+        settings = configuration.load(environ=_environ(server))
+        _write(source, output, count // 10, settings)
+        few = [_start(server, source, output) for _ in WAYS]
+        output.with_suffix(".index").unlink()
+        _write(source, output, count, settings)
+        wc = _seconds("wc", "-l", str(source), str(output))
+        many = []
+        for change in WAYS.values():
+            change(source)
+            many.append(_start(server, source, output))
+    print(_table(few, many, wc, count, output))
 
 
 def _start(server: _Server, source: Path, output: Path) -> Start:
@@ -126,7 +126,7 @@ def _start(server: _Server, source: Path, output: Path) -> Start:
     if process.returncode or server.arrival is None:
         raise SystemExit(f"{' '.join(words)} failed")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Start(seconds=server.arrival - begin, cpu=cpu, memory=server.memory, peak=server.peak)
+    return Start(seconds=server.arrival - begin, cpu=cpu, memory=server.memory)
 
 
 def _environ(server: _Server) -> dict[str, str]:
@@ -142,10 +142,10 @@ def _line(custom_id: str) -> dict[str, Any]:
     return {"custom_id": custom_id, "model": MODEL, "max_tokens": 200, "messages": messages}
 
 
-def _write(source: Path, output: Path, count: int, planner: Planner) -> None:
+def _write(source: Path, output: Path, count: int, settings: Config) -> None:
     """Write an input and its results; every line is the same but for its number, so only one has to be planned."""
     line = orjson.dumps(_line(MARK.decode()))
-    request = planner.plan(Line(source=str(source), number=1, data=line))
+    request = Planner(settings).plan(Line(source=str(source), number=1, data=line))
     assert isinstance(request, Request)
     result = _result(request)
     with source.open("wb") as lines, output.open("wb") as answers:
@@ -193,8 +193,12 @@ def _completion(number: int) -> dict[str, Any]:
     }
 
 
+def _leave(source: Path) -> None:
+    """Change nothing."""
+
+
 def _edit(source: Path) -> None:
-    """Put a line in front, take one out of the middle, and change one near the end (but for its meaning)."""
+    """Move a line to the front, and add a blank to one near the end."""
     lines = source.read_bytes().splitlines(keepends=True)
     moved = lines.pop(len(lines) // 2)
     lines[-10] = b" " + lines[-10]
@@ -205,6 +209,14 @@ def _shuffle(source: Path) -> None:
     lines = source.read_bytes().splitlines(keepends=True)
     random.Random(1).shuffle(lines)
     source.write_bytes(b"".join(lines))
+
+
+WAYS: Mapping[str, Callable[[Path], None]] = {
+    "without an index": _leave,
+    "with it": _leave,
+    "with it, two lines edited": _edit,
+    "with it, input shuffled": _shuffle,
+}
 
 
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -218,11 +230,10 @@ def _serving() -> Iterator[_Server]:
         server.shutdown()
 
 
-def _memory(pid: int) -> tuple[int, int]:
-    """Return the resident memory of a process now, and the most that it had, in bytes."""
+def _memory(pid: int) -> int:
+    """Return the most memory that a process had so far, in bytes."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    sizes = {words[0]: int(words[1]) * 1024 for words in lines if words and words[0] in ("VmRSS:", "VmHWM:")}
-    return sizes["VmRSS:"], sizes["VmHWM:"]
+    return next(int(words[1]) * 1024 for words in lines if words and words[0] == "VmHWM:")
 
 
 def _seconds(*command: str) -> float:
@@ -231,23 +242,18 @@ def _seconds(*command: str) -> float:
     return time.perf_counter() - begin
 
 
-def _table(rows: list[tuple[str, Start | float]], bare: Start, count: int, output: Path) -> str:
-    size = (output.stat().st_size + (output.parent / "in.jsonl").stat().st_size) / 1e6
-    index = output.with_suffix(".index").stat().st_size / 1e6
+def _table(few: list[Start], many: list[Start], wc: float, count: int, output: Path) -> str:
+    sizes = [output.with_name(name).stat().st_size / 1e6 for name in ("in.jsonl", "out.jsonl", "out.index")]
     lines = [
-        f"{count:,} finished lines, {size:,.0f} MB of input and results, {index:,.0f} MB of index; load "
-        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; an empty start: {bare.seconds:.2f} s, "
-        f"{bare.memory / 1e6:.0f} MB",
+        "{:,} finished lines: {:,.0f} MB of input, {:,.0f} MB of results, {:,.0f} MB of index; ".format(count, *sizes)
+        + f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; wc -l over both files: {wc:.2f} s",
         "",
-        "| start | s to the first call | CPU s in all | bytes a finished line | at the peak |",
+        "| start | s to the first call | CPU s in all | peak memory | bytes a finished line |",
         "|---|---|---|---|---|",
     ]
-    for name, start in rows:
-        if isinstance(start, float):
-            lines.append(f"| {name} | {start:.2f} | | | |")
-            continue
-        kept, peak = ((each - bare.memory) / count for each in (start.memory, start.peak))
-        lines.append(f"| {name} | {start.seconds:.2f} | {start.cpu:.1f} | {kept:.1f} | {peak:.1f} |")
+    for name, less, more in zip(WAYS, few, many, strict=True):
+        grown = (more.memory - less.memory) / (count - count // 10)
+        lines.append(f"| {name} | {more.seconds:.2f} | {more.cpu:.1f} | {more.memory / 1e6:.0f} MB | {grown:.1f} |")
     return "\n".join(lines)
 
 
