@@ -48,7 +48,7 @@ _WAITING_STRETCHES = 64
 _MOST_AWAITED = 1_024
 _BLOCK_BYTES = 256 * 1024
 _THREADS = 2  # that check the results file: more would wait for its disk
-_MOST_BYTES = 16 * 1024 * 1024  # of an entry; whatever has longer lines is no index
+_MOST_BYTES = 16 * 1024 * 1024  # of an entry; whatever has longer lines is no index. Less is no large index
 _CHAIN = 32  # hex digits before each entry
 
 
@@ -119,6 +119,9 @@ class Index:
         With `of_one_run` the first segment that several runs wrote ends the index, too.
         """
         if not self._open(os.O_RDWR):
+            return
+        if os.fstat(self._fd).st_size > max(_MOST_BYTES, os.fstat(results.fileno()).st_size // 4):
+            self.drop()  # a long history of edits and settings: what still counts is soon learned
             return
         end = 0
         checks: list[tuple[int, Future[bool]]] = []
@@ -215,7 +218,7 @@ class Index:
                 line = _line(_encode(entry), self._chain)
                 disk.write_all(self._fd, line)
                 self._chain = _chain_of(line)
-        except OSError:
+        except (OSError, orjson.JSONEncodeError):  # no room, or a server that reports numbers beyond 64 bits
             self._has_failed = True
 
     def drop(self) -> None:

@@ -82,8 +82,8 @@ class Intake:
             with self._recorder.path.open("rb") as file:
                 self._originals.read(file, answered_only=self._options.retry_failed)
         may_tidy = done.lines or done.damaged or self._settings.output.ordered
-        if may_tidy and not all(Path(source).is_file() for source in self._sources):
-            self._positions = FingerprintMap()
+        if may_tidy and not all(source != read.STDIN and Path(source).is_file() for source in self._sources):
+            self._positions = FingerprintMap()  # what can be read only once tells its places now or never
         known = sum(done.outcome(request) is not None for request in self._previewed)
         if not done.lines or known == len(self._previewed):
             return None
@@ -139,7 +139,7 @@ class Intake:
         """Return some batches, each with its checksum and what is known of it."""
         known: list[tuple[Batch, bytes, Stretch | None]] = []
         lines = size = 0
-        while lines < _READ_LINES and size < _READ_BYTES and (batch := next(batches, None)):
+        while lines < _READ_LINES and size < _READ_BYTES and (batch := next(batches, None)) is not None:
             mark = checksum(self._basis, batch.content)
             stretch = self._recorder.stretch(mark, checksum(batch.first_line()))
             known.append((batch, mark, stretch))

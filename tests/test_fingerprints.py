@@ -24,6 +24,22 @@ def test_a_set_is_a_set(added: list[int], asked: list[int]) -> None:
     assert [item in found for item in asked + added] == [item in expected for item in asked + added]
 
 
+@given(st.lists(FINGERPRINTS), st.lists(FINGERPRINTS), st.lists(FINGERPRINTS))
+def test_many_are_added_at_once(added: list[int], more: list[int], together: list[int]) -> None:
+    """Very many are added as one by one; all of some only where each of them is new."""
+    found, expected = FingerprintSet(), {*added, *more}
+    for item in added:
+        found.add(item)
+
+    found.update(more)
+    were_new = found.add_all(together)
+
+    assert were_new == (len(expected | {*together}) == len(expected) + len(together))
+    expected |= {*together} if were_new else set()
+    assert len(found) == len(expected)
+    assert [item in found for item in added + more + together] == [item in expected for item in added + more + together]
+
+
 @given(st.lists(st.tuples(FINGERPRINTS, VALUES)), st.lists(FINGERPRINTS))
 def test_a_map_is_a_dict(pairs: list[tuple[int, int]], asked: list[int]) -> None:
     """A fingerprint map answers as a dict does: the last value of a key counts."""
@@ -42,13 +58,15 @@ def test_a_map_is_a_dict(pairs: list[tuple[int, int]], asked: list[int]) -> None
 def test_tables_grow(start: int, count: int) -> None:
     """A set and a map keep all they hold while they grow over their first size, several times."""
     items = [fingerprint(str(start + number)) for number in range(count)]
-    known, places = FingerprintSet(), FingerprintMap()
+    known, places, at_once = FingerprintSet(), FingerprintMap(), FingerprintSet()
 
+    at_once.update(items)
     for place, item in enumerate(items):
         known.add(item)
         places.put(item, place)
 
-    assert len(known) == len(places) == count
+    assert len(known) == len(places) == len(at_once) == count
+    assert all(item in at_once for item in items)
     assert all(item in known for item in items)
     assert [places.get(item) for item in items] == list(range(count))
     assert fingerprint("other") not in known

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -533,6 +535,43 @@ async def test_a_duplicate_is_none_once_the_first_is_gone(tmp_path: Path) -> Non
 
     assert (refused.run.succeeded, refused.run.invalid) == (7, 1)
     assert (answered.reused, answered.run.succeeded, answered.exit_code) == (6, 1, 0)
+
+
+def test_a_pipe_is_tidied_after_too(tmp_path: Path) -> None:
+    """An input that can be read only once leaves one line for each of its own, as files do."""
+    output = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "pipeline", "run", "-", "-o", str(output), "--simulate", "-q"]
+    lines = [question(f"q-{number}", "first") for number in range(3)]
+    for content in (lines, [lines[2], question("q-0", "changed"), lines[1]]):
+        subprocess.run(command, input=b"".join(content), check=True, timeout=60)
+
+    superseded = output.with_suffix(".superseded.jsonl")
+    assert [orjson.loads(line)["custom_id"] for line in superseded.read_bytes().splitlines()] == ["q-0"]
+    assert sorted(orjson.loads(line)["custom_id"] for line in output.read_bytes().splitlines()) == ["q-0", "q-1", "q-2"]
+
+
+def test_an_index_that_only_grows_is_begun_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that is large beside its results, from edits and settings of long ago, is dropped and written anew."""
+    path.write_bytes(b"".join(map(a_line, NAMES)))
+    expected = known(path)
+    found = path.with_suffix(".index")
+    size = found.stat().st_size
+    monkeypatch.setattr(index, "_MOST_BYTES", 1_000)
+    found.write_bytes(found.read_bytes() + bytes(path.stat().st_size))
+
+    assert known(path) == expected
+    assert found.stat().st_size == size
+
+
+def test_numbers_beyond_64_bits_are_no_obstacle(path: Path) -> None:
+    """Tokens that add up to more than an index can hold cost the index, and nothing else."""
+    line = a_line("q-0").replace(b'"input_tokens":2', b'"input_tokens":%d' % (2**63 - 1))
+    path.write_bytes(line + line.replace(b"q-0", b"q-1") + line.replace(b"q-0", b"q-2"))
+
+    first = known(path)
+
+    assert known(path) == first
+    assert first[3].tokens.input == 3 * (2**63 - 1)
 
 
 async def test_a_killed_run_has_an_index(tmp_path: Path) -> None:
