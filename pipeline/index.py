@@ -195,7 +195,14 @@ class Index:
 
     def add(self, line: bytes, request: int, result: Record | Result | None, run: str | None) -> None:
         """Take the next line of the results file, with its end, and what it says: None where it is no result."""
-        self._segment.add(line, request, result, run or "")
+        self.add_lines(line, [(request, result)], run)
+
+    def add_lines(self, lines: bytes, told: Sequence[tuple[int, Record | Result | None]], run: str | None) -> None:
+        """Take the next lines of the results file, which are hashed as one: each hash lets other threads run first."""
+        self._segment.digest.update(lines)
+        self._segment.size += len(lines)
+        for request, result in told:
+            self._segment.add(request, result, run or "", is_blank=lines == b"\n")
         if self._segment.lines >= _SEGMENT_LINES or self._segment.size >= _SEGMENT_BYTES:
             self.flush()
 
@@ -304,11 +311,9 @@ class _NewSegment:
     failed: array[int] = field(default_factory=lambda: array("Q"))
     digest: Any = field(default_factory=sha256)
 
-    def add(self, line: bytes, request: int, result: Record | Result | None, run: str) -> None:
-        self.digest.update(line)
-        self.size += len(line)
+    def add(self, request: int, result: Record | Result | None, run: str, *, is_blank: bool) -> None:
         if result is None:
-            self.damaged += line != b"\n"
+            self.damaged += not is_blank
             return
         self.run = run if not self.lines or self.run == run else None
         self.lines += 1

@@ -308,15 +308,17 @@ class Recorder:
         self, lines: list[bytes], written: Sequence[Result | Record], calls: list[bytes], stretches: list[Stretch]
     ) -> None:
         """Write answers first: they are paid for, and a journal that finds no room must not cost them."""
+        data = b"".join(lines)
         try:
-            if lines:
-                self._open_file().append(b"".join(lines))
+            if data:
+                self._open_file().append(data)
             self._journal.write(calls)
         except StorageError:
             self._has_failed = True
             raise
-        for line, result in zip(lines, written, strict=True):
-            self._index.add(line, key(result.custom_id, result.digest), result, self._run_id)
+        if data:
+            told = [(key(result.custom_id, result.digest), result) for result in written]
+            self._index.add_lines(data, told, self._run_id)
         self._index.add_stretches(stretches)
 
     def _finish_index(self, stretches: list[Stretch]) -> None:

@@ -113,13 +113,20 @@ class Totals:
     failed: int = 0
     invalid: int = 0
     without_usage: int = 0
-    spending: Spending = field(default_factory=Spending)
     _models: dict[tuple[str, str, str], Spending] = field(default_factory=lambda: defaultdict(Spending))
 
     @property
     def finished(self) -> int:
         """How many results there are, of every kind."""
         return self.succeeded + self.failed + self.invalid
+
+    @property
+    def spending(self) -> Spending:
+        """The sum over all models."""
+        total = Spending()
+        for each in self._models.values():
+            total.merge(asdict(each))
+        return total
 
     @property
     def tokens(self) -> Tokens:
@@ -135,7 +142,6 @@ class Totals:
             self.failed += not record.is_invalid
             if not record.wasted:
                 return
-        self.spending.add(record)
         self._models[record.provider or "", record.model or "", record.lane].add(record)
 
     def as_dict(self, price_source: str | None) -> dict[str, Any]:
@@ -164,8 +170,7 @@ class Totals:
         self.invalid += state["invalid"]
         self.without_usage += state["without_usage"]
         for (provider, model, lane), sums in state["models"]:
-            for spending in (self.spending, self._models[provider, model, lane]):
-                spending.merge(sums)
+            self._models[provider, model, lane].merge(sums)
 
     def by_model(self) -> list[dict[str, Any]]:
         """Return requests, tokens and dollars of each (provider, model, lane), the largest first."""
