@@ -12,6 +12,7 @@ from anyio import to_thread
 
 from pipeline import rebuilding
 from pipeline.accounts import Accounts
+from pipeline.errors import StorageError
 from pipeline.journal import Sent
 from pipeline.ledger import Entry, Ledger, Run
 
@@ -23,9 +24,10 @@ _SECONDS = 30.0
 class Books:
     """Keeps a run's account in the ledger; `accounts` is what the run adds up to so far."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, seconds: float = _SECONDS) -> None:
         self.accounts = Accounts()
         self._path = path
+        self._seconds = seconds
 
     def open(self, run: Run) -> None:
         """Note that a run goes on, so that it is known even if it is killed. Raises `StorageError`."""
@@ -37,11 +39,17 @@ class Books:
         with Ledger.open(self._path) as ledger:
             return ledger.spent(today), ledger.spent(today.replace(day=1))
 
-    async def keep(self, describe: Callable[[], Run]) -> None:
-        """Bring the account up to date every half minute: a kill then costs no more of it, and others' caps hold."""
+    async def keep(self, describe: Callable[[], Run], say: Callable[[str], None]) -> None:
+        """Bring the account up to date every half minute: a kill costs no more of it, and runs that begin later know.
+
+        What cannot be written now is said and no reason to stop: the end of the run tells it all again.
+        """
         while True:
-            await anyio.sleep(_SECONDS)
-            await to_thread.run_sync(self._record, describe(), self.accounts.entries())
+            await anyio.sleep(self._seconds)
+            try:
+                await to_thread.run_sync(self._record, describe(), self.accounts.entries())
+            except StorageError as exc:
+                say(exc.message)
 
     def close(self, run: Run, unknown: Sequence[Sent], results: Path) -> None:
         """Record a run as it ended, and what its results file holds of earlier runs that were killed."""

@@ -278,6 +278,8 @@ def _run_jobs(
                 summaries.append(summary)
                 codes.append(summary.exit_code)
                 show_summary(screen, summary, _again(summary))
+                if summary.ends_all:
+                    break
             if codes[-1] in _ENDS_ALL:
                 break
 
@@ -501,13 +503,15 @@ def _check(
     from pipeline import checking, config, safe
 
     settings = config.load(config_file).replace(provider=provider)
-    report = checking.check(
-        inputs, settings, provider=provider, model=model, on_problem=lambda text: print(safe.text(text))
-    )
+    screen = _screen()
+
+    def tell(problem: str) -> None:
+        screen.tell("failure", problem) if as_json else print(safe.text(problem))
+
+    report = checking.check(inputs, settings, provider=provider, model=model, on_problem=tell)
     if as_json:
         _print_json([report.as_dict()])
     else:
-        screen = _screen()
         for name, count in report.by_model.items():
             screen.tell("message", f"{count:,} × {name}")
         screen.tell("message", f"{report.lines:,} lines, {report.invalid:,} invalid")

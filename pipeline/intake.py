@@ -42,8 +42,8 @@ class Intake:
     def __init__(
         self, sources: Sequence[str], settings: Config, options: Options, recorder: Recorder, clock: Clock
     ) -> None:
-        if options.dedupe and read.STDIN in sources:
-            raise UsageError("--dedupe wants files: stdin can be read only once")
+        if options.dedupe and not all(map(_is_file, sources)):
+            raise UsageError("--dedupe wants files: a pipe can be read only once")
         self.lines = 0
         self.reused = 0
         self.reused_failed = 0
@@ -67,7 +67,7 @@ class Intake:
         """Plan the first lines of files; return a request for each provider and model among them."""
         planner = assemble.planner(self._settings, self._options)
         found: dict[tuple[str, str], Request] = {}
-        files = [source for source in self._sources if Path(source).is_file()]
+        files = [source for source in self._sources if _is_file(source)]
         for line in islice(self._lines_of(files), min(PREVIEW_LINES, self._options.limit or PREVIEW_LINES)):
             item = planner.plan(line)
             if isinstance(item, Request):
@@ -82,7 +82,7 @@ class Intake:
             with self._recorder.path.open("rb") as file:
                 self._originals.read(file, answered_only=self._options.retry_failed)
         may_tidy = done.lines or done.damaged or self._settings.output.ordered
-        if may_tidy and not all(source != read.STDIN and Path(source).is_file() for source in self._sources):
+        if may_tidy and not all(map(_is_file, self._sources)):
             self._positions = FingerprintMap()  # what can be read only once tells its places now or never
         known = sum(done.outcome(request) is not None for request in self._previewed)
         if not done.lines or known == len(self._previewed):
@@ -118,7 +118,7 @@ class Intake:
         """Yield, in groups, result lines for requests that were not sent as an equal one was; none without `dedupe`."""
         if self._originals is None:
             return
-        lines = islice(self._lines_of(self._sources), self._options.limit)
+        lines = islice(self._lines_of(self._sources), self.lines)
         planner = assemble.planner(self._settings, self._options)
         with self._recorder.path.open("rb") as file:
             copied = copies(
@@ -240,3 +240,8 @@ class Intake:
             positions.put(record.key(item.custom_id, item.digest), len(positions))
             planner.take_claims()
         return positions, planner.ids
+
+
+def _is_file(source: str) -> bool:
+    """Tell what can be read again from what is gone when it was read."""
+    return source != read.STDIN and Path(source).is_file()

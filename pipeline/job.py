@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pipeline.assemble import Options
 from pipeline.books import RUNNING, Books
 from pipeline.clock import Clock
 from pipeline.config import Config
-from pipeline.errors import BudgetReachedError, PipelineError, TryLaterError, UsageError
+from pipeline.errors import BudgetReachedError, PipelineError, ProviderError, TryLaterError, UsageError
 from pipeline.intake import Intake
 from pipeline.journal import Sent
 from pipeline.pricing import Prices
@@ -137,6 +137,7 @@ class _Run:
         self.failures: list[str] = []
         self.signal: signal.Signals | None = None
         self.work: anyio.CancelScope | None = None
+        self.is_working = False
         self.sender: Sender
 
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
@@ -155,7 +156,8 @@ class _Run:
                 writing.start_soon(self.recorder.run)
                 try:
                     await self._work(watch)
-                    await self._copy_results()
+                    if self.signal is None:
+                        await self._copy_results()
                 finally:
                     self.recorder.close()
         self.all_totals.add_state(self.run_totals.as_state())
@@ -197,24 +199,28 @@ class _Run:
         if self.budget and not self.options.simulate:
             today, month = self.books.spent(self.clock.moment())
             self.budget = assemble.budget(self.settings, spent_today=today, spent_this_month=month)
+        for warning in self.warnings:
+            self.say(warning)
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _work(self, watch: Watch | None) -> None:
         async with anyio.create_task_group() as beside:
             with anyio.CancelScope() as self.work:
+                self.is_working = True
                 if self.signal:
                     self._drain()
                 if watch:
                     beside.start_soon(watch, self.progress)
                 beside.start_soon(to_thread.run_sync, self.prices.load)
-                beside.start_soon(self.books.keep, self._describe)
+                beside.start_soon(self.books.keep, self._describe, self.say)
                 beside.start_soon(self.sender.stop_when_stalled, assemble.patience(self.settings))
                 async with anyio.create_task_group() as work:
                     work.start_soon(self._feed)
                     await self.sender.run()
                     # After a stop the reader may still count what is left, but nobody waits long for a number.
                     self.work.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
+            self.is_working = False
             beside.cancel_scope.cancel()
 
     async def _feed(self) -> None:
@@ -238,13 +244,17 @@ class _Run:
                 if self.signal is None:
                     self.signal = received
                     self._drain()
-                elif self.work:
-                    self.say("stopping now")
+                    continue
+                self.say("stopping now")
+                if self.is_working and self.work:
                     self.work.cancel()
+                else:  # threads are at work on files, which bear a kill
+                    signal.signal(received, signal.SIG_DFL)
+                    signal.raise_signal(received)
 
     def _drain(self) -> None:
         """Send nothing new; before the work begins there is nothing to stop yet, after it nothing any more."""
-        if self.work and self.signal:
+        if self.is_working and self.work and self.signal:
             self.work.deadline = anyio.current_time() + self.settings.sending.drain_timeout
             self.sender.stop()
             in_flight = self.sender.statistics().in_flight
@@ -316,7 +326,8 @@ class _Run:
             run=self.run_totals,
             results=self.all_totals,
             superseded=superseded,
-            warnings=(*self.warnings, *_possibly_billed(unknown)),
+            warnings=self.warnings,
+            ends_all=isinstance(self.sender.stopped, ProviderError),
             failures=tuple(self.failures),
         )
 
@@ -403,16 +414,6 @@ def _exit_code(reason: PipelineError, *, has_sent: bool) -> int:
     if isinstance(reason, TryLaterError | BudgetReachedError):
         return reason.exit_code
     return 2 if isinstance(reason, UsageError) and not has_sent else 3
-
-
-def _possibly_billed(calls: Sequence[Sent]) -> Iterator[str]:
-    """Say what calls without an answer may cost; nothing where there are none."""
-    if calls:
-        tokens = sum(call.input_tokens for call in calls)
-        yield (
-            f"{len(calls):,} call(s) were in flight when a run was stopped and may be billed without an answer, about "
-            f"{tokens:,} tokens in; they are sent again and listed in *.usage.json as possibly_billed"
-        )
 
 
 def _describe_failure(result: Result) -> str:

@@ -58,11 +58,11 @@ class _Found:
 def rebuild(ledger: Ledger, files: Sequence[Path], only: Collection[str] | None = None) -> Rebuilt:
     """Record the runs of these result files and of what was set aside beside them; other runs stay as they are.
 
-    With `only` just the runs with these ids.
+    With `only` just the runs with these ids; else a file that holds no result is somebody's mistake: `UsageError`.
     """
     found: dict[str, _Found] = {}
     seen = FingerprintSet()
-    damaged = sum(_read(path, found, seen) for path in files)
+    damaged = sum(_read(path, found, seen, may_be_empty=only is not None) for path in files)
     summaries = {str(summary.get("run_id")): summary for summary in map(_summary, files)}
     known = {run.run_id: run for run in ledger.runs(include_simulated=True)}
     for run_id, what in found.items():
@@ -82,7 +82,7 @@ def entries_of(path: Path) -> dict[str, list[Entry]]:
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read(main: Path, found: dict[str, _Found], seen: FingerprintSet) -> int:
+def _read(main: Path, found: dict[str, _Found], seen: FingerprintSet, *, may_be_empty: bool = False) -> int:
     """Add up the lines of a results file and of those set aside from it; return how many are not results."""
     if not main.is_file():
         raise UsageError(f"{str(main)!r} is not a results file" if main.exists() else f"{str(main)!r} does not exist")
@@ -98,7 +98,7 @@ def _read(main: Path, found: dict[str, _Found], seen: FingerprintSet) -> int:
             count += 1
             if seen.add(fingerprint(line.decode())):
                 _add(orjson.loads(line), record, path, main, found)
-        if path is main and not count:
+        if path is main and not count and not may_be_empty:
             raise UsageError(f"{str(path)!r} holds no results")
     return damaged
 

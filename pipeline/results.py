@@ -157,7 +157,9 @@ def _openai_batch(result: Result) -> dict[str, Any]:
         body = _own_or(result, reply, "choices", _as_chat_completion)
         line["response"] = {"status_code": 200, "request_id": reply.request_id, "body": body}
         line["error"] = None
-    elif failure and failure.status:
+    elif (
+        failure and failure.status and failure.status >= 400
+    ):  # of a 200 that could not be used no reader may think well
         error = {"message": failure.message, "type": failure.type, "param": None, "code": failure.code}
         line["response"] = {"status_code": failure.status, "request_id": failure.request_id, "body": {"error": error}}
         line["error"] = None
@@ -187,6 +189,7 @@ def _tail(result: Result) -> dict[str, Any]:
         "digest": result.digest,
         "line": result.line,
         "provider": result.provider,
+        "model": result.model,
         "lane": result.lane,
         "usage": _usage(result.usage),
         "cost_usd": _usd(result.cost.nanos),
@@ -367,8 +370,9 @@ def _from_native(value: Mapping[str, Any]) -> Record:
 
 def _from_openai_batch(value: Mapping[str, Any]) -> Record:
     response = value["response"] or {}
-    success = value["error"] is None and response.get("status_code") == 200
-    return _from_batch(value, success, response.get("body", {}).get("model") if success else None)
+    body = response.get("body", {})
+    success = value["error"] is None and response.get("status_code") == 200 and "error" not in body
+    return _from_batch(value, success, body.get("model") if success else None)
 
 
 def _from_anthropic_batch(value: Mapping[str, Any]) -> Record:
@@ -384,7 +388,7 @@ def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> R
         success=success,
         is_invalid=value["provider"] is None,
         provider=value["provider"],
-        model=model,
+        model=value.get("model") or model,
         lane=value["lane"],
         usage=_to_usage(value["usage"]),
         cost=_to_cost(value),

@@ -137,6 +137,8 @@ class Sender:
 
     async def submit(self, requests: Iterable[Request]) -> None:
         """Take requests; waits while too many bytes are waiting to be sent."""
+        if not self._open_jobs:
+            self.changed_at = self._clock.now()  # the time without work was nobody's stall
         for request in requests:
             lane = None if self.is_draining else self._lane(request)
             if lane is None or lane.ended:
@@ -329,7 +331,11 @@ class Sender:
         """End a request that no waiting would let through."""
         lane.in_flight -= 1
         lane.gate.settle(ticket, None)
-        await self._finish(job, 0.0, failure=Failure(type="request_too_large", message=f"the request {reason}"))
+        await self._finish(
+            job,
+            0.0,
+            failure=Failure(type="request_too_large", message=f"the request {reason}", attempts=tuple(job.attempts)),
+        )
         self._slots.release()
         self._offer(lane, wake=False)
 
@@ -420,6 +426,8 @@ class Sender:
     def _forget(self, job: Job) -> None:
         """Leave a request pending: it gets no result, so the next run sends it."""
         self._counts["dropped"] += 1
+        # What an answer that could not be used said that it used goes with it; the journal keeps the call.
+        self._counts["unknown"] += sum(attempt.usage is not None for attempt in job.attempts)
         self._close_job()
 
     def _end(self, lane: Lane, reason: PipelineError) -> None:

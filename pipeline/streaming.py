@@ -13,6 +13,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 from pipeline import assemble, jsonl, transport
 from pipeline import config as configuration
 from pipeline.assemble import Options
+from pipeline.books import Books
 from pipeline.clock import Clock
 from pipeline.config import Config
 from pipeline.plan import Invalid, Planner
@@ -47,6 +48,9 @@ async def stream(
         async with transport.Client(settings.sending) as client:
             pricing = assemble.Pricing(Prices(config), clock)
             budget = assemble.budget(config)
+            if budget and not options.simulate:
+                today, month = Books(configuration.ledger_path(config)).spent(clock.moment())
+                budget = assemble.budget(config, spent_today=today, spent_this_month=month)
             sender = assemble.sender(settings, client, clock, _Outgoing(outgoing), pricing, budget)
 
             async def work() -> None:

@@ -208,7 +208,8 @@ class Summary:
     `possibly_billed` are calls that brought no answer and may be billed all the same, and that no result line tells
     of: in flight at the end, or when an earlier run was killed. `cap` is what the run may spend, in nano-dollars, and
     `cap_used` what it did, what may be billed included.
-    `warnings` and `failures` (the first few, with file and line) are for people.
+    `warnings` were said before the first call; they and `failures` (the first few, with file and line) are for people.
+    `ends_all` is true when what stopped this run would stop any other too (a wrong key, no credit).
     """
 
     run_id: str
@@ -235,6 +236,7 @@ class Summary:
     superseded: int = 0
     warnings: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
+    ends_all: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the documented JSON object."""

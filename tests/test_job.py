@@ -22,9 +22,10 @@ from anyio import to_thread
 import pipeline
 from pipeline import config as configuration
 from pipeline.assemble import Options
+from pipeline.books import Books
 from pipeline.config import Config
 from pipeline.errors import OpenAIAPIError, TryLaterError, UsageError
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, Run
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, answer_token, serving
 from pipeline.verifying import verify
@@ -628,3 +629,53 @@ async def test_an_equal_of_what_failed_fails_too(tmp_path: Path) -> None:
 
     assert (failed.run.failed, failed.attempts.total, failed.exit_code) == (2, 1, 1)
     assert (mended.run.succeeded, truth["answered"], mended.exit_code) == (2, 1, 0)
+
+
+async def test_a_run_that_ends_without_results_after_a_killed_one_says_why(tmp_path: Path) -> None:
+    """A run killed before its first result leaves an empty file; the next, stopped by the provider, ends with 3."""
+    source = _write(tmp_path / "in.jsonl", [_line("a")])
+    output, books = tmp_path / "out.jsonl", tmp_path / "ledger.sqlite"
+    output.touch(0o600)
+    with Ledger.open(books) as ledger:
+        ledger.record(Run(run_id="run-x", started_at="", status="running", results_file=str(output)), ())
+
+    with _world(faults={"quota": 1.0}) as (config, _), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIPELINE_LEDGER", str(books))
+        summary = await pipeline.run_batch([source], output=output, config=config)
+
+    with Ledger.open(books) as ledger:
+        statuses = {run.run_id: run.status for run in ledger.runs()}
+    assert (summary.exit_code, statuses["run-x"]) == (3, "killed")
+
+
+async def test_a_ledger_that_fails_on_the_way_ends_no_run(tmp_path: Path) -> None:
+    """Bringing the ledger up to date now and then is said when it fails, and tried again."""
+    said: list[str] = []
+    books = Books(tmp_path / "ledger.sqlite", seconds=0.01)
+    (tmp_path / "ledger.sqlite").mkdir()
+
+    def hear(message: str) -> None:
+        said.append(message)
+        if len(said) == 2:
+            scope.cancel()
+
+    with anyio.fail_after(20), anyio.CancelScope() as scope:
+        await books.keep(lambda: Run(run_id="r", started_at="", status="x"), hear)
+
+    assert len(said) == 2
+    assert "ledger" in said[0]
+
+
+async def test_a_retired_model_is_told_before_it_is_asked(tmp_path: Path) -> None:
+    """Who would not pay for a refusal hears of it in time."""
+    source = _write(tmp_path / "in.jsonl", [{**_line("a", "anthropic"), "model": "claude-3-opus-20240229"}])
+    said: list[tuple[str, int]] = []
+
+    with _world() as (config, server):
+
+        def hear(message: str) -> None:
+            said.append((message, server.statistics()["received"]))
+
+        await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config, say=hear)
+
+    assert [calls for message, calls in said if "claude-3-opus-20240229" in message] == [0]

@@ -472,3 +472,14 @@ def test_a_cut_line_is_no_result(length: int, form: OutputFormat) -> None:
 
     with pytest.raises(LineError):
         results.decode(line[: min(length, len(line) - 1)])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("status", [None, 200, 400, 529])
+def test_a_failure_is_never_read_back_as_a_success(form: OutputFormat, status: int | None) -> None:
+    """Also not one that came with a 200, and the model that was asked is kept."""
+    failed = dataclasses.replace(FAILED, failure=Failure(type="invalid_response", message="no", status=status))
+
+    found = results.decode(results.encode(failed, form))
+
+    assert (found.success, found.model) == (False, "claude-x")

@@ -14,9 +14,11 @@ from rich.console import Console
 from pipeline import lane
 from pipeline.job import Progress
 from pipeline.limits import Allowance
+from pipeline.results import Record
 from pipeline.screen import LOG_SECONDS, Event, Screen
 from pipeline.send import Statistics
 from pipeline.totals import Totals
+from pipeline.types import Usage
 
 LANE = lane.Statistics(
     provider="openai",
@@ -84,8 +86,10 @@ class Run:
 
     def progress(self) -> Progress:
         seconds = round(anyio.current_time() - self.start)
-        totals = Totals(succeeded=seconds // 2, failed=1)
-        totals.tokens.input = seconds * 10
+        totals = Totals(failed=1)
+        for _ in range(seconds // 2):
+            usage = Usage(input_tokens=15, output_tokens=5)
+            totals.add(Record(custom_id="q", digest="d", success=True, provider="openai", model="m", usage=usage))
         lanes = (LANE,)
         sender = Statistics(
             in_flight=3, attempts=5, billed=2, rate_limited=1, failed=1, unknown=0, dropped=0, lanes=lanes

@@ -356,6 +356,22 @@ async def test_a_free_slot_is_used_while_another_lane_waits() -> None:
     assert max(world.calls[f"o-{n}"][0] for n in range(3)) < 50.0
 
 
+async def test_time_without_work_is_no_stall() -> None:
+    """Input that comes late, after longer than the patience, is sent and not given up at once."""
+    world = World()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(world.sender.run)
+        tasks.start_soon(world.sender.stop_when_stalled, 600.0)
+        await anyio.sleep(1_199.5)
+        await world.sender.submit([request("late")])
+        world.sender.close()
+        await anyio.sleep(5)
+        tasks.cancel_scope.cancel()
+
+    assert world.outcomes() == {"late": True}
+
+
 # ── money ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

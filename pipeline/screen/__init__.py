@@ -7,7 +7,7 @@ markup is never parsed. On a terminal a bar shows the progress, elsewhere a line
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from pipeline import clock, money, safe
 
 if TYPE_CHECKING:  # so that telling an error does not load the whole program
     from pipeline.job import Progress, Watch
+    from pipeline.journal import Sent
     from pipeline.lane import Statistics
     from pipeline.limits import Allowance
     from pipeline.totals import Summary
@@ -34,6 +35,7 @@ _REFRESH_SECONDS = 0.25
 _WINDOW_SECONDS = 10.0
 _SHOWN_LANES = 6
 _SHOWN_CHARACTERS = 2_000
+_LONGEST_COMMAND = 2_000_000
 
 Event = Literal["message", "progress", "failure", "warning", "summary", "stopped", "resume", "error", "hint"]
 
@@ -76,7 +78,9 @@ class Screen:
         look = _LOOKS[event]
         if self._is_quiet and look.level != "error":
             return
-        shown = safe.text(text, _SHOWN_CHARACTERS)
+        shown = safe.text(
+            text, len(text) * 10 if event == "resume" else _SHOWN_CHARACTERS
+        )  # a command is whole or useless
         if self._is_json:
             time = f"{clock.utc_now():%Y-%m-%dT%H:%M:%SZ}"
             head = {"time": time, "level": look.level, "event": event, "message": shown}
@@ -252,14 +256,23 @@ def show_summary(screen: Screen, summary: Summary, command: str | None) -> None:
     hidden = summary.run.failed + summary.run.invalid - len(summary.failures)
     if hidden > 0:
         screen.tell("failure", f'… and {hidden:,} more; they are in the results with "success":false', hidden=hidden)
-    for warning in summary.warnings:
-        screen.tell("warning", warning)
+    if summary.possibly_billed:
+        screen.tell("warning", _possibly_billed(summary.possibly_billed))
     table = _models(summary) if summary.run.finished else None
     screen.tell("summary", _outcome(summary), table=table, **summary.as_dict())
     if summary.stop_reason:
         screen.tell("stopped", summary.stop_reason)
     if command:
         screen.tell("resume", command)
+
+
+def _possibly_billed(calls: Sequence[Sent]) -> str:
+    """Say what calls without an answer may cost."""
+    tokens = sum(call.input_tokens for call in calls)
+    return (
+        f"{len(calls):,} call(s) were in flight when a run was stopped and may be billed without an answer, about "
+        f"{tokens:,} tokens in; they are sent again and listed in *.usage.json as possibly_billed"
+    )
 
 
 def _models(summary: Summary) -> Table:
@@ -297,7 +310,7 @@ def _dollars(amount: float | None) -> str:
 def _outcome(summary: Summary) -> str:
     """Return the sentences at the end: lines, tokens, attempts, files."""
     run, attempts = summary.run, summary.attempts
-    if summary.reused == summary.total and not run.finished:
+    if summary.status == "completed" and summary.reused == summary.total and not run.finished:
         failed = summary.results.failed + summary.results.invalid
         hint = f", {failed:,} of them failures (--retry-failed sends them again)" if failed else ""
         return f"nothing to do: all {summary.total:,} lines have results in {safe.text(summary.results_file)}{hint}"
