@@ -44,6 +44,7 @@ def main() -> None:
     pipeline run questions.jsonl --simulate            rehearse, without key and network
     pipeline check questions.jsonl                     validate, send nothing
     pipeline estimate questions.jsonl                  what it would cost
+    pipeline verify answers.jsonl                      prove that nothing is missing
     pipeline report --by model                         what all runs cost
     """
     _fill_standard_files()
