@@ -12,7 +12,8 @@ around it are planned. Checksums of stretches begin with all that plans depend o
 The index is derived and may be deleted at any time. It is never synced, and what it says is not believed but where the
 results file bears it out: entries are chained by checksums, from one of the program itself, so an index that is cut,
 damaged, mixed up or of another version ends there; and at the first segment that is not in the results file as it was,
-this and all after it is dropped. Lines that no segment covers are parsed. What cannot be written is gone without.
+this and all after it is dropped. Lines that no segment covers are parsed. What cannot be written is gone without, and
+a file of somebody else that stands in its place is left alone: the first line tells whose it is.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from pipeline.totals import Totals
 from pipeline.types import Result
 
 SUFFIX = ".index"
+_FIRST_LINE = b"pipeline: the index of the results beside it; may be deleted\n"
 _SEGMENT_LINES = 4_096
 _SEGMENT_BYTES = 16 * 1024 * 1024
 _WAITING_STRETCHES = 64
@@ -107,7 +109,7 @@ class Index:
         self._chain = _program()
         self._segment = _NewSegment()
         self._waiting: list[Stretch] = []
-        self._offsets = array("Q", [0])  # of all entries, and of the end
+        self._offsets = array("Q", [len(_FIRST_LINE)])  # of all entries, and of the end
         self._sizes = array("Q")  # of what the entries tell of
         self._stretches: dict[bytes, int] = {}  # the first line's checksum -> the number of the entry
 
@@ -161,6 +163,7 @@ class Index:
     def _entries(self) -> Iterator[dict[str, Any]]:
         """Yield what the index says, up to where it is not one."""
         with suppress(OSError), os.fdopen(self._fd, "rb", closefd=False) as file:
+            file.seek(self._offsets[0])
             while (value := _value(line := file.readline(_MOST_BYTES), self._chain)) is not None:
                 self._chain = _chain_of(line)
                 self._offsets.append(self._offsets[-1] + len(line))
@@ -233,8 +236,10 @@ class Index:
         self.release()
         self._has_failed = False
         self._forget()
-        with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        if self._open(os.O_RDWR):
+            with suppress(OSError):
+                self._path.unlink()
+            self.release()
 
     def release(self) -> None:
         """Close the file."""
@@ -243,11 +248,11 @@ class Index:
             self._fd = -1
 
     def _open(self, flags: int) -> bool:
-        """Open the file if it is not open yet; return whether it can be used."""
+        """Open the file if it is not open yet; return whether it can be used: it is ours, or empty."""
         if self._fd < 0 and not self._has_failed:
             try:
                 self._fd = os.open(self._path, flags | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, disk.MODE)
-                self._has_failed = not stat.S_ISREG(os.fstat(self._fd).st_mode)
+                self._has_failed = not (stat.S_ISREG(os.fstat(self._fd).st_mode) and _begin(self._fd))
             except FileNotFoundError:
                 return False
             except OSError:
@@ -338,6 +343,16 @@ def _program() -> bytes:
     """Return the checksum of this program: another version may read lines otherwise."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return checksum(sys.byteorder.encode(), *(path.read_bytes() for path in files))
+
+
+def _begin(fd: int) -> bool:
+    """Let a file begin as an index does if it is empty, or was cut in its first line; return whether it is an index."""
+    begin = os.pread(fd, len(_FIRST_LINE), 0)
+    if begin != _FIRST_LINE and _FIRST_LINE.startswith(begin):
+        os.ftruncate(fd, 0)
+        disk.write_all(fd, _FIRST_LINE)
+        return True
+    return begin == _FIRST_LINE
 
 
 def _is_there(fd: int, size: int, expected: bytes, start: int) -> bool:

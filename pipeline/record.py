@@ -24,7 +24,7 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import disk, journal, jsonl, results
+from pipeline import disk, index, journal, jsonl, results
 from pipeline.errors import LineError, StorageError, UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.index import Index, Segment, Stretch
@@ -36,7 +36,7 @@ from pipeline.types import OutputFormat, Request, Result
 # A write and its sync are shared by the lines of a moment: one for every line would cost more than all the rest.
 _GROUP_LINES = 64
 _GROUP_SECONDS = 0.005
-SIDE_FILES = (".usage.json", journal.SUFFIX, ".superseded.jsonl", ".torn")
+SIDE_FILES = (".usage.json", journal.SUFFIX, ".superseded.jsonl", ".torn", index.SUFFIX)
 _FIRST_LOOK_BYTES = 1024 * 1024
 _MAX_RESULT_BYTES = 1024 * 1024 * 1024
 

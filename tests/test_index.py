@@ -176,9 +176,9 @@ def test_another_version_reads_results_itself(path: Path) -> None:
     known(path)
     written = path.with_suffix(".index").read_bytes()
 
-    rechained = b""
+    rechained, *entries = written.splitlines(keepends=True)
     chain = checksum(b"another version")
-    for entry in written.splitlines():
+    for entry in map(bytes.rstrip, entries):
         content = entry[33:].replace(b'"damaged":0', b'"damaged":7')
         chain = checksum(chain, content)
         rechained += chain.hex().encode() + b" " + content + b"\n"
@@ -206,6 +206,35 @@ def test_an_index_that_cannot_be_written_is_gone_without(path: Path, make: Calla
 
     assert path.with_name("precious").read_bytes() == b"mine"
     assert path.with_suffix(".index").is_symlink() or not path.with_suffix(".index").is_file()
+
+
+@pytest.mark.parametrize("act", ["done", "set_aside"])
+def test_a_file_of_that_name_that_is_no_index_is_left_alone(path: Path, act: str) -> None:
+    """A file that does not begin as an index does is somebody's own: neither written nor deleted."""
+    path.write_bytes(b"".join(map(a_line, NAMES)))
+    path.with_suffix(".index").write_bytes(b"IxF2 somebody's vectors\n")
+    recorder = Recorder(path, run_id="run-9", on_done=print)
+    recorder.open()
+
+    if act == "set_aside":
+        recorder.set_aside()
+    recorder.done(Totals())
+    recorder.release()
+
+    assert path.with_suffix(".index").read_bytes() == b"IxF2 somebody's vectors\n"
+
+
+@pytest.mark.parametrize("size", [0, 1, 40])
+def test_an_index_that_was_cut_in_its_first_line_is_begun_anew(path: Path, size: int) -> None:
+    """What a full disk left of the first line is no reason to be without an index for good."""
+    path.write_bytes(b"".join(map(a_line, NAMES)))
+    known(path)
+    whole = path.with_suffix(".index").read_bytes()
+
+    path.with_suffix(".index").write_bytes(whole[:size])
+    known(path)
+
+    assert path.with_suffix(".index").read_bytes() == whole
 
 
 def test_an_index_is_small_and_private(path: Path) -> None:

@@ -369,6 +369,7 @@ async def test_two_runs_cannot_write_one_output(tmp_path: Path) -> None:
         pytest.param(lambda source, output: output.hardlink_to(source), id="hard link"),
         pytest.param(lambda source, output: output.with_name("out.usage.json").symlink_to(source), id="its totals"),
         pytest.param(lambda source, output: output.with_name("out.torn").hardlink_to(source), id="its torn lines"),
+        pytest.param(lambda source, output: output.with_name("out.index").hardlink_to(source), id="its index"),
     ],
 )
 async def test_an_output_that_is_an_input_is_refused(make: Any, tmp_path: Path) -> None:
