@@ -72,7 +72,7 @@ def open_locked(path: Path) -> int:
     """Open a regular file for appending, made if need be, and lock the file itself, not a name beside it.
 
     Raises `TryLaterError` when another process holds the lock, `StorageError` when the disk is full or broken,
-    `UsageError` when it cannot be opened for another reason.
+    `UsageError` when it cannot be opened for another reason or is another user's, who could read it.
     """
     while True:
         try:
@@ -80,9 +80,13 @@ def open_locked(path: Path) -> int:
         except OSError as exc:
             kind = StorageError if exc.errno in _DISK_ERRORS else UsageError
             raise kind(f"the output {str(path)!r} cannot be written: {exc.strerror}") from exc
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        mode, owner = os.fstat(fd).st_mode, os.fstat(fd).st_uid
+        if not stat.S_ISREG(mode):
             os.close(fd)
             raise UsageError(f"the output {str(path)!r} is not a regular file; results must stay readable to go on")
+        if os.geteuid() not in (0, owner) and owner != 0:  # root reads everything anyway
+            os.close(fd)
+            raise UsageError(f"the output {str(path)!r} belongs to another user; choose another -o")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
@@ -96,6 +100,12 @@ def open_locked(path: Path) -> int:
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
         os.close(fd)  # the holder put a new file in its place meanwhile
+
+
+def make_private(fd: int) -> None:
+    """Let a file that was there before be its owner's only, as one that is made here is."""
+    with suppress(PermissionError):  # root's file, or a file system that knows no modes
+        os.fchmod(fd, MODE)
 
 
 def replace(path: Path, lines: Iterable[bytes], *, mode: int = MODE) -> int:

@@ -135,6 +135,7 @@ class Recorder:
         self._file = disk.Appender(disk.open_locked(self.path), self.path, sync=self._sync)
         try:
             _refuse_foreign(self._file.fd, self.path)
+            disk.make_private(self._file.fd)
             _repair_tail(self._file.fd, self.path)
             disk.sync_directory(self.path.parent)
         except OSError as exc:

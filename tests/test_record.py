@@ -270,6 +270,30 @@ def test_a_planted_link_is_not_followed(path: Path) -> None:
     assert path.read_bytes() == LINES[0] + b"torn"
 
 
+def test_a_file_that_was_there_becomes_its_owners_only(path: Path) -> None:
+    """An empty file made with the usual permissions, as by `touch`, is as private as one that the run makes."""
+    path.touch()
+    path.chmod(0o644)
+    writer = recorder(path)
+
+    writer.open()
+
+    assert mode_of(path) == 0o600
+    writer.release()
+
+
+def test_another_users_file_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever owns a file can read it and change it, so nobody's answers go into another user's."""
+    path.touch()
+    if os.geteuid() == 0:
+        os.chown(path, 4321, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    writer = recorder(path)
+
+    with pytest.raises(UsageError, match="belongs to another user"):
+        writer.open()
+
+
 # ── the lock ──────────────────────────────────────────────────────────────────────────────────────────
 
 HOLD = """
