@@ -85,11 +85,12 @@ class Journal:
         except OSError as exc:
             raise StorageError(f"cannot read {str(self._path)!r}: {exc.strerror}") from exc
         for value in _values(content):
-            self._last_run = value.get("run", self._last_run)
-            if "sent" in value:
+            if value.keys() == {"run"}:
+                self._last_run = value["run"]
+            elif "sent" in value:
                 sent = Sent(**value)
                 self._left.setdefault((sent.run, sent.sent, sent.digest), {})[sent.attempt] = sent
-            elif "unbilled" in value:
+            else:
                 calls = self._left.get((value["run"], value["unbilled"], value["digest"]), {})
                 calls.pop(value["attempt"], None)
 
@@ -100,7 +101,12 @@ class Journal:
 
     def unsettled(self) -> tuple[str | None, list[tuple[str, str]]]:
         """Return the last run and the requests, custom_id and digest, of its calls that nothing tells of so far."""
-        return self._last_run, [(name, digest) for run, name, digest in self._left if run == self._last_run]
+        requests = [
+            (name, digest)
+            for (run, name, digest), calls in self._left.items()
+            if run == self._last_run and not all(sent.told for sent in calls.values())
+        ]
+        return self._last_run, requests
 
     def begin(self) -> None:
         """Start the journal of a run; what nothing tells of stays in it."""

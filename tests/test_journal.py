@@ -78,6 +78,28 @@ def test_a_result_line_of_an_earlier_run_settles_nothing(tmp_path: Path) -> None
     assert Run(tmp_path, "run-3", answered=[("run-1", "a")]).unknown() == [("run-2", "a", 1)]
 
 
+def test_the_last_run_is_the_one_that_began_the_journal(tmp_path: Path) -> None:
+    """Calls that older runs left stand in the journal too, and make none of these runs the last one."""
+    Run(tmp_path, "run-1").send("a")
+    Run(tmp_path, "run-2")
+
+    third = Run(tmp_path, "run-3", answered=[("run-1", "a")])
+
+    assert third.unknown() == [("run-1", "a", 1)]
+
+
+def test_calls_that_were_told_wait_for_no_result(tmp_path: Path) -> None:
+    """Only for calls that nobody was told of does a start look for results."""
+    told = Run(tmp_path, "run-1")
+    told.send("a")
+    told.journal.end()
+    journal = Journal(tmp_path / "x.jsonl", "run-2", sync=False)
+
+    journal.read()
+
+    assert journal.unsettled() == ("run-1", [])
+
+
 def test_earlier_timeouts_of_a_request_in_flight_are_unknown_too(tmp_path: Path) -> None:
     """Every call that may be billed counts, not only the last."""
     first = Run(tmp_path, "run-1")
