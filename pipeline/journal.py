@@ -109,7 +109,7 @@ class Journal:
         return self._last_run, requests
 
     def begin(self) -> None:
-        """Start the journal of a run; what nothing tells of stays in it."""
+        """Start the journal of a run; what nothing tells of stays in it, whatever becomes of the results."""
         self._rewrite(self._snapshot())
 
     # ── noting ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,12 +181,6 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def set_aside(self, results: Path) -> None:
-        """Move the file to the side of results that were moved, and forget what it holds."""
-        if self._path.exists():
-            self._path.rename(disk.beside(results, SUFFIX))
-        self._left.clear()
 
     def _snapshot(self) -> list[bytes]:
         """Return the lines of a journal that tells what is open now and what nothing else tells of."""

@@ -186,13 +186,19 @@ class Recorder:
         return self._index.find(mark, start)
 
     def set_aside(self) -> Path | None:
-        """Move the file's content, and its journal, to a free name beside it and start empty; None if there is none."""
+        """Move the file's content to a free name beside it and start empty; None if there is none.
+
+        The journal stays: calls that may be billed without an answer are still to be told. It is begun anew before
+        the results go, as without them it would accuse calls that they answer.
+        """
         if os.fstat(self._open_file().fd).st_size == 0:
             return None
         target = disk.target_of(self.path)
         aside = next(name for n in count(1) if not (name := disk.beside(target, f".old-{n}.jsonl")).exists())
+        if self._journal.unsettled()[1]:
+            self.done(Totals())
+        self._journal.begin()
         try:
-            self._journal.set_aside(aside)  # first, as without its results it would accuse calls that were answered
             os.rename(target, aside)
         except OSError as exc:
             raise StorageError(f"cannot set {str(target)!r} aside: {exc.strerror}") from exc

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
 import pytest
 
 from pipeline import journal as journals
@@ -179,17 +178,3 @@ def test_damaged_lines_are_passed_over(tmp_path: Path, path: Path, line: bytes) 
     path.write_bytes(path.read_bytes() + line + b"\n")
 
     assert Run(tmp_path, "run-2").unknown() == [("run-1", "a", 1)]
-
-
-def test_old_results_take_their_journal_with_them(tmp_path: Path, path: Path) -> None:
-    """--fresh starts with an empty journal, and the old one lies beside the old results."""
-    Run(tmp_path, "run-1").send("a")
-    journal = Journal(tmp_path / "x.jsonl", "run-2", sync=False)
-    journal.read()
-
-    journal.set_aside(tmp_path / "x.old-1.jsonl")
-    journal.begin()
-
-    assert journal.unknown() == ()
-    assert orjson.loads(path.read_bytes()) == {"run": "run-2"}
-    assert b'"sent":"a"' in (tmp_path / "x.old-1.attempts.jsonl").read_bytes()

@@ -487,6 +487,25 @@ async def test_fresh_starts_over_and_keeps_the_old(path: Path) -> None:
     writer.release()
 
 
+async def test_fresh_still_tells_of_calls_without_an_answer(path: Path) -> None:
+    """What a crashed run had in flight may be billed, also if its results go; what they answer is told by them."""
+    killed = recorder(path)
+    killed.open()
+    killed.begin()
+    await make_calls(killed, a_result("a"), a_result("b"))
+    killed.release()
+    prepare(path, results.encode(a_result("a"), OutputFormat.NATIVE, run_id="run-1"))
+    writer = Recorder(path, run_id="run-2", on_done=print)
+    writer.open()
+
+    writer.set_aside()
+    writer.done(Totals())
+    writer.begin()
+
+    assert [sent.sent for sent in writer.unknown()] == ["b"]
+    writer.release()
+
+
 def test_nothing_is_set_aside_from_an_empty_file(path: Path) -> None:
     """An empty file has nothing to set aside."""
     writer = recorder(path)
