@@ -346,9 +346,9 @@ class Recorder:
         """Rewrite the file without superseded lines, in input order if asked; return how many lines went aside.
 
         `positions` maps `key(custom_id, digest)` of the input's lines to their place in it, `ids` holds the
-        fingerprints of its ids. Of equal keys the last line stays. A line whose id the input holds with another
-        digest was replaced; a failure whose id is gone from the input is not worth keeping; an answer whose id is
-        gone is kept, as it was paid for.
+        fingerprints of its ids. Of equal keys the last answer stays, without any the last failure. A line whose id the
+        input holds with another digest was replaced; a failure whose id is gone from the input is not worth keeping;
+        an answer whose id is gone is kept, as it was paid for.
         """
         staying, leaving = self._sort_out(positions, ids, ordered=ordered)
         if not leaving and not ordered:
@@ -368,6 +368,7 @@ class Recorder:
     ) -> tuple[list[int], list[int]]:
         """Return the offsets of the lines that stay, in their new order, and of those that leave."""
         newest = array("q", [-1]) * len(positions)
+        is_answered = bytearray(len(positions))
         extra: list[int] = []
         leaving: list[int] = []
         offset = 0
@@ -376,10 +377,12 @@ class Recorder:
                 here, offset = offset, offset + length + 1
                 record = _decode_or_none(line)
                 place = positions.get(key(record.custom_id, record.digest)) if record else None
-                if place is not None:
-                    if newest[place] >= 0:
-                        leaving.append(newest[place])
-                    newest[place] = here
+                if record and place is not None:
+                    left = here
+                    if record.success or not is_answered[place]:
+                        left, newest[place], is_answered[place] = newest[place], here, record.success
+                    if left >= 0:
+                        leaving.append(left)
                 elif record and record.success and fingerprint(record.custom_id) not in ids:
                     extra.append(here)
                 elif length:

@@ -585,6 +585,8 @@ AB = [("a", "d"), ("b", "d")]
         pytest.param([A, B, A2], [("a", "d2"), ("b", "d")], [B, A2], [A], id="superseded by new content"),
         pytest.param([A, B], [("a", "d2"), ("b", "d")], [B], [A], id="content changed, not answered yet"),
         pytest.param([A_FAILED, B, A], AB, [B, A], [A_FAILED], id="failure, then answer"),
+        pytest.param([A, B, A_FAILED], AB, [A, B], [A_FAILED], id="answer, then failure"),
+        pytest.param([A_FAILED, A_FAILED, B], AB, [A_FAILED, B], [A_FAILED], id="failures only"),
         pytest.param([A, B, C], AB, [A, B, C], [], id="answered orphan stays"),
         pytest.param([A, B, a_line("c", text=None)], AB, [A, B], [a_line("c", text=None)], id="failed orphan leaves"),
         pytest.param([A, b"garbage\n", B], AB, [A, B], [b"garbage\n"], id="damaged line leaves"),
