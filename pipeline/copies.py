@@ -44,9 +44,9 @@ def copies(
 ) -> Iterator[bytes]:
     """Yield a result line for each input line without one whose equal has one; `file` holds the results so far.
 
-    With `retry_failed` a failure counts as none.
+    With `retry_failed` a failure counts as none, but for those of this run: an older one only waits to be sent again.
     """
-    done, originals = _look(file, answered_only=retry_failed)
+    done, originals = _look(file, run_id if retry_failed else None)
     for line in lines:
         request = planner.plan(line)
         if not isinstance(request, Request) or fingerprint(request.custom_id, request.digest) in done:
@@ -57,8 +57,11 @@ def copies(
             yield results.copy(file.readline(), request, run_id=run_id, at=at)
 
 
-def _look(file: BufferedReader, *, answered_only: bool) -> tuple[FingerprintSet, FingerprintMap]:
-    """Return which requests have a result, and where the result of each digest stands; of several the last."""
+def _look(file: BufferedReader, failed_in: str | None) -> tuple[FingerprintSet, FingerprintMap]:
+    """Return which requests have a result, and where the result of each digest stands; of several the last.
+
+    With `failed_in` only failures of this run count.
+    """
     done, originals = FingerprintSet(), FingerprintMap()
     offset = 0
     for line, length in jsonl.lines(file, _MAX_LINE_BYTES):
@@ -67,7 +70,7 @@ def _look(file: BufferedReader, *, answered_only: bool) -> tuple[FingerprintSet,
             record = results.decode(line)
         except LineError:
             continue
-        if record.success or not answered_only:
+        if record.success or failed_in in (None, record.run):
             done.add(fingerprint(record.custom_id, record.digest))
-        originals.put(fingerprint(record.digest), here)
+            originals.put(fingerprint(record.digest), here)
     return done, originals

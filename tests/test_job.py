@@ -680,3 +680,29 @@ async def test_a_retired_model_is_told_before_it_is_asked(tmp_path: Path) -> Non
         await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config, say=hear)
 
     assert [calls for message, calls in said if "claude-3-opus-20240229" in message] == [0]
+
+
+@pytest.mark.parametrize(
+    ("simulation", "failed", "pending"),
+    [
+        pytest.param({"keys": frozenset({"right"})}, 0, 2, id="stopped before"),
+        pytest.param({"faults": {"500": 1.0}}, 2, 0, id="failed again"),
+    ],
+)
+async def test_an_old_failure_is_not_copied_when_it_is_to_be_sent_again(
+    simulation: dict[str, Any], failed: int, pending: int, tmp_path: Path
+) -> None:
+    """--dedupe --retry-failed: what equals a request that was not sent again is left pending, as that one is."""
+    source = _write(tmp_path / "in.jsonl", [_line(name, text="the same") for name in "ab"])
+    output = tmp_path / "out.jsonl"
+
+    with _world(faults={"500": 1.0}) as (config, _):
+        config = config.with_("sending", max_attempts=1)
+        await pipeline.run_batch([source], output=output, config=config, options=Options(dedupe=True))
+    with _world(**simulation) as (config, _):
+        config = config.with_("sending", max_attempts=1)
+        options = Options(dedupe=True, retry_failed=True)
+        again = await pipeline.run_batch([source], output=output, config=config, options=options)
+
+    assert (again.run.failed, again.pending) == (failed, pending)
+    assert [each["custom_id"] for each in _results(output)] == ["a", "b"]
