@@ -374,7 +374,7 @@ def _jobs(inputs: Sequence[str], output: str | None, directory: str | None) -> l
 
     if output and directory:
         raise UsageError("-o and -d exclude each other: one results file, or one for each input")
-    sources = read.sources(inputs, may_be_empty=directory is not None)
+    sources = read.sources(inputs, may_be_empty=directory is not None, but=Path(output) if output else None)
     if output:
         return [_Job(inputs=sources, output=Path(output))]
     if directory:
@@ -430,7 +430,7 @@ def _estimate(
     settings = config.load(config_file).replace(provider=provider)
     settings = settings.with_("request", max_tokens=max_tokens, temperature=temperature, system=system)
     settings = settings.with_("limits", **caps)
-    sources = read.sources(inputs)
+    sources = read.sources(inputs, but=Path(output) if output else None)
     has_default = len(sources) == 1 and read.STDIN not in sources
     path = _jobs(sources, output, None)[0].output if output or sample or has_default else None
     learned: dict[tuple[str, str], Sequence[Allowance]] = {}

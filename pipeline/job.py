@@ -113,7 +113,7 @@ class _Run:
         self.run_id = f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}"
         self.pricing = assemble.Pricing(prices, self.clock)
         self.budget = assemble.budget(settings)
-        self.sources = read.sources(inputs)
+        self.sources = read.sources(inputs, but=output)
         _refuse_overwriting_input(output, self.sources)
         self.recorder = Recorder(
             output,

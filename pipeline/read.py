@@ -31,6 +31,7 @@ STDIN = "-"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # What this program writes: x.results.jsonl and what comes to lie beside it, compressed by somebody or not.
 _OURS = re.compile(r"\.(results(\.old-[0-9]+|\.tmp)?|superseded|attempts)\.jsonl(\.gz|\.zst)?$")
+_BESIDE = re.compile(r"(\.old-[0-9]+\.jsonl|\.(superseded|attempts)\.jsonl|\.(usage\.json|torn|index)|\.jsonl)(\.tmp)?")
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to skip: pzstd begins with that
@@ -84,15 +85,16 @@ class Batch:
         return self.content.partition(b"\n")[0]
 
 
-def sources(inputs: Sequence[str], *, may_be_empty: bool = False) -> list[str]:
+def sources(inputs: Sequence[str], *, may_be_empty: bool = False, but: Path | None = None) -> list[str]:
     """Expand files, globs and directories into a list of readable inputs, each once, in order.
 
-    A directory stands for its `*.jsonl`, `*.jsonl.gz` and `*.jsonl.zst`, without files that this program writes.
+    A directory stands for its `*.jsonl`, `*.jsonl.gz` and `*.jsonl.zst`. It and a glob hold no files that this program
+    writes: `but` is the results file, so that it may lie among the inputs and the command be repeated.
     Raises `UsageError` for what does not exist or cannot be read, and for a directory without any input, unless that
     may be (a drop folder in which nothing was dropped).
     """
     found: dict[str, str] = {}
-    for path in (path for item in inputs for path in _expand(item, may_be_empty)):
+    for path in (path for item in inputs for path in _expand(item, may_be_empty, but)):
         found.setdefault(path if path == STDIN else os.path.realpath(path), path)
     for path in found.values():
         _require_readable(path)
@@ -240,25 +242,34 @@ def stem(source: str) -> str:
     return name
 
 
-def _expand(item: str, may_be_empty: bool) -> list[str]:
+def _expand(item: str, may_be_empty: bool, output: Path | None) -> list[str]:
     path = Path(item)
     if item == STDIN or (os.path.exists(item) and not os.path.isdir(item)):
         return [item]
     if os.path.isdir(item):
-        names = sorted(name for name in os.listdir(path) if name.endswith(SUFFIXES) and not _OURS.search(name))
+        found = (str(path / name) for name in os.listdir(path) if name.endswith(SUFFIXES))
+        names = sorted(name for name in found if not _is_ours(name, output))
         if not names and not may_be_empty:
             raise UsageError(f"the directory {item!r} holds no *.jsonl, *.jsonl.gz or *.jsonl.zst")
-        return [str(path / name) for name in names]
+        return names
     if glob.has_magic(item):
-        names = sorted(
-            name for name in glob.glob(item, recursive=True) if Path(name).is_file() and not _OURS.search(name)
-        )
+        found = (name for name in glob.glob(item, recursive=True) if Path(name).is_file())
+        names = sorted(name for name in found if not _is_ours(name, output))
         if not names:
             raise UsageError(f"no file matches {item!r}")
         return names
     raise UsageError(
         f"the input {item!r} does not exist", hint="give a JSONL file, a glob, a directory, or - for stdin"
     )
+
+
+def _is_ours(name: str, output: Path | None) -> bool:
+    """Tell whether a file is one that this program writes: by its name, or because it belongs to the output."""
+    if _OURS.search(name) or output is None:
+        return _OURS.search(name) is not None
+    own, real = os.path.realpath(output), os.path.realpath(name)
+    begin = own.removesuffix(".jsonl")
+    return real == own or (real.startswith(begin) and _BESIDE.fullmatch(real, len(begin)) is not None)
 
 
 def _require_readable(path: str) -> None:

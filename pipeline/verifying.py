@@ -68,7 +68,7 @@ def verify(path: Path, inputs: Sequence[str], settings: Config, *, ledger: Path 
     if ledger and ledger.exists() and report.results:
         _ledger(path, ledger, report)
     if inputs:
-        _inputs(inputs, settings, report, ids)
+        _inputs(path, inputs, settings, report, ids)
     return report
 
 
@@ -137,11 +137,11 @@ def _ledger(path: Path, ledger: Path, report: Report) -> None:
                 report.add("ledger", f"{ledger}: {name} of {run} is {said:,}, and the lines add up to {found:,}")
 
 
-def _inputs(inputs: Sequence[str], settings: Config, report: Report, ids: FingerprintMap) -> None:
+def _inputs(path: Path, inputs: Sequence[str], settings: Config, report: Report, ids: FingerprintMap) -> None:
     """Look for the result of every line; ids do not depend on settings."""
     planner = Planner(settings)
     found = 0
-    for source in read.sources(inputs):
+    for source in read.sources(inputs, but=path):
         for line in read.lines(source, settings.input.max_line_bytes):
             report.inputs += 1
             custom_id = planner.plan(line).custom_id

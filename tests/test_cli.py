@@ -252,6 +252,21 @@ def test_a_directory_gets_one_results_file_per_input(tmp_path: Path) -> None:
     assert [orjson.loads(line)["attempts"]["total"] for line in again.stdout.splitlines()] == [0, 0]
 
 
+def test_results_may_lie_in_the_directory_of_the_inputs(tmp_path: Path) -> None:
+    """`run data -o data/answers.jsonl` can be repeated and verified: answers are not taken for questions."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "q.jsonl").write_bytes(SAMPLE.read_bytes())
+    command = ["run", "data", "-o", "data/answers.jsonl", "--simulate"]
+
+    first = _call(command, tmp_path)
+    again = _call([*command, "--json"], tmp_path)
+    proof = _call(["verify", "data/answers.jsonl", "--input", "data"], tmp_path)
+
+    assert first.returncode == 0, first.stderr
+    assert (again.returncode, proof.returncode) == (0, 0), again.stderr + proof.stdout
+    assert orjson.loads(again.stdout)["requests"]["reused"] == len(SAMPLE.read_bytes().splitlines())
+
+
 @pytest.mark.parametrize("form", ["openai-batch", "anthropic-batch"])
 def test_results_can_be_in_a_providers_batch_dialect(form: str, tmp_path: Path) -> None:
     """Both batch dialects hold every line, and a repeated command knows them again."""

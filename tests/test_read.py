@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import read
+from pipeline import read, record
 from pipeline.errors import UsageError
 from pipeline.read import Line
 
@@ -297,6 +297,28 @@ def test_our_own_files_are_no_inputs(here: Path, item: str, name: str) -> None:
     (here / "data" / name).write_bytes(GOOD)
 
     assert read.sources([item]) == before
+
+
+@pytest.mark.parametrize("item", [pytest.param("data", id="directory"), pytest.param("data/*", id="glob")])
+@pytest.mark.parametrize("suffix", [".jsonl", ".old-1.jsonl", ".jsonl.tmp", *record.SIDE_FILES])
+def test_the_output_may_lie_among_the_inputs(here: Path, item: str, suffix: str) -> None:
+    """A directory or a glob never takes the output or what lies beside it, so the same command can be repeated."""
+    output = Path("data/answers.jsonl")
+    before = read.sources([item], but=output)
+
+    (here / "data" / f"answers{suffix}").write_bytes(GOOD)
+
+    assert read.sources([item], but=output) == before
+    assert read.sources([f"data/answers{suffix}"], but=output) == [f"data/answers{suffix}"]
+
+
+def test_an_output_behind_a_link_may_lie_among_the_inputs(here: Path) -> None:
+    """The output is known under its name, and under that of the file behind it."""
+    before = read.sources(["data"])
+    (here / "data" / "real.jsonl").write_bytes(GOOD)
+    (here / "data" / "answers.jsonl").symlink_to("real.jsonl")
+
+    assert read.sources(["data"], but=Path("data/answers.jsonl")) == before
 
 
 def test_our_own_files_are_inputs_by_name(here: Path) -> None:
