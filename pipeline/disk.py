@@ -22,7 +22,11 @@ _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """Return the name of a file that belongs to a results file: `a.jsonl`, `.usage.json` -> `a.usage.json`."""
+    """Return the name of a file that belongs to a results file: `a.jsonl`, `.usage.json` -> `a.usage.json`.
+
+    It lies beside the file itself, so it is found under whatever name the results are opened.
+    """
+    path = target_of(path)
     return path.with_name(path.name.removesuffix(".jsonl") + suffix)
 
 

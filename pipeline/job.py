@@ -164,7 +164,7 @@ class _Run:
         superseded = await to_thread.run_sync(self._tidy)
         summary = self._summary(superseded)
         totals = orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        disk.write_file(disk.beside(self.recorder.path, ".usage.json"), totals)
+        disk.write_file(self.recorder.beside(".usage.json"), totals)
         await to_thread.run_sync(self._close_books, summary)
         self.recorder.end()
         return summary

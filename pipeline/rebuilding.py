@@ -105,9 +105,9 @@ def _read(main: Path, found: dict[str, _Found], seen: FingerprintSet, *, may_be_
 
 def _set_aside(main: Path) -> list[Path]:
     """Return the files that hold answers which were paid for and are not, or no more, in the results file."""
-    old = re.compile(re.escape(beside(main, ".old-").name) + r"\d+\.jsonl")
-    aside = [path for path in sorted(main.parent.iterdir()) if old.fullmatch(path.name)]
     superseded = beside(main, ".superseded.jsonl")
+    old = re.compile(re.escape(beside(main, ".old-").name) + r"\d+\.jsonl")
+    aside = [path for path in sorted(superseded.parent.iterdir()) if old.fullmatch(path.name)]
     return [superseded, *aside] if superseded.exists() else aside
 
 

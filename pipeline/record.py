@@ -112,8 +112,11 @@ class Recorder:
         self._sync = sync
         self._on_done = on_done
         self._file: disk.Appender | None = None
-        self._journal = Journal(disk.target_of(path), run_id, sync=sync)
-        self._index = Index(path)
+        self._target = disk.target_of(
+            path
+        )  # once: a link that is changed meanwhile must not part what belongs together
+        self._journal = Journal(self._target, run_id, sync=sync)
+        self._index = Index(self._target)
         self._stretches: list[Stretch] = []
         self._lines: list[bytes] = []
         self._results: list[Result | Record] = []
@@ -132,15 +135,19 @@ class Recorder:
 
         Raises `TryLaterError` when another run holds it, `StorageError` or `UsageError` when it cannot be used.
         """
-        self._file = disk.Appender(disk.open_locked(self.path), self.path, sync=self._sync)
+        self._file = disk.Appender(disk.open_locked(self._target), self.path, sync=self._sync)
         try:
             _refuse_foreign(self._file.fd, self.path)
             disk.make_private(self._file.fd)
-            _repair_tail(self._file.fd, self.path)
-            disk.sync_directory(self.path.parent)
+            _repair_tail(self._file.fd, self.beside(".torn"))
+            disk.sync_directory(self._target.parent)
         except OSError as exc:
             raise StorageError(f"cannot repair {str(self.path)!r} or a file beside it: {exc.strerror}") from exc
         self._journal.read()
+
+    def beside(self, suffix: str) -> Path:
+        """Return the name of a file that belongs to the results and lies beside them."""
+        return disk.beside(self._target, suffix)
 
     def done(self, totals: Totals) -> Done:
         """Read what the file holds, as far as the index does not know it; every result is also counted in `totals`."""
@@ -172,7 +179,7 @@ class Recorder:
     def _reading(self) -> Iterator[BufferedReader]:
         """Open the file for reading; an error of the disk meanwhile is a `StorageError`."""
         try:
-            with self.path.open("rb") as file:
+            with self._target.open("rb") as file:
                 yield file
         except OSError as exc:
             raise StorageError(f"cannot read {str(self.path)!r}: {exc.strerror}") from exc
@@ -193,15 +200,14 @@ class Recorder:
         """
         if os.fstat(self._open_file().fd).st_size == 0:
             return None
-        target = disk.target_of(self.path)
-        aside = next(name for n in count(1) if not (name := disk.beside(target, f".old-{n}.jsonl")).exists())
+        aside = next(name for n in count(1) if not (name := self.beside(f".old-{n}.jsonl")).exists())
         if self._journal.unsettled()[1]:
             self.done(Totals())
         self._journal.begin()
         try:
-            os.rename(target, aside)
+            os.rename(self._target, aside)
         except OSError as exc:
-            raise StorageError(f"cannot set {str(target)!r} aside: {exc.strerror}") from exc
+            raise StorageError(f"cannot set {str(self._target)!r} aside: {exc.strerror}") from exc
         self._index.drop()
         self.release()
         self.open()
@@ -355,7 +361,7 @@ class Recorder:
             return 0
         with self._reading() as old:
             if leaving:
-                superseded = disk.beside(self.path, ".superseded.jsonl")
+                superseded = self.beside(".superseded.jsonl")
                 try:
                     disk.append_lines(superseded, (_line_at(old, offset) for offset in leaving))
                 except OSError as exc:
@@ -393,7 +399,7 @@ class Recorder:
     def _replace(self, lines: Iterator[bytes]) -> None:
         """Put a new file in the place of the old one."""
         try:
-            fd = disk.replace(disk.target_of(self.path), lines)
+            fd = disk.replace(self._target, lines)
         except OSError as exc:
             raise StorageError(f"cannot rewrite {str(self.path)!r}: {exc.strerror}; it is as it was") from exc
         self._open_file().close()
@@ -422,8 +428,8 @@ def _is_begun_result(fragment: bytes) -> bool:
     return False
 
 
-def _repair_tail(fd: int, path: Path) -> None:
-    """Make the file end with a whole line: after a crash its tail may be cut or full of NULs."""
+def _repair_tail(fd: int, torn: Path) -> None:
+    """Make the file end with a whole line: after a crash its tail may be cut or full of NULs. That goes to `torn`."""
     size = os.fstat(fd).st_size
     if not size or os.pread(fd, 1, size - 1) == b"\n":
         return
@@ -432,7 +438,7 @@ def _repair_tail(fd: int, path: Path) -> None:
     if _decode_or_none(tail) is not None:
         disk.write_all(fd, b"\n")
     else:
-        disk.append_lines(disk.beside(path, ".torn"), [tail.rstrip(b"\0") + b"\n"])
+        disk.append_lines(torn, [tail.rstrip(b"\0") + b"\n"])
         os.ftruncate(fd, start)
     os.fsync(fd)
 

@@ -159,6 +159,16 @@ def test_what_was_set_aside_counts(folder: Path) -> None:
     assert [entry.requests for entry in entries[RUN_ID]] == [5]
 
 
+def test_what_was_set_aside_is_found_from_a_link(folder: Path) -> None:
+    """Old results lie beside the file itself, under whatever name it is given."""
+    write("a.jsonl", answer("q-1"))
+    write("a.old-1.jsonl", answer("q-2"))
+    Path("elsewhere").mkdir()
+    Path("elsewhere/link.jsonl").symlink_to(Path("a.jsonl").absolute())
+
+    assert rebuilt("elsewhere/link.jsonl")[0] == Rebuilt(runs=1, results=2, damaged=0)
+
+
 def test_the_summary_beside_describes_its_run(folder: Path) -> None:
     """Tags, inputs and how it ended come from `*.usage.json`, for the run that it is about and for no other."""
     write("a.jsonl", answer("q-1"), answer("q-2", run="run-x"))

@@ -538,6 +538,35 @@ def test_a_link_stays_a_link(tmp_path: Path, act: str) -> None:
     writer.release()
 
 
+def test_what_belongs_to_results_lies_beside_the_file_itself(tmp_path: Path) -> None:
+    """Under a symbolic link's name the same files are found and written as under the file's own."""
+    (tmp_path / "real").mkdir()
+    real, link = tmp_path / "real" / "r.jsonl", tmp_path / "a.jsonl"
+    real.write_bytes(A2 + B + b"torn")
+    link.symlink_to(real)
+    positions, ids = FingerprintMap(), FingerprintSet()
+    positions.put(record.key("a", "d"), 0)
+    ids.add(fingerprint("a"))
+    writer = recorder(link)
+
+    writer.open()
+    writer.done(Totals())
+    writer.begin()
+    writer.tidy(positions, ids, ordered=False)
+    writer.done(Totals())
+    writer.release()
+
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", "real"]
+    assert sorted(each.name for each in real.parent.iterdir()) == [
+        "r.attempts.jsonl",
+        "r.index",
+        "r.jsonl",
+        "r.superseded.jsonl",
+        "r.torn",
+    ]
+    assert disk.beside(link, ".usage.json") == writer.beside(".usage.json") == real.with_name("r.usage.json")
+
+
 async def test_a_crash_is_told_under_every_name(tmp_path: Path) -> None:
     """Who goes on through a symbolic link is told of the calls that a run under the file's own name had in flight."""
     real, link = tmp_path / "r.jsonl", tmp_path / "a.jsonl"

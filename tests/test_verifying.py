@@ -103,6 +103,16 @@ async def test_results_beyond_the_input_are_noted(folder: Path) -> None:
     assert report.notes == ["2 result(s) belong to no line of the input; they are kept, as they were paid for"]
 
 
+async def test_a_job_is_proven_under_every_name(folder: Path) -> None:
+    """What lies beside the file itself is found from a symbolic link, too."""
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "link.jsonl").symlink_to(folder / "out.jsonl")
+
+    report = verify(folder / "elsewhere" / "link.jsonl", [str(folder / "in.jsonl")], Config())
+
+    assert (report.exit_code, report.shown, report.notes) == (0, [], [])
+
+
 async def test_totals_that_are_gone_are_a_problem(folder: Path) -> None:
     """Without totals nothing says that a run has ended."""
     (folder / "out.usage.json").unlink()
