@@ -107,18 +107,23 @@ def _totals(path: Path, report: Report, totals: Totals) -> None:
     name = disk.beside(path, ".usage.json")
     try:
         told = orjson.loads(name.read_bytes())
-        stated, unknown = told["results"], told["possibly_billed"]
     except FileNotFoundError:
         report.add("totals", f"{name}: is not there: no run of {path} has ended yet, repeat it")
         return
-    except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as exc:
+    except (OSError, orjson.JSONDecodeError) as exc:
         report.add("totals", f"{name}: cannot be read: {exc}")
         return
+    match told:
+        case {"results": {"cost": {"price_source": price_source}} as stated, "possibly_billed": [*unknown]}:
+            pass
+        case _:
+            report.add("totals", f"{name}: does not hold what a run writes, repeat it")
+            return
     if told.get("status") != "completed":
         report.notes.append(f"the last run has not finished: {told.get('stop_reason') or told.get('status')}")
     if unknown:
         report.notes.append(f"{len(unknown):,} call(s) may be billed without an answer; see possibly_billed in {name}")
-    for key, found in totals.as_dict(stated.get("cost", {}).get("price_source")).items():
+    for key, found in totals.as_dict(price_source).items():
         if stated.get(key) != found:
             report.add("totals", f"{name}: results.{key} is {stated.get(key)}, and the lines add up to {found}")
 

@@ -103,6 +103,26 @@ async def test_results_beyond_the_input_are_noted(folder: Path) -> None:
     assert report.notes == ["2 result(s) belong to no line of the input; they are kept, as they were paid for"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"7", id="a number"),
+        pytest.param(b"{}", id="no totals"),
+        pytest.param(b'{"results":7,"possibly_billed":[]}', id="results that are a number"),
+        pytest.param(b'{"results":{"cost":[]},"possibly_billed":[]}', id="a cost that is a list"),
+        pytest.param(b'{"results":{"cost":{"price_source":null}},"possibly_billed":7}', id="a number of calls"),
+    ],
+)
+async def test_totals_that_are_something_else_are_a_problem(content: bytes, folder: Path) -> None:
+    """Whatever stands in the totals file, it is told, and the rest is looked at all the same."""
+    (folder / "out.usage.json").write_bytes(content)
+
+    report = look(folder)
+
+    assert (dict(report.problems), report.inputs) == ({"totals": 1}, 11)
+
+
 async def test_a_job_is_proven_under_every_name(folder: Path) -> None:
     """What lies beside the file itself is found from a symbolic link, too."""
     (folder / "elsewhere").mkdir()
