@@ -18,6 +18,7 @@ from pipeline.errors import StorageError, TryLaterError, UsageError
 
 MODE = 0o600
 _BLOCK_BYTES = 64 * 1024
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the one that syncs times, too
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
 
 
@@ -55,7 +56,7 @@ class Appender:
         try:
             write_all(self.fd, data)
             if self._sync:
-                os.fdatasync(self.fd)
+                _sync_data(self.fd)
         except OSError as exc:
             self.has_failed = True
             with suppress(OSError):

@@ -179,6 +179,18 @@ async def test_appending_takes_until_the_line_is_on_the_disk(path: Path) -> None
     assert scope.cancelled_caught
 
 
+def test_results_are_synced_where_fdatasync_is_missing(path: Path) -> None:
+    """macOS has no fdatasync: there the whole file is synced."""
+    program = (
+        "import os, sys; from pathlib import Path; os.__dict__.pop('fdatasync', None); from pipeline import disk\n"
+        "path = Path(sys.argv[1]); disk.Appender(disk.open_locked(path), path, sync=True).append(b'line')"
+    )
+
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+
+    assert path.read_bytes() == b"line"
+
+
 async def test_cancelled_writing_still_writes_what_came(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second Ctrl-C loses no answer that was received, also of a group that still waits for others."""
     monkeypatch.setattr(record, "_GROUP_SECONDS", 3_600.0)

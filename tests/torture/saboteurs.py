@@ -54,14 +54,14 @@ SABOTEURS = (
     Saboteur(
         name="results are not synced",
         file="disk.py",
-        old="os.fdatasync(self.fd)",
+        old="_sync_data(self.fd)",
         new="pass",
         test=_ORDER,
     ),
     Saboteur(
         name="results are not synced, and the power fails",
         file="disk.py",
-        old="os.fdatasync(self.fd)",
+        old="_sync_data(self.fd)",
         new="pass",
         test=_POWER,
     ),
@@ -113,7 +113,7 @@ SABOTEURS = (
         name="a failed sync is tried again",
         file="disk.py",
         old="            self.has_failed = True\n",
-        new="            os.fdatasync(self.fd)\n",
+        new="            _sync_data(self.fd)\n",
         test=_DISK,
     ),
     Saboteur(
@@ -141,7 +141,7 @@ SABOTEURS = (
     Saboteur(
         name="a torn tail is not repaired",
         file="record.py",
-        old="            _repair_tail(self._file.fd, self.path)\n",
+        old='            _repair_tail(self._file.fd, self.beside(".torn"))\n',
         new="",
         test="tests/torture/test_damage.py::test_a_torn_tail_costs_its_own_line_only",
     ),
