@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pipeline.config import Config, load
     from pipeline.errors import (
         AnthropicAPIError,
+        BudgetReachedError,
         ConfigError,
-        DamagedResultsError,
         LineError,
         OpenAIAPIError,
         PipelineError,
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnthropicAPIError",
+    "BudgetReachedError",
     "Config",
     "ConfigError",
-    "DamagedResultsError",
     "Failure",
     "LineError",
     "OpenAIAPIError",

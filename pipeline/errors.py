@@ -5,7 +5,6 @@
     │   └── ConfigError       config.yaml: all problems at once, each with its key and line
     ├── BudgetReachedError    the cap on what a run may spend does not cover the next call
     ├── StorageError          results, journal or totals cannot be written
-    ├── DamagedResultsError   a results file holds lines that are not results
     ├── TryLaterError         somebody else's turn: another run holds the output, an outage
     ├── LineError             one input line cannot become a request
     ├── TransportError        no usable answer came back: connection, timeout, size
@@ -75,12 +74,6 @@ class StorageError(PipelineError):
     """Results cannot be stored; what was stored before stays valid."""
 
     exit_code = 5
-
-
-class DamagedResultsError(PipelineError):
-    """A results file holds lines that are not results of this program."""
-
-    exit_code = 6
 
 
 class TryLaterError(PipelineError):

@@ -279,8 +279,8 @@ def test_errors_travel(cls: type[PipelineError]) -> None:
     [
         pytest.param(errors.UsageError, 2, id="usage"),
         pytest.param(errors.ConfigError, 2, id="configuration"),
+        pytest.param(errors.BudgetReachedError, 4, id="budget"),
         pytest.param(errors.StorageError, 5, id="storage"),
-        pytest.param(errors.DamagedResultsError, 6, id="damaged results"),
         pytest.param(errors.TryLaterError, 75, id="try later"),
     ],
 )
