@@ -13,7 +13,6 @@ import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from pipeline import jsonl
@@ -57,25 +56,14 @@ _OTHERS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-class Dialect(StrEnum):
-    """How an input line is written."""
-
-    NATIVE = "native"
-    OPENAI_BATCH = "openai-batch"
-    ANTHROPIC_BATCH = "anthropic-batch"
-    FINE_TUNING = "fine-tuning"
-    SHAREGPT = "sharegpt"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """One input line, its dialect told and its parts named; provider and defaults are not settled yet.
+    """One input line, its parts named; provider and defaults are not settled yet.
 
     `protocol` is set for a provider's own dialect: then `fields` is the body as written. Else the draft is
     portable, and `fields` is the line in portable form, `model` included, without our own keys.
     """
 
-    dialect: Dialect
     custom_id: str | None
     provider: str | None
     model: str | None
@@ -106,8 +94,8 @@ def _native(line: dict[str, Any]) -> Draft:
     """Read a line with `messages`: of fine-tuning where it holds nothing else and ends with its label."""
     messages = _turns(line["messages"], "messages")
     if line.keys() <= _FINE_TUNING_KEYS and _is_example(messages):
-        return _draft(line, Dialect.FINE_TUNING, _example_fields(line, messages))
-    return _draft(line, Dialect.NATIVE, {name: item for name, item in line.items() if name not in _OWN_KEYS})
+        return _draft(line, _example_fields(line, messages))
+    return _draft(line, {name: item for name, item in line.items() if name not in _OWN_KEYS})
 
 
 def _openai_batch(line: dict[str, Any]) -> Draft:
@@ -118,12 +106,12 @@ def _openai_batch(line: dict[str, Any]) -> Draft:
         )
     if line.get("method", "POST") != "POST":
         raise LineError(f"method must be 'POST' in an OpenAI Batch line, not {reprlib.repr(line['method'])}")
-    return _batch(line, "body", Dialect.OPENAI_BATCH, Protocol.OPENAI)
+    return _batch(line, "body", Protocol.OPENAI)
 
 
 def _anthropic_batch(line: dict[str, Any]) -> Draft:
     _refuse_unknown(line, "custom_id", "params", "metadata")
-    return _batch(line, "params", Dialect.ANTHROPIC_BATCH, Protocol.ANTHROPIC)
+    return _batch(line, "params", Protocol.ANTHROPIC)
 
 
 def _sharegpt(line: dict[str, Any]) -> Draft:
@@ -141,7 +129,7 @@ def _sharegpt(line: dict[str, Any]) -> Draft:
     fields["messages"] = _sharegpt_messages(turns, roles)
     if tools := _sharegpt_tools(line.get("tools")):
         fields["tools"] = tools
-    return _draft({"custom_id": line.get("id"), **line}, Dialect.SHAREGPT, fields)
+    return _draft({"custom_id": line.get("id"), **line}, fields)
 
 
 _READERS: Mapping[str, Callable[[dict[str, Any]], Draft]] = {
@@ -152,10 +140,9 @@ _READERS: Mapping[str, Callable[[dict[str, Any]], Draft]] = {
 }
 
 
-def _draft(line: Mapping[str, Any], dialect: Dialect, fields: Mapping[str, Any]) -> Draft:
+def _draft(line: Mapping[str, Any], fields: Mapping[str, Any]) -> Draft:
     """Return the draft of a portable line."""
     return Draft(
-        dialect=dialect,
         custom_id=_custom_id(line.get("custom_id")),
         provider=_name(line, "provider"),
         model=_name(line, "model"),
@@ -165,13 +152,12 @@ def _draft(line: Mapping[str, Any], dialect: Dialect, fields: Mapping[str, Any])
     )
 
 
-def _batch(line: Mapping[str, Any], key: str, dialect: Dialect, protocol: Protocol) -> Draft:
+def _batch(line: Mapping[str, Any], key: str, protocol: Protocol) -> Draft:
     """Return the draft of a line in a provider's own dialect."""
     body = line[key]
     if not isinstance(body, dict):
         raise LineError(f"{key} must be an object, not {_kind(body)}")
     return Draft(
-        dialect=dialect,
         custom_id=_custom_id(line.get("custom_id")),
         provider=None,
         model=_name(body, "model"),

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pipeline import formats, providers
 from pipeline.config import Config
 from pipeline.errors import LineError
-from pipeline.formats import Dialect
 from pipeline.types import Protocol
 
 USER = {"role": "user", "content": "hi"}
@@ -30,7 +29,6 @@ class Case:
 
     id: str
     line: dict[str, Any]
-    dialect: Dialect
     fields: dict[str, Any] = field(default_factory=lambda: {"messages": [USER]})
     custom_id: str | None = None
     provider: str | None = None
@@ -40,7 +38,7 @@ class Case:
 
 
 CASES = [
-    Case(id="bare messages", line={"messages": [USER]}, dialect=Dialect.NATIVE),
+    Case(id="bare messages", line={"messages": [USER]}),
     Case(
         id="native with everything",
         line={
@@ -51,7 +49,6 @@ CASES = [
             "top_k": 5,
             "metadata": {"a": 1},
         },
-        dialect=Dialect.NATIVE,
         fields={"model": "m", "messages": [USER], "top_k": 5},
         custom_id="q-1",
         provider="vllm",
@@ -61,20 +58,17 @@ CASES = [
     Case(
         id="native with the beginning of an answer",
         line={"custom_id": 7, "messages": [USER, ANSWER]},
-        dialect=Dialect.NATIVE,
         fields={"messages": [USER, ANSWER]},
         custom_id="7",
     ),
     Case(
         id="nulls are absent",
         line={"custom_id": None, "provider": None, "model": None, "metadata": None, "messages": [USER]},
-        dialect=Dialect.NATIVE,
         fields={"model": None, "messages": [USER]},
     ),
     Case(
         id="openai batch",
         line={**OPENAI_LINE, "metadata": "mine"},
-        dialect=Dialect.OPENAI_BATCH,
         fields=BODY,
         custom_id="a",
         model="gpt-4o",
@@ -84,7 +78,6 @@ CASES = [
     Case(
         id="anthropic batch",
         line={"custom_id": "b", "params": PARAMS},
-        dialect=Dialect.ANTHROPIC_BATCH,
         fields=PARAMS,
         custom_id="b",
         model="claude-haiku-5-5",
@@ -93,18 +86,15 @@ CASES = [
     Case(
         id="fine-tuning example: the closing answer is the label",
         line={"messages": [USER, {**ANSWER, "weight": 1}]},
-        dialect=Dialect.FINE_TUNING,
     ),
     Case(
         id="fine-tuning example: weights are no part of a message",
         line={"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER], "tools": []},
-        dialect=Dialect.FINE_TUNING,
         fields={"messages": [USER, ANSWER, USER], "tools": []},
     ),
     Case(
         id="sharegpt: the closing answer is the label",
         line={"id": "x_0", "conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]},
-        dialect=Dialect.SHAREGPT,
         fields={"messages": [{"role": "system", "content": "s"}, USER]},
         custom_id="x_0",
     ),
@@ -121,7 +111,6 @@ CASES = [
             "model": "m",
             "custom_id": "c",
         },
-        dialect=Dialect.SHAREGPT,
         fields={"model": "m", "system": "s", "messages": [USER, ANSWER, USER]},
         custom_id="c",
         model="m",
@@ -139,7 +128,6 @@ CASES = [
             "system": "",
             "tools": '[{"name":"f","parameters":{"type":"object"}}]',
         },
-        dialect=Dialect.SHAREGPT,
         fields={
             "messages": [
                 USER,
@@ -168,7 +156,6 @@ CASES = [
 def test_dialect_is_told_and_taken_apart(case: Case) -> None:
     """A line's keys tell its dialect; its parts get names, and what is sent on holds none of our own keys."""
     assert formats.parse(case.line) == formats.Draft(
-        dialect=case.dialect,
         custom_id=case.custom_id,
         provider=case.provider,
         model=case.model,
