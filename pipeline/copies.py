@@ -7,17 +7,13 @@ the id and place of the other line in it, no tokens and no cost, as nothing was 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from io import BufferedReader
 
-from pipeline import jsonl, results
-from pipeline.errors import LineError
+from pipeline import results
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.plan import Planner
 from pipeline.read import Line
 from pipeline.types import Request
-
-_MAX_LINE_BYTES = 1024 * 1024 * 1024
 
 
 class Originals:
@@ -28,11 +24,9 @@ class Originals:
 
     def read(self, file: BufferedReader, *, answered_only: bool) -> None:
         """Add what a results file holds."""
-        for line, _ in jsonl.lines(file, _MAX_LINE_BYTES):
-            with suppress(LineError):
-                record = results.decode(line)
-                if record.success or not answered_only:
-                    self.add(record.digest)
+        for _, _, record in results.read(file):
+            if record and (record.success or not answered_only):
+                self.add(record.digest)
 
     def add(self, digest: str) -> bool:
         """Add a request; return whether it is the first of its kind."""
@@ -63,14 +57,8 @@ def _look(file: BufferedReader, failed_in: str | None) -> tuple[FingerprintSet, 
     With `failed_in` only failures of this run count.
     """
     done, originals = FingerprintSet(), FingerprintMap()
-    offset = 0
-    for line, length in jsonl.lines(file, _MAX_LINE_BYTES):
-        here, offset = offset, offset + length + 1
-        try:
-            record = results.decode(line)
-        except LineError:
-            continue
-        if record.success or failed_in in (None, record.run):
+    for here, _, record in results.read(file):
+        if record and (record.success or failed_in in (None, record.run)):
             done.add(fingerprint(record.custom_id, record.digest))
             originals.put(fingerprint(record.digest), here)
     return done, originals

@@ -16,9 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, jsonl, money, providers, read, record, results
+from pipeline import config, money, providers, read, record, results
 from pipeline.config import Config, Limits
-from pipeline.errors import LineError, UsageError
+from pipeline.errors import UsageError
 from pipeline.ledger import Ledger
 from pipeline.limits import Allowance
 from pipeline.plan import Invalid, Planner
@@ -28,7 +28,6 @@ from pipeline.types import Request, Usage
 
 LIVE = "live"
 _LEARNED_FROM = 10_000  # answers to the same input: more would tell nothing new and fill the memory
-_MAX_RESULT_BYTES = 1024 * 1024 * 1024
 
 Model = tuple[str, str]
 """A provider and the name of a model, as lines ask for it."""
@@ -397,10 +396,8 @@ class _Earlier:
         earlier = cls()
         try:
             with path.open("rb") as file:
-                for line, _ in jsonl.lines(file, _MAX_RESULT_BYTES):
-                    try:
-                        found = results.decode(line)
-                    except LineError:
+                for _, _, found in results.read(file):
+                    if found is None:
                         continue
                     request = record.key(found.custom_id, found.digest)
                     earlier.done.add(request, success=found.success)

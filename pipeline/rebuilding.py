@@ -17,15 +17,14 @@ from typing import Any
 
 import orjson
 
-from pipeline import jsonl, results
+from pipeline import results
 from pipeline.accounts import Accounts
 from pipeline.disk import beside
-from pipeline.errors import LineError, UsageError
+from pipeline.errors import UsageError
 from pipeline.fingerprints import FingerprintSet, fingerprint
 from pipeline.ledger import Entry, Ledger, Run
 from pipeline.results import Record
 
-_MAX_LINE_BYTES = 1024 * 1024 * 1024
 _TIME = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 _RUN_ID = re.compile(r"run-(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)Z-", re.ASCII)
 
@@ -89,10 +88,8 @@ def _read(main: Path, found: dict[str, _Found], seen: FingerprintSet, *, may_be_
     damaged = 0
     for path in (main, *_set_aside(main)):
         count = 0
-        for line in _lines(path):
-            try:
-                record = results.decode(line)
-            except LineError:
+        for line, record in _lines(path):
+            if record is None:
                 damaged += 1
                 continue
             count += 1
@@ -111,10 +108,10 @@ def _set_aside(main: Path) -> list[Path]:
     return [superseded, *aside] if superseded.exists() else aside
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
     try:
         with path.open("rb") as file:
-            yield from (line for line, _ in jsonl.lines(file, _MAX_LINE_BYTES) if line.strip())
+            yield from ((line, record) for _, line, record in results.read(file) if line.strip())
     except OSError as exc:
         raise UsageError(f"cannot read {str(path)!r}: {exc.strerror}") from exc
 

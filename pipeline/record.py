@@ -24,8 +24,8 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import disk, index, journal, jsonl, results
-from pipeline.errors import LineError, StorageError, UsageError
+from pipeline import disk, index, journal, results
+from pipeline.errors import StorageError, UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.index import Index, Segment, Stretch
 from pipeline.journal import Journal, Sent
@@ -38,7 +38,6 @@ _GROUP_LINES = 64
 _GROUP_SECONDS = 0.005
 SIDE_FILES = (".usage.json", journal.SUFFIX, ".superseded.jsonl", ".torn", index.SUFFIX)
 _FIRST_LOOK_BYTES = 1024 * 1024
-_MAX_RESULT_BYTES = 1024 * 1024 * 1024
 
 
 def key(custom_id: str, digest: str) -> int:
@@ -161,15 +160,14 @@ class Recorder:
                 if requests and segment.run == run:
                     for request in requests.keys() & {*segment.answered, *segment.failed}:
                         self._journal.settle(run, *requests[request])
-            for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):
-                record = _decode_or_none(line)
+            for _, line, record in results.read(file):
                 request = 0
                 if record:
                     request = key(record.custom_id, record.digest)
                     done.add(request, success=record.success)
                     self._journal.settle(record.run, record.custom_id, record.digest)
                     totals.add(record)
-                elif length:
+                elif line:
                     done.damaged += 1
                 self._index.add(line + b"\n", request, record, record.run if record else None)
         self._index.flush()
@@ -377,11 +375,8 @@ class Recorder:
         is_answered = bytearray(len(positions))
         extra: list[int] = []
         leaving: list[int] = []
-        offset = 0
         with self._reading() as file:
-            for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):
-                here, offset = offset, offset + length + 1
-                record = _decode_or_none(line)
+            for here, line, record in results.read(file):
                 place = positions.get(key(record.custom_id, record.digest)) if record else None
                 if record and place is not None:
                     left = here
@@ -391,7 +386,7 @@ class Recorder:
                         leaving.append(left)
                 elif record and record.success and fingerprint(record.custom_id) not in ids:
                     extra.append(here)
-                elif length:
+                elif line:
                     leaving.append(here)
         kept = [offset for offset in newest if offset >= 0]
         return (kept + extra if ordered else sorted(kept + extra)), sorted(leaving)
@@ -413,13 +408,13 @@ def _refuse_foreign(fd: int, path: Path) -> None:
     Ours holds a result among its whole lines or, where a crash left less than one, what begins like one.
     """
     *whole, rest = os.pread(fd, _FIRST_LOOK_BYTES, 0).split(b"\n")
-    if not (any(_decode_or_none(line) for line in whole) if whole else _is_begun_result(rest.rstrip(b"\0"))):
+    if not (any(results.decode_or_none(line) for line in whole) if whole else _is_begun_result(rest.rstrip(b"\0"))):
         raise UsageError(f"{str(path)!r} exists and holds no results; choose another -o, or move it away")
 
 
 def _is_begun_result(fragment: bytes) -> bool:
     """Tell whether this may be what a crash left of a first line: a result, or less than a JSON text that is none."""
-    if _decode_or_none(fragment) is not None:
+    if results.decode_or_none(fragment) is not None:
         return True
     try:
         orjson.loads(fragment)
@@ -435,19 +430,12 @@ def _repair_tail(fd: int, torn: Path) -> None:
         return
     start = disk.last_line_start(fd, size)
     tail = os.pread(fd, size - start, start)
-    if _decode_or_none(tail) is not None:
+    if results.decode_or_none(tail) is not None:
         disk.write_all(fd, b"\n")
     else:
         disk.append_lines(torn, [tail.rstrip(b"\0") + b"\n"])
         os.ftruncate(fd, start)
     os.fsync(fd)
-
-
-def _decode_or_none(line: bytes) -> Record | None:
-    try:
-        return results.decode(line)
-    except LineError:
-        return None
 
 
 def _line_at(file: BinaryIO, offset: int) -> bytes:

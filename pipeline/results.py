@@ -8,9 +8,10 @@ API it is rewritten in that provider's terms, so that tools which read such file
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from io import BufferedReader
 from typing import Any
 
 import orjson
@@ -19,6 +20,7 @@ from pipeline import jsonl, money
 from pipeline.errors import LineError
 from pipeline.types import Attempt, Cost, Failure, OutputFormat, Reply, Request, Result, Usage, wasted
 
+MAX_LINE_BYTES = 1024 * 1024 * 1024
 BEGINNINGS = (b'{"custom_id":', b'{"id":"batch_req_')
 """How the lines of all dialects begin."""
 
@@ -106,6 +108,22 @@ def decode(line: bytes) -> Record:
         return _checked(_DECODERS[_dialect(value)](value))
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise LineError(f"not a result line: {exc}") from exc
+
+
+def decode_or_none(line: bytes) -> Record | None:
+    """Read a result line back; None when it is not one."""
+    try:
+        return decode(line)
+    except LineError:
+        return None
+
+
+def read(file: BufferedReader) -> Iterator[tuple[int, bytes, Record | None]]:
+    """Yield where each line begins, the line without its end, and what it says; None where it is no result."""
+    offset = file.tell()
+    for line, length in jsonl.lines(file, MAX_LINE_BYTES):
+        yield offset, line, decode_or_none(line)
+        offset += length + 1
 
 
 # ── encoding ──────────────────────────────────────────────────────────────────────────────────────────────────────

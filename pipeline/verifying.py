@@ -20,7 +20,6 @@ from pipeline.totals import Totals
 
 SHOWN = 20
 _LEDGER_SUMS = ("succeeded", "failed", "input_tokens", "output_tokens", "cost_nano", "wasted_nano")
-_MAX_LINE_BYTES = 1024 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -94,7 +93,7 @@ def _results(path: Path, report: Report, totals: Totals) -> FingerprintMap:
 def _lines(path: Path, report: Report) -> Iterator[tuple[int, bytes]]:
     size = path.stat().st_size
     with path.open("rb") as file:
-        for number, (line, length) in enumerate(jsonl.lines(file, _MAX_LINE_BYTES), start=1):
+        for number, (line, length) in enumerate(jsonl.lines(file, results.MAX_LINE_BYTES), start=1):
             if length:
                 yield number, line
         file.seek(max(0, size - 1))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -483,3 +484,20 @@ def test_a_failure_is_never_read_back_as_a_success(form: OutputFormat, status: i
     found = results.decode(results.encode(failed, form))
 
     assert (found.success, found.model) == (False, "claude-x")
+
+
+def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
+    """Each line comes with the place where it begins; what is no result says nothing and stops nobody."""
+    line = results.encode(success(), OutputFormat.NATIVE)
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n" + b"garbage\n" + line[:-1])
+
+    with (tmp_path / "a.jsonl").open("rb") as file:
+        found = list(results.read(file))
+
+    assert [(start, text) for start, text, _ in found] == [
+        (0, line[:-1]),
+        (len(line), b""),
+        (len(line) + 1, b"garbage"),
+        (len(line) + 9, line[:-1]),
+    ]
+    assert [record is not None for _, _, record in found] == [True, False, False, True]

@@ -133,9 +133,9 @@ SABOTEURS = (
     Saboteur(
         name="the disk is read with str.splitlines",
         file="record.py",
-        old="            for line, length in jsonl.lines(file, _MAX_RESULT_BYTES):\n                record = ",
+        old="            for _, line, record in results.read(file):\n                request = 0\n",
         new="            for text in file.read().decode(errors='replace').splitlines():\n"
-        "                line, length = text.encode(), len(text)\n                record = ",
+        "                line, record, request = text.encode(), results.decode_or_none(text.encode()), 0\n",
         test="tests/torture/test_damage.py::test_separators_inside_an_answer_end_no_line",
     ),
     Saboteur(
