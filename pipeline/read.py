@@ -130,7 +130,8 @@ def _batches_of(source: str, max_line_bytes: int, size_of: _SizeOf) -> Iterator[
                 if size := _cut(ahead, max_line_bytes, size_of):
                     batch = Batch(source=source, number=number, content=ahead.take(size))
                 else:
-                    data, length = next(jsonl.lines(ahead, max_line_bytes, max(_ENDLESS_BYTES, max_line_bytes)))
+                    endless = max(_ENDLESS_BYTES, max_line_bytes)
+                    data, length = next(jsonl.lines(ahead, max_line_bytes, endless), (b"", 0))  # damaged: nothing left
                     if ahead.damage:
                         break
                     problem = (

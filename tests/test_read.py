@@ -433,3 +433,14 @@ def test_lines_are_values() -> None:
     assert line == Line(source="a", number=1, data=b"x", problem=None)
     with pytest.raises(AttributeError):
         line.number = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kept", [12, 30, 60])
+def test_an_archive_that_is_cut_in_its_first_line_ends_with_a_problem(kept: int, file: Callable[[bytes], str]) -> None:
+    """Where not one line is whole, the first is the one that tells of the damage."""
+    archive = gzip.compress(b'{"messages":[{"role":"user","content":"' + os.urandom(500).hex().encode() + b'"}]}\n')
+
+    (line,) = read.lines(file(archive[:kept]), LIMIT)
+
+    assert line.number == 1
+    assert "cannot be read beyond this line" in (line.problem or "")
