@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ __all__ = ["creeping_clock"]
 
 # Else pytest-asyncio makes a loop of its own on Python < 3.12 and never closes it: a warning, so an error.
 asyncio.set_event_loop(None)
+
+# A shell that starts the tests in the background has them ignore these, and so would every run that they start.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 settings.register_profile("pipeline", deadline=None, database=None, max_examples=60)
 settings.load_profile("pipeline")

@@ -149,7 +149,7 @@ def test_ids_name_no_files(named: Outcome) -> None:
     """Nothing is written but the results and what belongs to them, wherever an id points."""
     files = sorted(path.name for path in named.folder.parents[1].rglob("*") if path.is_file())
 
-    assert files == ["in.jsonl", "out.attempts.jsonl", "out.jsonl", "out.usage.json"]
+    assert files == ["in.jsonl", "out.attempts.jsonl", "out.index", "out.jsonl", "out.usage.json"]
 
 
 @pytest.mark.parametrize("source", ["listed", "named"])
