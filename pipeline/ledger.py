@@ -307,7 +307,8 @@ def _create_privately(path: Path) -> None:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE))
         mode = path.lstat().st_mode
     except OSError as exc:
-        raise StorageError(f"the ledger {str(path)!r} cannot be made: {exc.strerror}") from exc
+        hint = "name a file that can be written: PIPELINE_LEDGER=FILE, or ledger in the configuration"
+        raise StorageError(f"the ledger {str(path)!r} cannot be made: {exc.strerror}", hint=hint) from exc
     if stat.S_ISLNK(mode):
         raise StorageError(f"the ledger {str(path)!r} is a symbolic link; name the file itself")
     if not stat.S_ISREG(mode):
