@@ -13,7 +13,7 @@ import orjson
 from pipeline import disk, jsonl, read, rebuilding, results
 from pipeline.config import Config
 from pipeline.errors import LineError, UsageError
-from pipeline.fingerprints import FingerprintMap, fingerprint
+from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.ledger import Ledger
 from pipeline.plan import Planner
 from pipeline.totals import Totals
@@ -72,8 +72,13 @@ def verify(path: Path, inputs: Sequence[str], settings: Config, *, ledger: Path 
 
 
 def _results(path: Path, report: Report, totals: Totals) -> FingerprintMap:
-    """Read every result line; return how many lines each id has."""
+    """Read every result line; return how many lines each id has.
+
+    An id stands once among the requests, but a line that could not be sent may bear any: it may well have been given
+    up because its id stands elsewhere. Such a line is told from others by its digest.
+    """
     ids = FingerprintMap()
+    seen = FingerprintSet()
     for number, line in _lines(path, report):
         try:
             record = results.decode(line)
@@ -83,9 +88,8 @@ def _results(path: Path, report: Report, totals: Totals) -> FingerprintMap:
         report.results += 1
         totals.add(record)
         mark = fingerprint(record.custom_id)
-        count = (ids.get(mark) or 0) + 1
-        ids.put(mark, count)
-        if count == 2:
+        ids.put(mark, (ids.get(mark) or 0) + 1)
+        if not seen.add(fingerprint(record.custom_id, record.digest) if record.is_invalid else mark):
             report.add("twice", f"{path}:{number}: {record.custom_id!r} has a result before; a finished run keeps one")
     return ids
 

@@ -22,17 +22,22 @@ QUESTIONS = [
     {"custom_id": f"q-{n}", "model": "gpt-6-luna", "messages": [{"role": "user", "content": f"question {n}"}]}
     for n in range(10)
 ] + [{"custom_id": "bad", "model": "gpt-6-luna", "messages": []}]
+TWICE = [QUESTIONS[0], *QUESTIONS, QUESTIONS[0], QUESTIONS[-1]]  # an id three times, an unusable line twice
 
 
-@pytest.fixture
-async def folder(tmp_path: Path) -> Path:
+async def finish(tmp_path: Path, questions: list[dict[str, Any]]) -> Path:
     """A finished job: in.jsonl, out.jsonl, out.usage.json."""
     source = tmp_path / "in.jsonl"
-    source.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in QUESTIONS))
+    source.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in questions))
     with serving(Options()) as server:
         settings = configuration.simulated(Config(), server.url)
         await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=settings)
     return tmp_path
+
+
+@pytest.fixture
+async def folder(tmp_path: Path) -> Path:
+    return await finish(tmp_path, QUESTIONS)
 
 
 def look(folder: Path) -> Report:
@@ -50,6 +55,31 @@ async def test_a_finished_job_is_proven(folder: Path) -> None:
 
     assert (report.exit_code, report.results, report.inputs) == (0, 11, 11)
     assert (report.shown, report.notes) == ([], [])
+
+
+async def test_a_job_whose_input_gives_an_id_twice_is_proven(tmp_path: Path) -> None:
+    """The first line of an id is answered, the others have an error each: no line is left out, none is there twice."""
+    report = look(await finish(tmp_path, TWICE))
+
+    assert (report.exit_code, report.results, report.inputs) == (0, 14, 14)
+    assert (report.shown, report.notes) == ([], [])
+
+
+@pytest.mark.parametrize("failed", [False, True])
+async def test_each_line_of_an_id_given_twice_stands_once(tmp_path: Path, failed: bool) -> None:
+    """Neither the answer nor the error of one of its lines may be repeated."""
+    folder = await finish(tmp_path, TWICE)
+
+    def repeat(lines: list[bytes]) -> list[bytes]:
+        results = [orjson.loads(line) for line in lines]
+        chosen = (n for n, it in enumerate(results) if it["custom_id"] == "q-0" and ("error" in it) == failed)
+        return [*lines, lines[next(chosen)]]
+
+    change_lines(folder, "out.jsonl", repeat)
+    report = look(folder)
+
+    assert set(report.problems) == {"twice", "totals"}
+    assert report.problems["twice"] == 1
 
 
 @pytest.mark.parametrize(
