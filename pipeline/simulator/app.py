@@ -8,9 +8,13 @@ from starlette.routing import Route
 
 from pipeline.simulator import anthropic, openai
 from pipeline.simulator.anthropic import AnthropicLimits
+from pipeline.simulator.anthropic.batches import AnthropicBatches
 from pipeline.simulator.completions import Completions
 from pipeline.simulator.connection import read_body
+from pipeline.simulator.faults import Operation
 from pipeline.simulator.openai import OpenAILimits
+from pipeline.simulator.openai.batches import OpenAIBatches
+from pipeline.simulator.operations import Act, Endpoint
 from pipeline.simulator.options import Options
 from pipeline.simulator.refusals import Refused, authenticate, decode, refusal
 from pipeline.simulator.state import State
@@ -32,6 +36,7 @@ def build_app(options: Options) -> Starlette:
             Route("/openai/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/messages/count_tokens", _count_tokens, methods=["POST"]),
             Route("/anthropic/v1/messages/count_tokens", _count_tokens, methods=["POST"]),
+            *_batch_routes(state),
             Route("/v1/models", _models),
             Route("/anthropic/v1/models", _models),
             Route("/openai/v1/models", _models),
@@ -44,6 +49,33 @@ def build_app(options: Options) -> Starlette:
     app.router.redirect_slashes = False
     app.state.simulator = state
     return app
+
+
+def _batch_routes(state: State) -> list[Route]:
+    """Make the routes of both providers' batches; each is there with the provider's prefix and without."""
+    claude, gpt = AnthropicBatches(state), OpenAIBatches(state)
+    rows: list[tuple[Provider, str, str, Act, Operation | None]] = [
+        (anthropic, "POST", "/v1/messages/batches", claude.create, "create"),
+        (anthropic, "GET", "/v1/messages/batches", claude.list, "list"),
+        (anthropic, "GET", "/v1/messages/batches/{id}", claude.poll, "poll"),
+        (anthropic, "DELETE", "/v1/messages/batches/{id}", claude.delete, None),
+        (anthropic, "GET", "/v1/messages/batches/{id}/results", claude.results, "results"),
+        (anthropic, "POST", "/v1/messages/batches/{id}/cancel", claude.cancel, "cancel"),
+        (openai, "POST", "/v1/files", gpt.files.upload, "upload"),
+        (openai, "GET", "/v1/files", gpt.files.list, None),
+        (openai, "GET", "/v1/files/{id}", gpt.files.get, None),
+        (openai, "DELETE", "/v1/files/{id}", gpt.files.delete, None),
+        (openai, "GET", "/v1/files/{id}/content", gpt.files.content, "results"),
+        (openai, "POST", "/v1/batches", gpt.create, "create"),
+        (openai, "GET", "/v1/batches", gpt.list, "list"),
+        (openai, "GET", "/v1/batches/{id}", gpt.poll, "poll"),
+        (openai, "POST", "/v1/batches/{id}/cancel", gpt.cancel, "cancel"),
+    ]
+    return [
+        Route(prefix + path, Endpoint(provider, state, act, operation), methods=[method])
+        for provider, method, path, act, operation in rows
+        for prefix in ("", "/anthropic" if provider is anthropic else "/openai")
+    ]
 
 
 def _state(request: Request) -> State:
@@ -97,8 +129,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _statistics(request: Request) -> Response:
+    await _state(request).advance()
     return JSONResponse(_state(request).statistics.snapshot())
 
 
 async def _journal(request: Request) -> Response:
+    await _state(request).advance()
     return Response(_state(request).statistics.journal(), media_type="application/x-ndjson")

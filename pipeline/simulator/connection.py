@@ -1,6 +1,7 @@
 """Bytes in and out: reads a request's body, sends a reply, and ends the connection as the reply says."""
 
 from collections.abc import Callable
+from contextlib import aclosing
 
 import anyio
 from starlette.types import Receive, Scope, Send
@@ -30,10 +31,10 @@ async def deliver(reply: Reply, scope: Scope, receive: Receive, send: Send) -> N
     """Send a reply, or do not, as its ending says."""
     match reply.ending:
         case Ending.COMPLETE:
-            await _send(reply, reply.body, send)
+            await _send(reply, reply.size, send)
         case Ending.CUT:
             # A server closes the connection of an application that returns before its last body part.
-            await _send(reply, reply.body[: len(reply.body) // 2], send, more=True)
+            await _send(reply, int(reply.size * reply.kept), send)
         case Ending.SILENT:
             with anyio.move_on_after(_SILENCE_SECONDS):
                 await _gone(receive)
@@ -43,14 +44,26 @@ async def deliver(reply: Reply, scope: Scope, receive: Receive, send: Send) -> N
             await _reset(scope, receive)
 
 
-async def _send(reply: Reply, body: bytes, send: Send, *, more: bool = False) -> None:
+async def _send(reply: Reply, kept: int, send: Send) -> None:
+    """Promise the whole body and send the first `kept` bytes of it."""
     headers = [
         (b"content-type", reply.content_type),
-        (b"content-length", b"%d" % len(reply.body)),
+        (b"content-length", b"%d" % reply.size),
         *reply.headers,
     ]
+    is_whole = reply.ending is Ending.COMPLETE
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+    if reply.content is None:
+        await send({"type": "http.response.body", "body": reply.body[:kept], "more_body": not is_whole})
+        return
+    async with aclosing(reply.content.pieces()) as pieces:
+        async for piece in pieces:
+            await send({"type": "http.response.body", "body": piece[:kept], "more_body": True})
+            kept -= len(piece)
+            if kept <= 0:
+                break
+    if is_whole:
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _gone(receive: Receive) -> None:

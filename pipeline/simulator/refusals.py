@@ -39,6 +39,17 @@ def decode(provider: Provider, raw: bytes | None, check: Callable[[object], Prob
     return checked
 
 
+def decode_object(unreadable: Problem, raw: bytes) -> Body:
+    """Return the JSON object in a body, or raise `Refused`."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as exc:
+        raise Refused(unreadable) from exc
+    if not isinstance(body, dict):
+        raise Refused(unreadable)
+    return body
+
+
 def refusal(provider: Provider, refused: Refused, request_id: str, options: Options) -> Reply:
     """Encode a refusal as the provider does."""
     problem = refused.problem

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from pipeline.simulator.app import build_app
 from pipeline.simulator.connection import ABORT_EXTENSION
 from pipeline.simulator.options import Options
-from pipeline.simulator.statistics import Statistics
+from pipeline.simulator.state import State
 
 _BACKLOG = 4_096
 _KEEP_ALIVE_SECONDS = 300  # longer than any client keeps an idle connection
@@ -29,11 +29,12 @@ class Server:
     """A running simulator. `url` has no path: `http://127.0.0.1:43021`."""
 
     url: str
-    _statistics: Statistics = field(repr=False)
+    _state: State = field(repr=False)
 
     def statistics(self) -> dict[str, Any]:
         """Return what `GET /simulator/statistics` returns."""
-        return self._statistics.snapshot()
+        self._state.advance_from_thread()
+        return self._state.statistics.snapshot()
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def serving(options: Options, host: str = "127.0.0.1", port: int = 0) -> Iterato
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="simulator", daemon=True)
     thread.start()
     try:
-        yield Server(_url(listener), app.state.simulator.statistics)
+        yield Server(_url(listener), app.state.simulator)
     finally:
         server.should_exit = server.force_exit = True
         thread.join(_JOIN_SECONDS)

@@ -1,15 +1,21 @@
 """What one running simulator remembers."""
 
+import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from itertools import count
 
 import anyio
 
+from pipeline.simulator.faults import BatchFault, Operation, parse_batch_fault
 from pipeline.simulator.options import Options
 from pipeline.simulator.statistics import Statistics
 from pipeline.simulator.types import Limits
+
+_ADVANCE_SECONDS = 60  # longer than the largest batches take; a loop that ends meanwhile might never answer
 
 
 class State:
@@ -22,6 +28,12 @@ class State:
         self._attempts: Counter[int] = Counter()
         self._serials = count(1)
         self._wall_offset: float | None = None
+        self._batch_faults = {
+            operation: deque(parse_batch_fault(operation, kind) for kind in kinds)
+            for operation, kinds in options.batch_faults.items()
+        }
+        self._advances: list[Callable[[], Awaitable[None]]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def serial(self) -> int:
         """Return a number that no other response has."""
@@ -54,3 +66,26 @@ class State:
         if self._wall_offset is None:
             self._wall_offset = time.time() - anyio.current_time()
         return now + self._wall_offset
+
+    def batch_fault(self, operation: Operation) -> BatchFault:
+        """Count a call of an operation on batches, and return what happens to it."""
+        self._loop = asyncio.get_running_loop()
+        self.statistics.batches.calls[operation] += 1
+        faults = self._batch_faults.get(operation)
+        return faults.popleft() if faults else BatchFault(kind="ok")
+
+    def watch(self, advance: Callable[[], Awaitable[None]]) -> None:
+        """Have `advance` called, on the event loop, before anybody reads the statistics."""
+        self._advances.append(advance)
+
+    async def advance(self) -> None:
+        """Bring all batches up to date, as nothing happens to them unless somebody looks."""
+        for advance in self._advances:
+            await advance()
+
+    def advance_from_thread(self) -> None:
+        """Do so from a thread other than the event loop's; nothing happens after the loop's end."""
+        if self._loop is None or self._loop.is_closed():
+            return
+        with suppress(CancelledError):  # the server ended meanwhile
+            asyncio.run_coroutine_threadsafe(self.advance(), self._loop).result(_ADVANCE_SECONDS)

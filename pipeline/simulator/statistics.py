@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from pipeline.simulator.answers import token_of
+from pipeline.simulator.faults import OPERATIONS
 from pipeline.simulator.types import Ending, Prompt, Reply, Usage
 
 _JOURNAL_LENGTH = 1_000_000
@@ -22,11 +23,68 @@ class _Totals:
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
 
+    def add(self, usage: Usage) -> None:
+        """Add one request."""
+        self.requests += 1
+        self.input_tokens += usage.input_tokens
+        self.output_tokens += usage.output_tokens
+        self.cache_read_tokens += usage.cache_read_tokens
+        self.cache_write_tokens += usage.cache_write_tokens
+        self.reasoning_tokens += usage.reasoning_tokens
+
+
+class BatchCounts:
+    """Counters of batches; the requests answered in them are among the totals of all requests, too.
+
+    A batch that failed validation is created but has no requests. `expired` and `cancelled` are requests.
+    """
+
+    def __init__(self) -> None:
+        self.uploads = 0
+        self.requests = 0
+        self.answered = 0
+        self.errored = 0
+        self.calls: Counter[str] = Counter()
+        self._created: Counter[str] = Counter()
+        self._left: Counter[str] = Counter()
+        self._by_model: dict[str, _Totals] = {}
+
+    def count_created(self, provider: str, requests: int) -> None:
+        """Count a batch with so many requests."""
+        self._created[provider] += 1
+        self.requests += requests
+
+    def count_answer(self, model: str, usage: Usage) -> None:
+        """Count a request that was answered in a batch."""
+        self.answered += 1
+        self._by_model.setdefault(model, _Totals()).add(usage)
+
+    def count_left(self, outcome: str, requests: int) -> None:
+        """Count requests that were never answered: `expired` or `cancelled`."""
+        self._left[outcome] += requests
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return all counters as JSON-ready values."""
+        created = dict(self._created)
+        return {
+            "created": sum(created.values()),
+            "created_by_provider": created,
+            "uploads": self.uploads,
+            "requests": self.requests,
+            "answered": self.answered,
+            "errored": self.errored,
+            "expired": self._left["expired"],
+            "cancelled": self._left["cancelled"],
+            "by_model": {model: asdict(totals) for model, totals in list(self._by_model.items())},
+            "calls": {operation: self.calls[operation] for operation in OPERATIONS},
+        }
+
 
 class Statistics:
     """Counters that grow with the requests; only a digest of 8 bytes is kept of each answered body."""
 
     def __init__(self, *, journal: bool) -> None:
+        self.batches = BatchCounts()
         self._received = 0
         self._rejected = 0
         self._answered = 0
@@ -68,13 +126,7 @@ class Statistics:
         """Count a request that got its whole answer, and so is paid for."""
         self._answered += 1
         self._paid.add(int.from_bytes(digest[:8]))
-        totals = self._by_model.setdefault(prompt.model, _Totals())
-        totals.requests += 1
-        totals.input_tokens += usage.input_tokens
-        totals.output_tokens += usage.output_tokens
-        totals.cache_read_tokens += usage.cache_read_tokens
-        totals.cache_write_tokens += usage.cache_write_tokens
-        totals.reasoning_tokens += usage.reasoning_tokens
+        self._by_model.setdefault(prompt.model, _Totals()).add(usage)
         if self._journal is not None:
             self._journal.append(_entry(key, prompt, digest, usage))
 
@@ -83,7 +135,7 @@ class Statistics:
 
         `rejected` are those the rate limits refused, `faults` those a fault struck; `answered` got their
         whole answer. Of these, `unique_paid` had different bodies and `duplicates_paid` repeated one already
-        answered.
+        answered. Calls for batches are counted only in `batches`.
         """
         return {
             "received": self._received,
@@ -96,6 +148,7 @@ class Statistics:
             "max_in_flight": self._max_in_flight,
             "unique_paid": len(self._paid),
             "duplicates_paid": self._answered - len(self._paid),
+            "batches": self.batches.snapshot(),
         }
 
     def journal(self) -> bytes:

@@ -1,6 +1,6 @@
 """The values that pass between the two protocols and what they share, and the shape both protocols have."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Protocol
@@ -99,15 +99,36 @@ class Ending(Enum):
     CUT = "cut"
 
 
+class Content(Protocol):
+    """A body that is made while it is sent."""
+
+    @property
+    def size(self) -> int:
+        """The bytes that all pieces have together."""
+
+    def pieces(self) -> AsyncGenerator[bytes, None]:
+        """Yield the body piece by piece."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """An HTTP response, and how its connection ends."""
+    """An HTTP response, and how its connection ends.
+
+    `content`, if there is one, stands for `body`. `kept` is the share that is sent of a reply that is cut.
+    """
 
     status: int
-    body: bytes
+    body: bytes = b""
+    content: Content | None = None
     headers: Headers = ()
     content_type: bytes = b"application/json"
     ending: Ending = Ending.COMPLETE
+    kept: float = 0.5
+
+    @property
+    def size(self) -> int:
+        """The `content-length`."""
+        return len(self.body) if self.content is None else self.content.size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

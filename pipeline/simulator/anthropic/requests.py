@@ -37,7 +37,7 @@ def check(headers: HeaderMap, body: object) -> Problem | None:
     if not isinstance(body, dict):
         return invalid("Input should be a valid dictionary or object to extract fields from")
     return (
-        _check_version(headers)
+        check_version(headers)
         or _check_model(body)
         or _check_max_tokens(body)
         or _check_sampling(headers, body)
@@ -52,10 +52,11 @@ def check_count(headers: HeaderMap, body: object) -> Problem | None:
     """Find the first thing wrong with a request to count tokens, which has no `max_tokens`."""
     if not isinstance(body, dict):
         return invalid("Input should be a valid dictionary or object to extract fields from")
-    return _check_version(headers) or _check_model(body) or _check_messages(body) or _check_tools(body)
+    return check_version(headers) or _check_model(body) or _check_messages(body) or _check_tools(body)
 
 
-def _check_version(headers: HeaderMap) -> Problem | None:
+def check_version(headers: HeaderMap) -> Problem | None:
+    """Find what is wrong with the version header, which every request must have."""
     version = headers.get(b"anthropic-version")
     if version is None:
         return invalid("anthropic-version: header is required")

@@ -9,9 +9,14 @@ _MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-h
 
 
 def answer_body(body: Body, prompt: Prompt, completion: Completion, identity: Identity) -> bytes:
-    """Encode a message, with the one answer that this API gives."""
+    """Encode a message."""
+    return orjson.dumps(message(prompt, completion, identity, "standard"))
+
+
+def message(prompt: Prompt, completion: Completion, identity: Identity, tier: str) -> dict[str, object]:
+    """Return a message, with the one answer that this API gives; `tier` is how it is billed."""
     answer = completion.answers[0]
-    message = {
+    return {
         "id": f"msg_{identity.id}",
         "type": "message",
         "role": "assistant",
@@ -22,9 +27,8 @@ def answer_body(body: Body, prompt: Prompt, completion: Completion, identity: Id
         "stop_details": _stop_details(answer),
         "container": None,
         "diagnostics": None,
-        "usage": _usage(completion.usage),
+        "usage": {**_usage(completion.usage), "service_tier": tier},
     }
-    return orjson.dumps(message)
 
 
 def _content(answer: Answer, identity: Identity) -> list[dict[str, object]]:
@@ -61,7 +65,6 @@ def _usage(usage: Usage) -> dict[str, object]:
         "output_tokens": usage.output_tokens,
         "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         "server_tool_use": None,
-        "service_tier": "standard",
     }
 
 

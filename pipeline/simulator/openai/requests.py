@@ -49,10 +49,15 @@ def _check_model(body: Body) -> Problem | None:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         return invalid("you must provide a model parameter")
-    if _GONE.match(model):
+    if is_gone(model):
         message = f"The model `{model}` does not exist or you do not have access to it."
         return invalid(message, code="model_not_found", status=404)
     return None
+
+
+def is_gone(model: str) -> bool:
+    """Say whether there is no such model, or no longer."""
+    return _GONE.match(model) is not None
 
 
 def _check_messages(body: Body) -> Problem | None:

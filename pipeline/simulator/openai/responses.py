@@ -18,19 +18,23 @@ _TIERS = ("flex", "priority", "scale")
 
 
 def answer_body(body: Body, prompt: Prompt, completion: Completion, identity: Identity) -> bytes:
-    """Encode a completion; the model named is the snapshot that a bare name stands for."""
+    """Encode a completion."""
     tier = body.get("service_tier")
-    encoded = {
+    return orjson.dumps(chat_completion(prompt, completion, identity, tier if tier in _TIERS else "default"))
+
+
+def chat_completion(prompt: Prompt, completion: Completion, identity: Identity, tier: str) -> dict[str, object]:
+    """Return a completion; the model named is the snapshot that a bare name stands for."""
+    return {
         "id": f"chatcmpl-{identity.id}",
         "object": "chat.completion",
         "created": identity.created,
         "model": _SNAPSHOTS.get(prompt.model, prompt.model),
         "choices": [_choice(index, answer, identity) for index, answer in enumerate(completion.answers)],
         "usage": _usage(completion.usage),
-        "service_tier": tier if tier in _TIERS else "default",
+        "service_tier": tier,
         "system_fingerprint": "fp_simulator",
     }
-    return orjson.dumps(encoded)
 
 
 def _choice(index: int, answer: Answer, identity: Identity) -> dict[str, object]:
