@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator, Sequence
 
 from anyio.lowlevel import checkpoint
 
-from pipeline.simulator.batches import AT_ONCE, Batch, Item, Store
+from pipeline.simulator.batches import Batch, Item
+from pipeline.simulator.store import AT_ONCE, Store
 
 _PIECE_BYTES = 65_536
 

@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.simulator import Options, build_app
 
+from .batching import Batching
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wire:
@@ -83,3 +85,21 @@ def connect() -> Connect:
         return httpx.AsyncClient(transport=transport, base_url="http://simulator")
 
     return client
+
+
+@pytest.fixture
+def batching(wire: Wire) -> Batching:
+    """Each provider's batches in turn."""
+    return Batching(wire=wire)
+
+
+@pytest.fixture
+def openai_batching() -> Batching:
+    """OpenAI's batches."""
+    return Batching(wire=_OPENAI)
+
+
+@pytest.fixture
+def anthropic_batching() -> Batching:
+    """Anthropic's batches."""
+    return Batching(wire=_ANTHROPIC)

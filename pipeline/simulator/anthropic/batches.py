@@ -10,11 +10,12 @@ from anyio.lowlevel import checkpoint
 from pipeline.simulator.anthropic import lines
 from pipeline.simulator.anthropic.errors import UNREADABLE, invalid, problem
 from pipeline.simulator.anthropic.requests import check_version
-from pipeline.simulator.batches import Batch, Item, Outcome, Phase, Store
+from pipeline.simulator.batches import Batch, Item, Outcome, Phase
 from pipeline.simulator.operations import Call, json_reply, page_limit
 from pipeline.simulator.refusals import Refused, decode_object
 from pipeline.simulator.results import Results
 from pipeline.simulator.state import State
+from pipeline.simulator.store import Store
 from pipeline.simulator.types import Problem, Reply
 
 _MAX_REQUESTS = 100_000

@@ -5,7 +5,7 @@ from typing import Any
 
 from anyio.lowlevel import checkpoint
 
-from pipeline.simulator.batches import AT_ONCE, Batch, Item, Outcome, Phase, Store
+from pipeline.simulator.batches import Batch, Item, Outcome, Phase
 from pipeline.simulator.openai import lines
 from pipeline.simulator.openai.errors import UNREADABLE, invalid
 from pipeline.simulator.openai.files import Files
@@ -13,6 +13,7 @@ from pipeline.simulator.openai.validation import ENDPOINTS, Error, Validated, er
 from pipeline.simulator.operations import Call, json_reply, page_limit
 from pipeline.simulator.refusals import Refused, decode_object
 from pipeline.simulator.state import State
+from pipeline.simulator.store import AT_ONCE, Store
 from pipeline.simulator.types import Body, Problem, Reply
 
 _MAX_REQUESTS = 50_000

@@ -7,12 +7,13 @@ import anyio
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from pipeline.simulator.batches import Batch, Outcome, Store
+from pipeline.simulator.batches import Batch, Outcome
 from pipeline.simulator.openai.errors import invalid
 from pipeline.simulator.operations import Call, json_reply
 from pipeline.simulator.refusals import Refused
 from pipeline.simulator.results import Results
 from pipeline.simulator.state import State
+from pipeline.simulator.store import Store
 from pipeline.simulator.types import Problem, Reply
 
 _MAX_BYTES = 200 * 1024 * 1024
@@ -51,6 +52,23 @@ class _InMemory(MultiPartParser):
     """Starlette's parser, without files on a disk and the threads that write them."""
 
     spool_max_size = 0
+
+
+async def _read_form(call: Call) -> tuple[str, bytes]:
+    """Return the name and the bytes of the file in a form."""
+    try:
+        form = await _InMemory(call.request.headers, call.request.stream()).parse()
+    except (MultiPartException, KeyError) as exc:
+        raise Refused(invalid("Could not parse multipart form data.")) from exc
+    try:
+        purpose, sent = form.get("purpose"), form.get("file")
+        if purpose != "batch":
+            raise Refused(invalid(f"'{purpose}' is not one of ['batch'] - 'purpose'", param="purpose"))
+        if not isinstance(sent, UploadFile):
+            raise Refused(invalid("'file' is a required property", param="file"))
+        return sent.filename or "", await sent.read()
+    finally:
+        await form.close()
 
 
 class Files:
@@ -100,24 +118,13 @@ class Files:
         if int(call.headers.get(b"content-length", b"0")) > limit + _FORM_BYTES:
             await call.body(0)
             raise Refused(_too_large(limit))
-        try:
-            form = await _InMemory(call.request.headers, call.request.stream()).parse()
-        except (MultiPartException, KeyError) as exc:
-            raise Refused(invalid("Could not parse multipart form data.")) from exc
-        purpose, sent = form.get("purpose"), form.get("file")
-        if purpose != "batch":
-            message = f"'{purpose}' is not one of ['batch'] - 'purpose'"
-            raise Refused(invalid(message, param="purpose"))
-        if not isinstance(sent, UploadFile):
-            raise Refused(invalid("'file' is a required property", param="file"))
-        raw = await sent.read()
-        await sent.close()
+        name, raw = await _read_form(call)
         if len(raw) > limit:
             raise Refused(_too_large(limit))
         file = File(
             id=f"file-{self._state.serial():022x}",
             key=call.key,
-            name=sent.filename or "",
+            name=name,
             purpose="batch",
             created=anyio.current_time(),
             raw=raw,
