@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 import orjson
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Requests = Sequence[tuple[str, Mapping[str, Any]]]
 """What is in a batch: `custom_id` and body of each request."""
 
-ENDPOINT = "/v1/chat/completions"
+ENDPOINT: Final = "/v1/chat/completions"
 
 
 def jsonl(lines: Iterable[object]) -> bytes:
