@@ -1,4 +1,4 @@
-"""The ledger -> costs by time, model, provider, tag or run, as table, JSON, CSV, page or metrics.
+"""The ledger -> costs by time, model, provider, lane, tag or run, as table, JSON, CSV, page or metrics.
 
 `costs` sums, one module for each form writes, and all of them are pure; here the ledger is read and files are written.
 """

@@ -1,4 +1,4 @@
-"""Entries of the ledger -> rows of a report: summed by time, model, provider, tag or run. Pure.
+"""Entries of the ledger -> rows of a report: summed by time, model, provider, lane, tag or run. Pure.
 
 Two rules hold in every row. Cost is all that was billed: what the answers cost, and the calls whose answer could not be
 used (`wasted_nano` is that part of it). And what nobody knows the price of is unknown, not free: a row of which
@@ -22,7 +22,7 @@ Entries = Mapping[str, Sequence[Entry]]  # by run id
 Key = TypeVar("Key", bound=Hashable)
 
 TIMES = ("day", "week", "month")
-_NAMES = (*TIMES, "model", "provider", "run")
+_NAMES = (*TIMES, "model", "provider", "lane", "run")
 UNTAGGED = "(none)"
 _COUNTS = tuple(each.name for each in fields(Entry) if each.name not in ("day", "provider", "model", "lane"))
 _LAST_DAYS = re.compile(r"(\d{1,6})d")
@@ -133,7 +133,7 @@ def grouped(entries: Entries, runs: Mapping[str, Run], key: Callable[[Run, Entry
 
 
 def costs(entries: Entries, runs: Mapping[str, Run], *, by: str, earlier: Entries | None = None) -> tuple[Row, ...]:
-    """Return one row for each day, week, month, model, provider, tag or run.
+    """Return one row for each day, week, month, model, provider, lane, tag or run.
 
     Times and runs come in their order, everything else with the largest cost first. `earlier` are entries from before
     the reported period, to compare with; None: there is nothing before.
@@ -186,6 +186,7 @@ def key_of(by: str) -> Callable[[Run, Entry], str]:
     return {
         "model": lambda run, entry: f"{entry.provider}/{entry.model}",
         "provider": lambda run, entry: entry.provider,
+        "lane": lambda run, entry: entry.lane,
         "run": lambda run, entry: run.run_id,
     }[by]
 
