@@ -13,7 +13,9 @@ What a cancelled request costs here: it goes on inside until its own deadline. N
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -25,17 +27,29 @@ import httpx
 from pyreqwest import exceptions as reqwest
 from pyreqwest.client import Client as ReqwestClient
 from pyreqwest.client import ClientBuilder
+from pyreqwest.request import StreamRequest
 from pyreqwest.response import Response as ReqwestResponse
 
 from pipeline.config import Sending
 from pipeline.errors import Reach, TransportError, UsageError
-from pipeline.types import Answer
+from pipeline.types import Answer, Call
 
 _PING_SECONDS = 10.0
+_SLOWEST_BYTES_PER_SECOND = 100_000
+_LONGEST_DOWNLOAD = 6 * 3600.0  # seconds; what stands still ends much earlier
+_DEADLINE = "pipeline.deadline"
 
 Headers = Sequence[tuple[str, str]]
 Exchange = Callable[[str, str, Headers, bytes], Awaitable[Answer]]
 """Method, address, headers and body go out; the whole answer comes back, or an error of httpx."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What a call carries that is too large to hold: so many bytes; `blocks` yields them anew at every call."""
+
+    size: int
+    blocks: Callable[[], AsyncIterator[bytes]]
 
 
 class Post(Protocol):
@@ -51,6 +65,7 @@ class Client:
     """
 
     def __init__(self, settings: Sending, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._settings = settings
         self._transport = transport or ReqwestTransport(settings)
 
     def post_to(self, url: str, headers: Headers) -> Post:
@@ -69,6 +84,71 @@ class Client:
                 raise _translate(exc) from exc
 
         return post
+
+    async def call(self, call: Call, content: Content | None = None) -> Answer:
+        """Make a call of a batch API; `content` is the chunk that it carries. Raises `TransportError`.
+
+        What is large has longer than one attempt of a request: 100 kB/s are enough.
+        """
+        seconds = self._settings.timeout + (content.size / _SLOWEST_BYTES_PER_SECOND if content else 0)
+        try:
+            async with self._opened(call, content, seconds) as response:
+                return Answer(
+                    status=response.status_code,
+                    headers=dict(response.headers.items()),
+                    body=await self._whole(response),
+                )
+        except httpx.HTTPError as exc:
+            raise _translate(exc) from exc
+
+    async def download(self, call: Call, write: Callable[[int, bytes], Awaitable[None]], start: int = 0) -> Answer:
+        """Give the body of a 200 or 206 to `write` piece by piece, with where it begins; return the answer without it.
+
+        `start` asks for what comes from there on. Whatever else is answered is returned with its body.
+        """
+        headers = [*call.headers, *([("range", f"bytes={start}-")] if start else [])]
+        try:
+            async with self._opened(replace(call, headers=headers), None, _LONGEST_DOWNLOAD) as response:
+                answer = Answer(status=response.status_code, headers=dict(response.headers.items()))
+                if response.status_code not in (200, 206):
+                    return replace(answer, body=await self._whole(response))
+                place = start if response.status_code == 206 else 0
+                pieces = response.aiter_raw()
+                while (piece := await self._next(pieces)) is not None:
+                    await write(place, piece)
+                    place += len(piece)
+                return answer
+        except httpx.HTTPError as exc:
+            raise _translate(exc) from exc
+
+    @asynccontextmanager
+    async def _opened(self, call: Call, content: Content | None, seconds: float) -> AsyncIterator[httpx.Response]:
+        """Send a call that may take so long; yield the response, whose body is still to be read."""
+        tail = call.tail or b""
+        size = len(call.body) + (content.size if content else 0) + len(tail)
+        headers = [*call.headers, ("accept-encoding", "identity"), ("content-length", str(size))]
+        body = _joined(call.body, content, tail) if content else call.body
+        request = httpx.Request(call.method, call.url, headers=headers, content=body)
+        request.extensions[_DEADLINE] = seconds
+        response = await self._transport.handle_async_request(request)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _next(self, pieces: AsyncIterator[bytes]) -> bytes | None:
+        """Return the next piece of a body, None at its end; a body that stands still is broken."""
+        with anyio.move_on_after(self._settings.timeout):
+            return await anext(pieces, None)
+        raise httpx.ReadTimeout("the body stands still")
+
+    async def _whole(self, response: httpx.Response) -> bytes:
+        body = bytearray()
+        async for piece in response.aiter_raw():
+            body += piece
+            if len(body) > self._settings.max_response_bytes:
+                raise httpx.DecodingError(f"answer larger than {self._settings.max_response_bytes:,} bytes")
+        return bytes(body)
 
     @staticmethod
     def _exchange_of(transport: httpx.AsyncBaseTransport) -> Exchange:
@@ -93,6 +173,13 @@ class Client:
         await self._transport.aclose()
 
 
+async def _joined(head: bytes, content: Content, tail: bytes) -> AsyncIterator[bytes]:
+    yield head
+    async for block in content.blocks():
+        yield block
+    yield tail
+
+
 async def ping(url: str, settings: Sending) -> int:
     """GET an address and return the status of the answer, which is else of no interest.
 
@@ -100,8 +187,11 @@ async def ping(url: str, settings: Sending) -> int:
     """
     quick = settings.model_copy(update={"timeout": min(_PING_SECONDS, settings.timeout)})
     try:
-        async with httpx.AsyncClient(transport=ReqwestTransport(quick), trust_env=False) as client:
-            return (await client.get(url)).status_code
+        async with (
+            httpx.AsyncClient(transport=ReqwestTransport(quick), trust_env=False) as client,
+            client.stream("GET", url) as response,
+        ):
+            return response.status_code
     except httpx.HTTPError as exc:
         raise _translate(exc) from exc
     except (httpx.InvalidURL, ValueError) as exc:  # what httpx and reqwest say to names that cannot be a host's
@@ -119,11 +209,21 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         self._max_bytes = settings.max_response_bytes
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        content = await request.aread()
-        answer = await self.exchange(request.method, str(request.url), request.headers.multi_items(), content)
+        builder = self._client.request(request.method, str(request.url)).headers(request.headers.multi_items())
+        if isinstance(request.stream, httpx.ByteStream):
+            builder = builder.body_bytes(await request.aread())
+        else:
+            assert isinstance(request.stream, httpx.AsyncByteStream)
+            builder = builder.body_stream(request.stream)
+        if seconds := request.extensions.get(_DEADLINE):
+            builder = builder.timeout(timedelta(seconds=seconds))
+        stream = _Body(builder.build_streamed())
+        response = await stream.open()
         # The body is decoded already; the headers that told how it was encoded would have it decoded again.
-        headers = [pair for pair in answer.headers.items() if pair[0] not in ("content-encoding", "content-length")]
-        return httpx.Response(answer.status, headers=headers, content=answer.body)
+        headers = [
+            pair for pair in _headers_of(response).items() if pair[0] not in ("content-encoding", "content-length")
+        ]
+        return httpx.Response(response.status, headers=headers, stream=stream)
 
     async def exchange(self, method: str, url: str, headers: Headers, body: bytes) -> Answer:
         """Send a request and return the whole answer; raises httpx's errors."""
@@ -147,6 +247,38 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._client.close()
+
+
+class _Body(httpx.AsyncByteStream):
+    """A response's body, read as it comes."""
+
+    def __init__(self, request: StreamRequest) -> None:
+        self._request = request
+        self._response: ReqwestResponse | None = None
+
+    async def open(self) -> ReqwestResponse:
+        """Send the request and return the response with its headers."""
+        with _errors_as_httpx():
+            self._response = await self._request.__aenter__()
+        return self._response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        assert self._response is not None
+        with _errors_as_httpx():
+            while (piece := await self._response.body_reader.read_chunk()) is not None:
+                yield piece.to_bytes()
+
+    async def aclose(self) -> None:
+        if self._response is not None:
+            await self._request.__aexit__(None, None, None)
+
+
+@contextmanager
+def _errors_as_httpx() -> Iterator[None]:
+    try:
+        yield
+    except reqwest.PyreqwestError as exc:
+        raise _as_httpx(exc) from exc
 
 
 def _headers_of(response: ReqwestResponse) -> dict[str, str]:

@@ -169,6 +169,7 @@ class Result:
     failed_attempts: Sequence[Attempt] = ()
     latency_s: float | None = None
     lane: str = "live"
+    batch_id: str | None = None
     cost: Cost = field(default_factory=Cost)
     metadata: Any = None
 
@@ -213,6 +214,20 @@ class Answer:
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One HTTP request of a batch API; `headers` is all of them but for host and content-length, names in lower case.
+
+    Where `tail` is not None the content of a chunk goes between `body` and `tail`.
+    """
+
+    method: str
+    url: str
+    headers: Sequence[tuple[str, str]] = ()
+    body: bytes = b""
+    tail: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
