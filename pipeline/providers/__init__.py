@@ -1,4 +1,4 @@
-"""Providers: two codecs, and what can be told from a model's name alone."""
+"""Providers: two codecs each for calls and batches, and what can be told from a model's name alone."""
 
 from __future__ import annotations
 
@@ -7,21 +7,39 @@ from fnmatch import fnmatchcase
 
 from pipeline.config import Config
 from pipeline.providers.anthropic import AnthropicCodec
+from pipeline.providers.anthropic_batches import AnthropicBatches
 from pipeline.providers.base import USER_AGENT, Provider
+from pipeline.providers.batches import BatchCodec
 from pipeline.providers.openai import OpenAICodec
+from pipeline.providers.openai_batches import OpenAIBatches
 from pipeline.providers.retired import retirement
 from pipeline.providers.tokens import estimate_input_tokens
 from pipeline.types import Protocol
 
-__all__ = ["USER_AGENT", "Provider", "codec", "estimate_input_tokens", "provider_of", "retirement"]
+__all__ = [
+    "USER_AGENT",
+    "BatchCodec",
+    "Provider",
+    "batch_codec",
+    "codec",
+    "estimate_input_tokens",
+    "provider_of",
+    "retirement",
+]
 
 _CODECS: Mapping[Protocol, Provider] = {Protocol.ANTHROPIC: AnthropicCodec(), Protocol.OPENAI: OpenAICodec()}
+_BATCHES: Mapping[Protocol, BatchCodec] = {Protocol.ANTHROPIC: AnthropicBatches(), Protocol.OPENAI: OpenAIBatches()}
 _BUILT_IN = tuple(Protocol)
 
 
 def codec(protocol: Protocol) -> Provider:
     """Return the codec of a protocol: stateless, one for all."""
     return _CODECS[protocol]
+
+
+def batch_codec(protocol: Protocol) -> BatchCodec:
+    """Return the codec of a protocol's batch API: stateless, one for all."""
+    return _BATCHES[protocol]
 
 
 def provider_of(model: str, config: Config) -> str | None:

@@ -36,7 +36,7 @@ def accepted(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) 
 
     The text is the body byte for byte, unless that is not strict JSON (see `_mended`).
     """
-    value, raw = _parsed(answer.body)
+    value, raw = parsed(answer.body)
     if 300 <= answer.status < 400:
         raise _redirect(answer, error)
     if answer.status >= 400 or member(value, "error") or member(value, "type") == "error":
@@ -79,7 +79,7 @@ def invalid_response(answer: Answer, error: type[ProviderError], reason: str) ->
 
 def usage_of(answer: Answer, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
     """Return the usage in an answer that could not be used, None where it tells none that can be."""
-    value, _ = _parsed(answer.body)
+    value, _ = parsed(answer.body)
     try:
         return read(value) if isinstance(value, dict) else None
     except Malformed:
@@ -160,7 +160,7 @@ def _redirect(answer: Answer, error: type[ProviderError]) -> ProviderError:
 # ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _parsed(body: bytes) -> tuple[Any, bytes]:
+def parsed(body: bytes) -> tuple[Any, bytes]:
     """Return the JSON value of a body and its text; the value is None where the body is not JSON."""
     try:
         return orjson.loads(body), body

@@ -88,7 +88,7 @@ def complaint_of(answer: Answer, value: Any) -> Complaint:
         return Complaint(status=status, type=f"http_{status}", message=text, is_structured=False)
     code = member(error.get("details"), "error_code") or error.get("code")
     kind = word(error.get("type")) or word(error.get("status"))
-    status = answer.status if answer.status >= 400 else _status(code, kind)
+    status = answer.status if answer.status >= 400 else status_of(code, kind)
     message = error.get("message")
     said = printable(message, MAX_MESSAGE) if isinstance(message, str) else ""
     return Complaint(
@@ -99,7 +99,7 @@ def complaint_of(answer: Answer, value: Any) -> Complaint:
     )
 
 
-def _status(code: Any, kind: str | None) -> int:
+def status_of(code: Any, kind: str | None) -> int:
     """Return the HTTP status of an error inside a 200: by its numeric code, else its type, else 500."""
     if isinstance(code, int) and 400 <= code < 600:
         return code
