@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 
 from pipeline import config as configuration
-from pipeline import money, providers, retry, transport
+from pipeline import money, providers, record, retry, transport
+from pipeline.batch import BatchLane
 from pipeline.budget import Budget
+from pipeline.chunks import Chunk, Chunks, Member
 from pipeline.clock import Clock
 from pipeline.config import Config
-from pipeline.discreet import discreet
+from pipeline.courier import Courier, Way
+from pipeline.discreet import discreet, masking, without
 from pipeline.errors import PipelineError, UsageError
 from pipeline.lane import Lane
 from pipeline.limits import Gate
+from pipeline.passage import Patience
 from pipeline.plan import Invalid, Planner
-from pipeline.pricing import Prices
+from pipeline.pricing import LIVE, Prices
+from pipeline.record import Recorder
 from pipeline.send import Recording, Sender
-from pipeline.types import Cost, Request, Result, Usage
+from pipeline.types import Answer, Call, Cost, Request, Result, Usage
 
-_LIVE = "live"
 # What an answer without a limit of its own is held for when money is set aside. It may be longer: then the cap is
 # passed by that much, at most once for each call in flight.
 _ASSUMED_OUTPUT_TOKENS = 8_192
+# With a deadline, what a batch does not answer goes live early enough: at this pace where no cap is told, and after a
+# batch was cancelled, which takes OpenAI up to ten minutes.
+_ASSUMED_RPM = 1_000
+_CANCELLING_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +42,7 @@ class Options:
 
     `provider` and `model` are for lines that do not say. `limit` takes the first lines only. `retry_failed` sends
     again what failed before; `fresh` sets earlier results aside. `dedupe` sends equal requests once and copies the
-    result. `simulate` puts a simulator in the providers' place.
+    result. `simulate` puts a simulator in the providers' place. `no_wait` leaves batches that go on to a later run.
     """
 
     provider: str | None = None
@@ -42,12 +52,14 @@ class Options:
     fresh: bool = False
     dedupe: bool = False
     simulate: bool = False
+    no_wait: bool = False
 
 
 class Pricing:
-    """What calls of a run cost: `send.Pricing` over the price tables."""
+    """What calls of a run cost in one lane: `pricing.Pricing` over the price tables."""
 
-    def __init__(self, prices: Prices, clock: Clock) -> None:
+    def __init__(self, prices: Prices, clock: Clock, lane: str = LIVE) -> None:
+        self._lane = lane
         self._prices = prices
         self._clock = clock
 
@@ -58,7 +70,7 @@ class Pricing:
             model=model,
             asked=request.model,
             tier=usage.service_tier,
-            lane=_LIVE,
+            lane=self._lane,
             at=self._clock.moment(),
         )
         if rates is None:
@@ -75,7 +87,7 @@ class Pricing:
             request,
             input_tokens=max(len(request.body), 2 * request.estimated_input_tokens),
             max_output_tokens=request.max_output_tokens or _ASSUMED_OUTPUT_TOKENS,
-            lane=_LIVE,
+            lane=self._lane,
             at=self._clock.moment(),
         )
         if most is None:
@@ -162,6 +174,85 @@ def sender(
     )
 
 
+def courier(settings: Config, client: transport.Client, name: str) -> Courier:
+    """Make what talks to a provider's batch API: address, headers with the key, codecs."""
+    endpoint = settings.providers.get(name)
+    if endpoint is None:
+        raise UsageError(f"a batch was made with the provider {name!r}, which is not configured any more")
+    protocol = configuration.protocol(endpoint)
+    codec = providers.codec(protocol)
+    key = configuration.api_key(name, endpoint)
+
+    async def ask(call: Call, content: transport.Content | None) -> Answer:
+        return without(await client.call(call, content), key)
+
+    return Courier(
+        codec=codec,
+        batches=providers.batch_codec(protocol),
+        way=Way(
+            endpoint=endpoint,
+            headers=codec.headers(endpoint, key),
+            ask=ask,
+            download=client.download,
+            mask=masking(key),
+        ),
+        policy=retry.Policy(settings.sending),
+        patience=patience(settings),
+        max_line_bytes=settings.sending.max_response_bytes,
+    )
+
+
+def batch_lane(
+    settings: Config,
+    client: transport.Client,
+    clock: Clock,
+    chunks: Chunks,
+    recording: Recorder,
+    pricing: Pricing,
+    budget: Budget | None,
+    options: Options,
+    run_id: str,
+    *,
+    is_answered: Callable[[int], bool],
+    is_wanted: Callable[[int], bool],
+    say: Callable[[str], None],
+    resend: Callable[[Sequence[Member]], Awaitable[None]] | None,
+) -> BatchLane:
+    """Make the batch lane of a run; with `resend` what batches do not answer goes there."""
+    seconds = settings.batches.deadline
+    return BatchLane(
+        chunks=chunks,
+        run_id=run_id,
+        is_simulated=options.simulate,
+        settings=settings.batches,
+        max_attempts=settings.sending.max_attempts,
+        patience=Patience(
+            poll_interval=settings.batches.poll_interval,
+            call=settings.sending.timeout,
+            rounds=settings.sending.max_attempts,
+            switch_seconds=partial(_live_seconds, settings) if resend else None,
+        ),
+        open_courier=partial(courier, settings, client),
+        recording=recording,
+        pricing=pricing,
+        budget=budget,
+        clock=clock,
+        say=say,
+        key=record.key,
+        is_answered=is_answered,
+        is_wanted=is_wanted,
+        waits=settings.lane != LIVE and not options.no_wait,
+        deadline=clock.moment() + timedelta(seconds=seconds) if seconds else None,
+        resend=resend,
+    )
+
+
+def _live_seconds(settings: Config, chunk: Chunk) -> float:
+    """Return how long the requests of a batch may take when they are sent live, and the cancelling before it."""
+    caps = settings.limits.of(chunk.provider, chunk.model)
+    return _CANCELLING_SECONDS + 60 * chunk.requests / (caps.rpm or _ASSUMED_RPM) + settings.sending.timeout
+
+
 def invalid_result(item: Invalid, clock: Clock) -> Result:
     """Make the result of a line that cannot become a request."""
     return Result(
@@ -175,7 +266,8 @@ def invalid_result(item: Invalid, clock: Clock) -> Result:
     )
 
 
-def stop_reasons(sender: Sender) -> list[PipelineError]:
+def stop_reasons(sender: Sender, batches: BatchLane | None = None) -> list[PipelineError]:
     """Return why the run or some of its models ended early, the most far-reaching reason first."""
     stopped = [sender.stopped] if sender.stopped else []
-    return stopped + [lane.ended for lane in sender.ended_lanes if lane.ended]
+    live = stopped + [lane.ended for lane in sender.ended_lanes if lane.ended]
+    return live + (batches.reasons if batches else [])

@@ -27,13 +27,22 @@ class Budget:
 
     async def reserve(self, amount: int) -> None:
         """Set an amount aside, as soon as it fits; raises `BudgetReachedError` when it never will."""
-        while self.spent + self._reserved + amount > self.cap:
+        while not self.try_reserve(amount):
             if not self._reserved:
                 raise BudgetReachedError(
                     f"the budget is reached: {money.text(self.spent)} of {money.text(self.cap)} are spent, and the "
                     f"next call may cost {money.text(amount)}; raise --max-cost, or budget in the configuration"
                 )
             await self._settled.wait()
+
+    def try_reserve(self, amount: int) -> bool:
+        """Set an amount aside if it fits now; return whether it does."""
+        fits = self.spent + self._reserved + amount <= self.cap
+        self._reserved += amount if fits else 0
+        return fits
+
+    def take(self, amount: int) -> None:
+        """Set aside what is bought already, whether it fits or not."""
         self._reserved += amount
 
     def settle(self, reserved: int, spent: int) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.job import Progress
     from pipeline.limits import Allowance
+    from pipeline.overseeing import Listed
     from pipeline.screen import Screen
     from pipeline.totals import Summary
 
@@ -46,6 +47,7 @@ def main() -> None:
     pipeline estimate questions.jsonl                  what it would cost
     pipeline verify answers.jsonl                      prove that nothing is missing
     pipeline report --by model                         what all runs cost
+    pipeline batches                                   what is with the providers' batch APIs
     """
     _fill_standard_files()
 
@@ -66,6 +68,9 @@ _config_option = click.option(
     "-c", "--config", "config_file", metavar="FILE", help="Settings [default: ./config.yaml if present]."
 )
 _provider_option = click.option("--provider", metavar="NAME", help="Provider for lines that name none.")
+_ledger_option = click.option(
+    "--ledger", "ledger_file", metavar="FILE", help="Another ledger than that of the settings."
+)
 _model_option = click.option("--model", help="Model for lines that name none.")
 
 
@@ -86,6 +91,13 @@ _model_option = click.option("--model", help="Model for lines that name none.")
 @click.option("--output-tpm", type=int, metavar="N", help="Cap of output tokens per minute and model.")
 @click.option("--max-cost", type=float, metavar="USD", help="Stop before more is spent (exit 4).")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N lines only.")
+@click.option(
+    "--lane",
+    type=click.Choice(["live", "batch", "auto"]),
+    help="batch: the providers' batch APIs, at half the price; auto: what a batch does not answer goes live.",
+)
+@click.option("--deadline", metavar="TIME", help="With --lane auto: all answers within 6h, 90m, 1d.")
+@click.option("--no-wait", is_flag=True, help="Do not wait for batches (exit 75); the same command collects them.")
 @click.option("--ordered", is_flag=True, help="Put results in input order when the run ends.")
 @click.option(
     "--format", "form", type=click.Choice(["native", "openai-batch", "anthropic-batch"]), help="Dialect of results."
@@ -176,7 +188,9 @@ def verify(**options: Any) -> None:
 
 @main.command(epilog="Example: pipeline report --by model --since 30d --format html -o costs.html")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
-@click.option("--by", default="day", show_default=True, help="day, week, month, model, provider, run or tag:NAME.")
+@click.option(
+    "--by", default="day", show_default=True, help="day, week, month, model, provider, lane, run or tag:NAME."
+)
 @click.option("--since", metavar="DAY", help="First day: 2026-11-26, or 30d for the last 30 days [default: all].")
 @click.option("--until", metavar="DAY", help="Last day; 7d leaves out the last 7 days [default: today].")
 @click.option(
@@ -189,12 +203,57 @@ def verify(**options: Any) -> None:
 )
 @click.option("-o", "output", metavar="FILE", help="Write it there instead of to stdout, whole or not at all.")
 @click.option("--include-simulated", is_flag=True, help="Count simulated runs too.")
-@click.option("--ledger", "ledger_file", metavar="FILE", help="Another ledger than that of the settings.")
+@_ledger_option
 @click.option("--rebuild", is_flag=True, help="Instead: record the runs of these result FILEs anew, from them alone.")
 @_config_option
 def report(**options: Any) -> None:
     """Tell what all recorded runs cost, with the period before to compare; days are UTC."""
     _guarded(_report, **options)
+
+
+@main.group(invoke_without_command=True, epilog="Example: pipeline batches cancel msgbatch_01Hk")
+@click.pass_context
+def batches(context: click.Context) -> None:
+    """List the providers' batches of past runs (--lane batch, auto), ask how they get on, cancel them."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_batches)
+
+
+_ids = click.argument("ids", nargs=-1, required=True, metavar="ID...")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object a batch on stdout.")
+
+
+@batches.command("list", epilog="Example: pipeline batches list answers.jsonl")
+@click.argument("files", nargs=-1, metavar="[RESULTS]...")
+@_config_option
+@_ledger_option
+@_json_option
+def list_batches(**options: Any) -> None:
+    """Tell of all batches of recorded runs, or of RESULTS; asks nobody."""
+    _guarded(_list_batches, **options)
+
+
+@batches.command("status", epilog="Example: pipeline batches status batch_67f7")
+@_ids
+@_config_option
+@_ledger_option
+@_json_option
+def batch_status(**options: Any) -> None:
+    """Ask the providers how batches are getting on."""
+    _guarded(_oversee, verb="status", **options)
+
+
+@batches.command("cancel", epilog="Example: pipeline batches cancel msgbatch_01Hk")
+@_ids
+@_config_option
+@_ledger_option
+@_json_option
+def cancel_batches(**options: Any) -> None:
+    """Cancel batches. The next run collects what they have answered and sends the rest again.
+
+    A batch that its provider no more knows is given up: the next run sends all of it again.
+    """
+    _guarded(_oversee, verb="cancel", **options)
 
 
 @main.command(epilog="Example: pipeline simulate --port 8080 --rpm 600 --fault 529=0.05")
@@ -354,9 +413,16 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
         echo_request=options["echo_request"] or None,
     )
     settings = settings.with_("budget", per_run=options["max_cost"])
+    settings = settings.with_("batches", deadline=options["deadline"])
     settings = settings.replace(
-        provider=options["provider"], tags={**settings.tags, **dict(options["tags"])} if options["tags"] else None
+        provider=options["provider"],
+        lane=options["lane"],
+        tags={**settings.tags, **dict(options["tags"])} if options["tags"] else None,
     )
+    if settings.batches.deadline and settings.lane != "auto":
+        raise UsageError("a deadline wants --lane auto: only there a request may go live when its batch is late")
+    if options["no_wait"] and options["simulate"]:
+        raise UsageError("--no-wait wants a provider that outlives the command: start `pipeline simulate` beside it")
     return settings, assemble.Options(
         provider=options["provider"],
         model=options["model"],
@@ -365,6 +431,7 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
         fresh=options["fresh"],
         dedupe=options["dedupe"],
         simulate=options["simulate"],
+        no_wait=options["no_wait"],
     )
 
 
@@ -597,6 +664,53 @@ def _report(
     else:
         _write(content)
     return 0
+
+
+# ── batches ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _list_batches(
+    *,
+    files: tuple[str, ...] = (),
+    config_file: str | None = None,
+    ledger_file: str | None = None,
+    as_json: bool = False,
+) -> int:
+    _, found = _batches(config_file, ledger_file, files)
+    if not found and not as_json:
+        _screen().tell("message", "no run recorded a batch")
+        return 0
+    _show_batches(sorted(found, key=lambda each: each.chunk.is_open) if not as_json else found, as_json=as_json)
+    return 0
+
+
+def _oversee(
+    *, verb: str, ids: tuple[str, ...], config_file: str | None, ledger_file: str | None, as_json: bool
+) -> int:
+    from pipeline import aio, overseeing
+
+    settings, found = _batches(config_file, ledger_file, ())
+    wanted = overseeing.chosen(found, ids)
+    ask = overseeing.cancel if verb == "cancel" else overseeing.status
+    _show_batches(aio.run(lambda: ask(settings, wanted)), as_json=as_json)
+    return 0
+
+
+def _batches(config_file: str | None, ledger_file: str | None, files: Sequence[str]) -> tuple[Config, list[Listed]]:
+    from pipeline import config, overseeing
+
+    settings = config.load(config_file)
+    ledger = Path(ledger_file) if ledger_file else config.ledger_path(settings)
+    return settings, overseeing.listed(ledger, [Path(file) for file in files])
+
+
+def _show_batches(found: Sequence[Listed], *, as_json: bool) -> None:
+    from pipeline.screen import batches
+
+    if as_json:
+        _print_json([each.as_dict() for each in found])
+    else:
+        batches.show(_page(), found)
 
 
 # ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────

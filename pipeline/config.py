@@ -40,6 +40,8 @@ MAX_CONFIG_DEPTH = 20
 MAX_CONFIG_PARTS = 10_000
 DEFAULT_FILE = "config.yaml"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -218,6 +220,27 @@ class Sending(Section):
         return path
 
 
+def _seconds(value: Any) -> float:
+    """Read a duration: seconds as a number, or `90s`, `45m`, `6h`, `1d`."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if match := _DURATION.fullmatch(str(value)):
+        return float(match[1]) * _UNITS[match[2]]
+    raise ValueError(f"{value!r} is not a duration: write 90s, 45m, 6h or 1d")
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=30 * 86_400, allow_inf_nan=False)]
+
+
+class Batches(Section):
+    """How the providers' batch APIs are used; None: the provider's own limit of one batch."""
+
+    max_requests: Count | None = None
+    max_bytes: Count | None = None
+    poll_interval: Seconds = 60.0
+    deadline: Duration | None = None
+
+
 class Output(Section):
     """What result lines look like and how safe they are before they count as done."""
 
@@ -242,6 +265,7 @@ class Simulator(Section):
     input_tpm: Count | None = None
     output_tpm: Count | None = None
     latency: Annotated[float, Field(ge=0, le=600)] = 0.05
+    batch_seconds: Annotated[float, Field(ge=0, le=86_400)] = 1.0
     faults: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     seed: int = 0
 
@@ -283,6 +307,8 @@ class Config(Section):
     prices: dict[str, Price] = Field(default_factory=dict)
     input: Input = Input()
     sending: Sending = Sending()
+    lane: Literal["live", "batch", "auto"] = "live"
+    batches: Batches = Batches()
     output: Output = Output()
     budget: BudgetCaps = BudgetCaps()
     simulator: Simulator = Simulator()

@@ -107,6 +107,11 @@ def open_locked(path: Path) -> int:
         os.close(fd)  # the holder put a new file in its place meanwhile
 
 
+def close(fd: int) -> None:
+    """Close a file, and with it give its lock back."""
+    os.close(fd)
+
+
 def make_private(fd: int) -> None:
     """Let a file that was there before be its owner's only, as one that is made here is."""
     with suppress(PermissionError):  # root's file, or a file system that knows no modes

@@ -7,7 +7,7 @@ lines of the others are planned, and each is looked up by its identity in what t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -60,6 +60,9 @@ class Intake:
         self._originals = Originals() if options.dedupe else None
         self._positions: FingerprintMap | None = None
         self._previewed = array("Q")
+        self._held = FingerprintSet()
+        self._held_seen = FingerprintSet()
+        self._brought = array("Q")
 
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -92,6 +95,23 @@ class Intake:
             "they are new, or a changed line, model or setting made them new"
         )
 
+    def hold(self, requests: Iterable[int]) -> None:
+        """Leave requests alone that are in batches of earlier runs; they are given by their keys."""
+        self._held.update(array("Q", requests))
+
+    def is_answered(self, request: int) -> bool:
+        """Tell whether the results of earlier runs hold an answer to a request."""
+        return self._done.outcome(request) is True
+
+    def is_held_here(self, request: int) -> bool:
+        """Tell whether the input has a request that is in a batch of an earlier run; known once all is read."""
+        return request in self._held_seen
+
+    @property
+    def extra(self) -> int:
+        """How many results came from batches of earlier runs for requests that the input has no more."""
+        return sum(request not in self._held_seen for request in self._brought)
+
     # ── feeding ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def feed(self, submit: Callable[[Sequence[Request]], Awaitable[None]]) -> None:
@@ -110,7 +130,11 @@ class Intake:
 
     def finished(self, result: Result) -> None:
         """Note that a line has its result now, so that its batch may be passed over by later runs."""
-        failed = record.key(result.custom_id, result.digest) if result.failure else None
+        request = record.key(result.custom_id, result.digest)
+        if request in self._held:  # its line may stand elsewhere by now
+            self._brought.append(request)
+            return
+        failed = request if result.failure else None
         if stretch := self._awaited.finished(result.source, result.line, failed):
             self._recorder.keep(stretch)
 
@@ -159,6 +183,7 @@ class Intake:
             or (limit is not None and self.lines + stretch.lines > limit)
             or None in outcomes
             or (self._options.retry_failed and False in outcomes)
+            or any(request in self._held for request in stretch.failed)
             or not self._planner.claim(stretch.claims)
         ):
             return False
@@ -172,7 +197,7 @@ class Intake:
         wanted: list[Request] = []
         invalid: list[Result] = []
         failed = array("Q")
-        copied = 0
+        copied = held = 0
         lines = batch.lines()
         for line in lines:
             if self._is_limit_reached():
@@ -184,6 +209,11 @@ class Intake:
             if outcome is not None:
                 if not outcome:
                     failed.append(request)
+            elif request in self._held:
+                held += 1
+                self._held_seen.add(request)
+                if self._originals:
+                    self._originals.add(item.digest)
             elif isinstance(item, Invalid):
                 invalid.append(assemble.invalid_result(item, self._clock))
             elif self._originals is None or self._originals.add(item.digest):
@@ -191,7 +221,8 @@ class Intake:
             else:
                 copied += 1
         else:
-            self._follow(batch, mark, len(lines), failed, waiting=len(wanted) + len(invalid) + copied)
+            waiting = len(wanted) + len(invalid) + copied
+            self._follow(batch, mark, len(lines), failed, waiting=waiting, is_known=not held)
         if invalid:
             await self._recorder.append(*invalid)
         return wanted
@@ -201,16 +232,21 @@ class Intake:
         if self._positions is not None:
             self._positions.put(request, len(self._positions))
         outcome = self._done.outcome(request)
-        if outcome is None or (outcome is False and self._options.retry_failed):
+        if outcome is None or (outcome is False and (self._options.retry_failed or request in self._held)):
             return None
         self.reused += 1
         self.reused_failed += not outcome
         return outcome
 
-    def _follow(self, batch: Batch, mark: bytes, lines: int, failed: array[int], *, waiting: int) -> None:
-        """Let the index know of the batch as a stretch, once all its lines have results."""
+    def _follow(
+        self, batch: Batch, mark: bytes, lines: int, failed: array[int], *, waiting: int, is_known: bool
+    ) -> None:
+        """Let the index know of the batch as a stretch, once all its lines have results.
+
+        Where it is not `is_known` how many are to come, a later run will tell.
+        """
         claims = self._planner.take_claims()
-        if batch.problem or not claims.is_alone:
+        if batch.problem or not is_known or not claims.is_alone:
             return
         start = checksum(batch.first_line())
         stretch = Stretch(mark=mark, start=start, size=len(batch.content), lines=lines, claims=claims, failed=failed)

@@ -23,17 +23,19 @@ from anyio import to_thread
 from pipeline import assemble, disk, errors, files, ledger, providers, read, record, results, transport
 from pipeline import config as configuration
 from pipeline.assemble import Options
+from pipeline.batch import BatchLane
 from pipeline.books import RUNNING, Books
+from pipeline.chunks import Chunk, Chunks, Member, Step
 from pipeline.clock import Clock
 from pipeline.config import Config
 from pipeline.errors import BudgetReachedError, PipelineError, ProviderError, TryLaterError, UsageError
 from pipeline.intake import Intake
 from pipeline.journal import Sent
-from pipeline.pricing import Prices
+from pipeline.pricing import BATCH, LIVE, Prices
 from pipeline.record import Recorder
 from pipeline.send import Sender, Statistics
 from pipeline.totals import Attempts, Summary, Totals
-from pipeline.types import Result
+from pipeline.types import Request, Result
 
 SHOWN_FAILURES = 10
 _COUNT_REST_SECONDS = 5.0
@@ -50,6 +52,7 @@ class Progress:
     reused: int
     run: Totals
     sender: Statistics
+    batches: Sequence[Chunk]
     is_draining: bool
 
 
@@ -86,6 +89,7 @@ async def run_batch(
                 raise error from group
             raise
         finally:
+            run.chunks.release()
             run.recorder.release()
 
 
@@ -139,6 +143,8 @@ class _Run:
         self.work: anyio.CancelScope | None = None
         self.is_working = False
         self.sender: Sender
+        self.chunks = Chunks(output)
+        self.batches: BatchLane | None = None
 
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
         async with anyio.create_task_group() as beside:
@@ -152,6 +158,8 @@ class _Run:
         await to_thread.run_sync(self._open)
         async with transport.Client(self.settings.sending) as client:
             self.sender = assemble.sender(self.settings, client, self.clock, self.recorder, self.pricing, self.budget)
+            if self.settings.lane != LIVE or self.chunks.still_open:
+                self.batches = self._batch_lane(client)
             async with anyio.create_task_group() as writing:
                 writing.start_soon(self.recorder.run)
                 try:
@@ -185,6 +193,7 @@ class _Run:
     def _open(self) -> None:
         """Take the output and learn what it holds; note in the ledger that this run goes on."""
         self.recorder.open()
+        self._open_chunks()
         if self.options.fresh and (aside := self.recorder.set_aside()):
             self.say(f"earlier results are set aside as {aside}")
         done = self.recorder.done(self.all_totals)
@@ -202,6 +211,45 @@ class _Run:
         for warning in self.warnings:
             self.say(warning)
 
+    def _open_chunks(self) -> None:
+        """Learn what earlier runs left with batch APIs; batches of a simulator are gone with it."""
+        self.chunks.open()
+        for chunk in self.chunks.still_open:
+            if chunk.simulated:
+                self.chunks.close_chunk(chunk, Step.DROPPED)
+        left = self.chunks.still_open
+        if left and self.options.fresh:
+            raise UsageError(
+                f"{len(left):,} batch(es) of {str(self.recorder.path)!r} are not collected, and --fresh would pay for "
+                "their requests again",
+                hint="run without --fresh to collect them, or cancel them first: pipeline batches cancel ID",
+            )
+        for chunk in left:
+            self.intake.hold(
+                record.key(each.request.custom_id, each.request.digest) for _, each in self.chunks.members(chunk)
+            )
+        if left:
+            self.say(
+                f"{sum(chunk.requests for chunk in left):,} requests are in {len(left):,} batch(es) of earlier runs"
+            )
+
+    def _batch_lane(self, client: transport.Client) -> BatchLane:
+        return assemble.batch_lane(
+            self.settings,
+            client,
+            self.clock,
+            self.chunks,
+            self.recorder,
+            assemble.Pricing(self.prices, self.clock, BATCH),
+            self.budget,
+            self.options,
+            self.run_id,
+            is_answered=self.intake.is_answered,
+            is_wanted=self.intake.is_held_here,
+            say=self.say,
+            resend=None if self.settings.lane == BATCH else self._resend,
+        )
+
     # ── the work ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _work(self, watch: Watch | None) -> None:
@@ -217,6 +265,8 @@ class _Run:
                 beside.start_soon(self.sender.stop_when_stalled, assemble.patience(self.settings))
                 async with anyio.create_task_group() as work:
                     work.start_soon(self._feed)
+                    if self.batches:
+                        work.start_soon(self._run_batches, self.batches)
                     await self.sender.run()
                     # After a stop the reader may still count what is left, but nobody waits long for a number.
                     self.work.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
@@ -224,8 +274,25 @@ class _Run:
             beside.cancel_scope.cancel()
 
     async def _feed(self) -> None:
-        await self.intake.feed(self.sender.submit)
+        is_live = self.batches is None or self.settings.lane == LIVE
+        await self.intake.feed(self.sender.submit if is_live else self._submit_to_batches)
+        if self.batches:
+            await self.batches.close()
+        else:
+            self.sender.close()
+
+    async def _submit_to_batches(self, requests: Sequence[Request]) -> None:
+        assert self.batches is not None
+        await self.batches.submit(requests)
+
+    async def _run_batches(self, batches: BatchLane) -> None:
+        """See batches through; only then is it known that nothing more comes to be sent live."""
+        await batches.run()
         self.sender.close()
+
+    async def _resend(self, members: Sequence[Member]) -> None:
+        """Send live what batches did not answer."""
+        await self.sender.submit([each.request for each in members], [each.attempts for each in members])
 
     async def _copy_results(self) -> None:
         """Give each request that was not sent because an equal one was the result of that one."""
@@ -257,8 +324,11 @@ class _Run:
         if self.is_working and self.work and self.signal:
             self.work.deadline = anyio.current_time() + self.settings.sending.drain_timeout
             self.sender.stop()
-            in_flight = self.sender.statistics().in_flight
-            self.say(f"{self.signal.name}: finishing {in_flight} request(s) in flight; once more to stop now")
+            text = f"finishing {self.sender.statistics().in_flight} request(s) in flight"
+            if self.batches:
+                self.batches.stop()
+                text += ", leaving batches to go on at their providers"
+            self.say(f"{self.signal.name}: {text}; once more to stop now")
 
     def _count(self, result: Result) -> None:
         self.run_totals.add(result)
@@ -276,6 +346,7 @@ class _Run:
             reused=self.intake.reused,
             run=self.run_totals,
             sender=self.sender.statistics(),
+            batches=self.batches.statistics().chunks if self.batches else (),
             is_draining=self.sender.is_draining,
         )
 
@@ -283,7 +354,8 @@ class _Run:
 
     def _tidy(self) -> int:
         """Bring the results file into its final form, if the whole input is known."""
-        if not self.intake.wants_tidying() or self.sender.statistics().dropped:
+        is_partial = self.sender.statistics().dropped or (self.batches and self.batches.is_partial)
+        if not self.intake.wants_tidying() or is_partial:
             return 0
         superseded = self.recorder.tidy(*self.intake.places(), ordered=self.settings.output.ordered)
         if superseded:
@@ -292,8 +364,7 @@ class _Run:
         return superseded
 
     def _summary(self, superseded: int) -> Summary:
-        counts = self.sender.statistics()
-        pending = self.intake.lines - self.intake.reused - self.run_totals.finished
+        pending = self.intake.lines - self.intake.reused - self.run_totals.finished + self.intake.extra
         is_unfinished = pending > 0 or not self.intake.is_all_read
         reason = self._reason() if is_unfinished else None
         unknown = self.recorder.unknown()
@@ -312,13 +383,7 @@ class _Run:
             total=self.intake.lines,
             reused=self.intake.reused,
             pending=pending,
-            attempts=Attempts(
-                total=counts.attempts + len(self.earlier_unknown),
-                billed=counts.billed,
-                rate_limited=counts.rate_limited,
-                failed=counts.failed,
-                unknown=counts.unknown + len(self.earlier_unknown),
-            ),
+            attempts=self._attempts(),
             price_source=self.prices.source,
             cap=self.budget.cap if self.budget else None,
             cap_used=self.budget.spent if self.budget else 0,
@@ -327,8 +392,21 @@ class _Run:
             results=self.all_totals,
             superseded=superseded,
             warnings=self.warnings,
-            ends_all=isinstance(self.sender.stopped, ProviderError),
+            batches=[chunk.as_dict() for chunk in self.batches.statistics().chunks] if self.batches else (),
+            ends_all=isinstance(self.sender.stopped or (self.batches and self.batches.stopped), ProviderError),
             failures=tuple(self.failures),
+        )
+
+    def _attempts(self) -> Attempts:
+        """Count the calls of this run, in both lanes, and those that earlier runs left without an answer."""
+        live, earlier = self.sender.statistics(), len(self.earlier_unknown)
+        batch = self.batches.statistics() if self.batches else None
+        return Attempts(
+            total=live.attempts + earlier + (batch.attempts if batch else 0),
+            billed=live.billed + (batch.billed if batch else 0),
+            rate_limited=live.rate_limited,
+            failed=live.failed + (batch.failed if batch else 0),
+            unknown=live.unknown + earlier + (batch.unknown if batch else 0),
         )
 
     def _describe(self) -> ledger.Run:
@@ -365,14 +443,14 @@ class _Run:
     def _reason(self) -> str | None:
         if self.signal:
             return f"interrupted by {self.signal.name}"
-        reasons = [_explain(reason) for reason in assemble.stop_reasons(self.sender)]
+        reasons = [_explain(reason) for reason in assemble.stop_reasons(self.sender, self.batches)]
         return "; ".join(reasons) or None
 
     def _exit_code(self, *, is_unfinished: bool) -> int:
         if self.signal and is_unfinished:
             return 130 if self.signal is signal.SIGINT else 143
-        if reasons := assemble.stop_reasons(self.sender):
-            return _exit_code(reasons[0], has_sent=self.sender.statistics().attempts > 0)
+        if reasons := assemble.stop_reasons(self.sender, self.batches):
+            return _exit_code(reasons[0], has_sent=self._attempts().total > 0)
         if self.damaged:
             return 6
         return int(bool(self.run_totals.failed or self.run_totals.invalid or self.intake.reused_failed))

@@ -25,17 +25,18 @@ from fractions import Fraction
 from functools import cache
 from importlib.metadata import version
 from math import lcm
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from pipeline import jsonl
 from pipeline.config import Config, Price
-from pipeline.types import Request, Usage
+from pipeline.types import Cost, Request, Usage
 
 if TYPE_CHECKING:
     from genai_prices.data_snapshot import DataSnapshot
     from genai_prices.types import ModelInfo, Provider, Tier, TieredPrices
 
+LIVE = "live"
 BATCH = "batch"
 _REMEMBERED = 1_000
 _NANOS_PER_TOKEN = 1_000  # of one USD per million tokens
@@ -142,6 +143,18 @@ class Rates:
             ),
             self.unit,
         )
+
+
+class Pricing(Protocol):
+    """What calls of one lane cost, in nano-dollars."""
+
+    def cost(self, request: Request, model: str, usage: Usage) -> Cost:
+        """Return what an answer of a model to a request cost."""
+        ...
+
+    def worst_case(self, request: Request) -> int:
+        """Return the most that one call for a request can cost."""
+        ...
 
 
 class Prices:

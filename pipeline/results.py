@@ -150,11 +150,13 @@ def _native(result: Result) -> dict[str, Any]:
         if result.cost.saved:
             line["saved_usd"] = _usd(result.cost.saved)
         line["lane"] = result.lane
+        if result.batch_id:
+            line["batch_id"] = result.batch_id
     elif failure := result.failure:
         line["error"] = _error(failure)
     line["attempts"] = result.attempts
     if result.reply and result.failed_attempts:
-        line["failed_attempts"] = [_attempt(attempt) for attempt in result.failed_attempts]
+        line["failed_attempts"] = [attempt_as_dict(attempt) for attempt in result.failed_attempts]
     if result.latency_s is not None:
         line["latency_s"] = round(result.latency_s, 3)
     if result.reply:
@@ -214,10 +216,12 @@ def _tail(result: Result) -> dict[str, Any]:
         "attempts": result.attempts,
         "completed_at": result.completed_at,
     }
+    if result.batch_id:
+        tail["batch_id"] = result.batch_id
     if result.cost.saved:
         tail["saved_usd"] = _usd(result.cost.saved)
     if result.failed_attempts:
-        tail["failed_attempts"] = [_attempt(attempt) for attempt in result.failed_attempts]
+        tail["failed_attempts"] = [attempt_as_dict(attempt) for attempt in result.failed_attempts]
     return tail
 
 
@@ -255,11 +259,12 @@ def _error(failure: Failure) -> dict[str, Any]:
         "status": failure.status,
         "message": failure.message,
         "request_id": failure.request_id,
-        "attempts": [_attempt(attempt) for attempt in failure.attempts],
+        "attempts": [attempt_as_dict(attempt) for attempt in failure.attempts],
     }
 
 
-def _attempt(attempt: Attempt) -> dict[str, Any]:
+def attempt_as_dict(attempt: Attempt) -> dict[str, Any]:
+    """Return a failed attempt as it stands in result lines; `to_attempts` reads it back."""
     values = asdict(attempt)
     values["latency_s"] = round(attempt.latency_s, 3)
     values["usage"] = _usage(attempt.usage)
@@ -381,7 +386,7 @@ def _from_native(value: Mapping[str, Any]) -> Record:
         usage=_to_usage(value.get("usage")),
         cost=_to_cost(value),
         attempts=value.get("attempts", 0),
-        failed_attempts=_to_attempts(value.get("failed_attempts") or value.get("error", {}).get("attempts")),
+        failed_attempts=to_attempts(value.get("failed_attempts") or value.get("error", {}).get("attempts")),
         run=value.get("run"),
     )
 
@@ -411,7 +416,7 @@ def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> R
         usage=_to_usage(value["usage"]),
         cost=_to_cost(value),
         attempts=value.get("attempts", 0),
-        failed_attempts=_to_attempts(value.get("failed_attempts")),
+        failed_attempts=to_attempts(value.get("failed_attempts")),
         run=value.get("run"),
     )
 
@@ -454,7 +459,7 @@ def _to_nanos(dollars: Any) -> int | None:
     return round(dollars * money.NANO) if type(dollars) in (int, float) else None
 
 
-def _to_attempts(values: Sequence[Mapping[str, Any]] | None) -> Sequence[Attempt]:
+def to_attempts(values: Sequence[Mapping[str, Any]] | None) -> Sequence[Attempt]:
     """Read failed attempts back."""
     return [
         Attempt(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 
 import anyio
@@ -32,6 +33,7 @@ from pipeline.errors import (
 )
 from pipeline.lane import Job, Lane
 from pipeline.limits import Ticket
+from pipeline.pricing import Pricing
 from pipeline.retry import Policy, is_capacity, is_overload
 from pipeline.types import Attempt, Cost, Failure, Reply, Request, Result, Usage
 
@@ -65,18 +67,6 @@ class Recording(Protocol):
 
     async def append(self, result: Result) -> None:
         """Take a result; returns when a crash cannot undo it."""
-        ...
-
-
-class Pricing(Protocol):
-    """What calls cost, in nano-dollars."""
-
-    def cost(self, request: Request, model: str, usage: Usage) -> Cost:
-        """Return what an answer of a model to a request cost."""
-        ...
-
-    def worst_case(self, request: Request) -> int:
-        """Return the most that one call for a request can cost."""
         ...
 
 
@@ -135,18 +125,21 @@ class Sender:
             for event in self._idle:
                 event.set()
 
-    async def submit(self, requests: Iterable[Request]) -> None:
-        """Take requests; waits while too many bytes are waiting to be sent."""
+    async def submit(self, requests: Iterable[Request], before: Iterable[Sequence[Attempt]] = repeat(())) -> None:
+        """Take requests; waits while too many bytes are waiting to be sent.
+
+        `before` is what was tried for each of them before, in another lane.
+        """
         if not self._open_jobs:
             self.changed_at = self._clock.now()  # the time without work was nobody's stall
-        for request in requests:
+        for request, attempts in zip(requests, before, strict=False):
             lane = None if self.is_draining else self._lane(request)
             if lane is None or lane.ended:
                 self._counts["dropped"] += 1
                 continue
             self._open_jobs += 1
             self._queued_bytes += _size(request)
-            lane.add(Job(request=request))
+            lane.add(Job(request=request, attempts=list(attempts)))
             self._offer(lane)
         while self._queued_bytes > self._read_ahead_bytes and not self.is_draining:
             self._room = anyio.Event()

@@ -207,7 +207,7 @@ class Summary:
     provider, the budget, a signal or storage; `stop_reason` says by what). `results_file` is None for a Python stream.
     `possibly_billed` are calls that brought no answer and may be billed all the same, and that no result line tells
     of: in flight at the end, or when an earlier run was killed. `cap` is what the run may spend, in nano-dollars, and
-    `cap_used` what it did, what may be billed included.
+    `cap_used` what it did, what may be billed included. `batches` are the providers' own that this run made or met.
     `warnings` were said before the first call; they and `failures` (the first few, with file and line) are for people.
     `ends_all` is true when what stopped this run would stop any other too (a wrong key, no credit).
     """
@@ -234,6 +234,7 @@ class Summary:
     cap_used: int = 0
     possibly_billed: Sequence[Sent] = ()
     superseded: int = 0
+    batches: Sequence[Mapping[str, Any]] = ()
     warnings: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
     ends_all: bool = False
@@ -271,6 +272,7 @@ class Summary:
             "by_model": self.run.by_model(),
             "results": self.results.as_dict(self.price_source),
             "possibly_billed": [sent.as_dict() for sent in self.possibly_billed],
+            "batches": list(self.batches),
             "superseded": self.superseded,
             "warnings": list(self.warnings),
         }

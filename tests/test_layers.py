@@ -39,17 +39,18 @@ LAYERS = (
         "simulator",
         "transport",
     ),
-    ("accounts", "discreet", "lane", "plan", "totals"),
-    ("copies", "index", "rebuilding", "send"),
-    ("record",),
-    ("assemble", "books", "checking", "estimating", "report", "verifying"),
-    ("intake",),
+    ("accounts", "chunks", "discreet", "lane", "plan", "totals"),
+    ("copies", "courier", "index", "rebuilding", "send", "verdict"),
+    ("harvest", "passage", "record"),
+    ("batch", "books", "checking", "estimating", "report", "verifying"),
+    ("assemble",),
+    ("intake", "overseeing"),
     ("job", "streaming"),
     ("screen",),
     ("cli",),
     ("__main__",),
 )
-VERBS = ("read", "plan", "send", "record", "report")
+VERBS = ("read", "plan", "send", "batch", "record", "report")
 OWNERS = {
     "httpx": {"transport"},
     "pyreqwest": {"transport"},

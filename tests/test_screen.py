@@ -94,7 +94,16 @@ class Run:
         sender = Statistics(
             in_flight=3, attempts=5, billed=2, rate_limited=1, failed=1, unknown=0, dropped=0, lanes=lanes
         )
-        return Progress(elapsed_s=seconds, read=900, total=None, reused=1, run=totals, sender=sender, is_draining=False)
+        return Progress(
+            elapsed_s=seconds,
+            read=900,
+            total=None,
+            reused=1,
+            run=totals,
+            sender=sender,
+            batches=(),
+            is_draining=False,
+        )
 
 
 async def _told_of_a_run(screen: Screen, told: io.StringIO) -> list[str]:

@@ -22,6 +22,7 @@ from rich.text import Text
 from pipeline import clock, money, safe
 
 if TYPE_CHECKING:  # so that telling an error does not load the whole program
+    from pipeline.chunks import Chunk
     from pipeline.job import Progress, Watch
     from pipeline.journal import Sent
     from pipeline.lane import Statistics
@@ -191,6 +192,7 @@ def _numbers(progress: Progress, pace: _Pace) -> dict[str, Any]:
         "tokens": progress.run.tokens.as_dict(),
         "is_draining": progress.is_draining,
         "lanes": [asdict(lane) for lane in sender.lanes],
+        "batches": [chunk.as_dict() for chunk in progress.batches if chunk.is_open],
     }
 
 
@@ -216,9 +218,22 @@ def _facts(progress: Progress, pace: _Pace) -> str:
 
 
 def _waits(progress: Progress) -> list[str]:
-    """Say of each model what it is waiting for, what its limits are and how far they are used."""
+    """Say of each model what it is waiting for, what its limits are and how far they are used; then of each batch."""
     lines = [_lane(lane) for lane in progress.sender.lanes if lane.ended or lane.waiting or lane.in_flight]
-    return lines[:_SHOWN_LANES]
+    lines += [_batch(chunk) for chunk in progress.batches if chunk.is_open]
+    hidden = len(lines) - _SHOWN_LANES
+    return [*lines[:_SHOWN_LANES], f"and {hidden:,} more"] if hidden > 0 else lines
+
+
+def _batch(chunk: Chunk) -> str:
+    """Return e.g. `openai/gpt-6-luna: batch batch_67f: in_progress, 1,200 of 50,000 answered, 3 failed`."""
+    name = safe.text(chunk.group, 60)
+    if chunk.batch_id is None:
+        return f"{name}: {chunk.requests:,} requests on their way to a batch: {chunk.step.value}"
+    answered = "" if chunk.succeeded is None else f"{chunk.succeeded:,} of "
+    parts = [safe.text(chunk.status, 40), f"{answered}{chunk.requests:,}{' answered' if answered else ' requests'}"]
+    parts += [f"{chunk.failed:,} failed"] if chunk.failed else []
+    return f"{name}: batch {safe.text(chunk.batch_id, 80)}: {', '.join(parts)}"
 
 
 def _lane(lane: Statistics) -> str:
@@ -276,14 +291,20 @@ def _possibly_billed(calls: Sequence[Sent]) -> str:
 
 
 def _models(summary: Summary) -> Table:
+    """Draw one line for each model and, where not all went live, lane."""
+    rows = summary.run.by_model()
+    has_lanes = any(row["lane"] != "live" for row in rows)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("model", overflow="fold")
+    if has_lanes:
+        table.add_column("lane")
     for name in ("requests", "input", "cached", "output", "cost"):
         table.add_column(name, justify="right")
-    for row in summary.run.by_model():
+    for row in rows:
         tokens = row["tokens"]
         table.add_row(
             Text(safe.text(f"{row['provider']}/{row['model']}", 60)),
+            *([Text(safe.text(row["lane"], 20))] if has_lanes else []),
             *(f"{n:,}" for n in (row["requests"], tokens["input"], tokens["cache_read"], tokens["output"])),
             _dollars(row["cost"]),
         )

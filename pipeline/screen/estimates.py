@@ -19,6 +19,10 @@ def show(console: Console, estimate: Estimate) -> None:
         console.print(_costs(estimate))
     for row in estimate.rows:
         console.print(Text(_reckoning(row)), soft_wrap=True)
+    live, batch = estimate.total.live.expected, estimate.total.batch.expected
+    if live.amount and batch.amount is not None and batch.amount < live.amount:
+        saved = f"{money.text(live.amount - batch.amount)} ({1 - batch.amount / live.amount:.0%})"
+        console.print(Text(f"--lane batch saves {saved}; batches take up to a day"), soft_wrap=True)
     for note in estimate.notes:
         console.print(Text(f"! {note}", style="yellow"), soft_wrap=True)
     parts = [f"{estimate.total.requests:,} to send"]

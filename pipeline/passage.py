@@ -1,0 +1,215 @@
+"""The passage of a chunk: uploaded, its batch made or found, waited for until it has ended.
+
+Each step is on the disk before the next is taken. What a crash, a signal or a lost answer leaves is gone on with:
+before a batch is made a second time it is looked for, until the first call must be over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import anyio
+from anyio import to_thread
+
+from pipeline.chunks import Chunk, Chunks, Step
+from pipeline.clock import Clock
+from pipeline.courier import Courier, Uncertain
+from pipeline.errors import ProviderError, TryLaterError
+from pipeline.providers.batches import Batch
+
+_FIRST_PAUSE = 1.0
+_PAUSE_GROWTH = 1.5
+_OVERDUE = timedelta(hours=1)  # after a batch should have expired
+_LONGEST_CANCELLING = timedelta(minutes=15)  # OpenAI says up to 10
+
+
+class Stop:
+    """A stop that cuts short what may be left undone."""
+
+    def __init__(self) -> None:
+        self._scopes: set[anyio.CancelScope] = set()
+        self.is_called = False
+
+    def call(self) -> None:
+        """Stop, now and from now on."""
+        self.is_called = True
+        for scope in self._scopes:
+            scope.cancel()
+
+    @contextmanager
+    def cuts_short(self) -> Iterator[None]:
+        """Leave the block when the stop is called, or at its first wait when it was."""
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            if self.is_called:
+                scope.cancel()
+            try:
+                yield
+            finally:
+                self._scopes.discard(scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long is waited, in seconds: between two looks at a batch, and for the answer of one call.
+
+    `rounds` is how often a batch is tried to be made. `switch_seconds` tells how long before its deadline the rest of
+    a chunk must go live; None where nothing goes live.
+    """
+
+    poll_interval: float
+    call: float
+    rounds: int
+    switch_seconds: Callable[[Chunk], float] | None
+
+
+class Passage:
+    """Takes chunks from one step to the next, and notes each."""
+
+    def __init__(
+        self, chunks: Chunks, clock: Clock, stop: Stop, patience: Patience, say: Callable[[str], None]
+    ) -> None:
+        self._chunks = chunks
+        self._clock = clock
+        self._stop = stop
+        self._patience = patience
+        self._say = say
+        self.disk = anyio.CapacityLimiter(1)
+
+    async def note(self, chunk: Chunk, **changes: Any) -> Chunk:
+        """Note a step on the disk and return the chunk as it is now."""
+        chunk = replace(chunk, **changes)
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(self._chunks.note, chunk, limiter=self.disk)
+        return chunk
+
+    async def upload(self, courier: Courier, chunk: Chunk) -> Chunk:
+        """Upload a chunk; as it was where that was cut short."""
+        with self._stop.cuts_short():
+            file_id = await courier.upload(self._chunks, chunk)
+            return await self.note(chunk, step=Step.UPLOADED, file_id=file_id)
+        return chunk
+
+    async def create(self, courier: Courier, chunk: Chunk) -> Chunk:
+        """Make the batch of a chunk or, if one may have been made, find it. Raises `ProviderError`, `TryLaterError`."""
+        rounds = 0
+        while chunk.step is not Step.CREATED:
+            if chunk.step is Step.CREATING and (batch := await self._find(courier, chunk)):
+                is_certain = courier.batches.has_tags
+                self._say(f"{chunk.group}: found batch {batch.id}, whose making was not confirmed")
+                return await self.note(chunk, **_told(batch), step=Step.CREATED, is_confirmed=is_certain)
+            if (rounds := rounds + 1) > self._patience.rounds:
+                raise TryLaterError("the provider does not say whether it made a batch, and none is found")
+            chunk = await self.note(chunk, step=Step.CREATING, creating_at=self._clock.utc(), is_confirmed=True)
+            try:
+                batch = await courier.create(self._chunks, chunk)
+            except Uncertain:
+                continue
+            except (ProviderError, TryLaterError):
+                await self.note(chunk, step=Step.UPLOADED)
+                raise
+            self._say(f"{chunk.group}: batch {batch.id} of {chunk.requests:,} requests is on its way")
+            chunk = await self.note(chunk, **_told(batch), step=Step.CREATED)
+        return chunk
+
+    async def _find(self, courier: Courier, chunk: Chunk) -> Batch | None:
+        """Look for a batch that may have been made: now and, if there is none, when the call must be over."""
+        assert chunk.creating_at is not None
+        over = _time(chunk.creating_at) + timedelta(seconds=self._patience.call)
+        while True:
+            taken = {each.batch_id for each in self._chunks.all if each.batch_id} | set(chunk.not_ours)
+            if batch := await courier.find(chunk, taken):
+                return batch
+            left = (over - self._clock.moment()).total_seconds()
+            if left <= 0:
+                return None
+            with self._stop.cuts_short():
+                await anyio.sleep(left)
+            if self._stop.is_called:
+                raise TryLaterError("stopped before it was known whether a batch was made; a later run finds out")
+
+    async def wait(self, courier: Courier, chunk: Chunk, *, is_patient: bool) -> tuple[Chunk, Batch | None]:
+        """Wait for the end of a batch, and return its last state.
+
+        None for a batch that goes on: nobody waits any more, or it does not heed that it was cancelled (then the chunk
+        `is_given_up`). A batch that is late is cancelled, so that the rest of it can go live before the deadline.
+        """
+        id = _id_of(chunk)
+        pause, cancelled_at = _FIRST_PAUSE, None
+        while True:
+            batch = None
+            with self._stop.cuts_short():
+                batch = await courier.poll(id)
+            if batch:
+                chunk = await self._note_told(chunk, batch)
+            if batch and batch.is_ended:
+                return chunk, batch
+            if batch and self._is_late(chunk):
+                if cancelled_at is None:
+                    cancelled_at = self._clock.moment()
+                    chunk = await self._give_up(courier, chunk)
+                    pause = _FIRST_PAUSE
+                    continue
+                if self._clock.moment() - cancelled_at > _LONGEST_CANCELLING:
+                    return chunk, None
+            if self._stop.is_called or not is_patient:
+                return replace(chunk, is_given_up=False), None
+            self._refuse_overdue(chunk)
+            with self._stop.cuts_short():
+                await anyio.sleep(min(pause, max(_FIRST_PAUSE, self._seconds_to_switch(chunk) or pause)))
+            pause = min(pause * _PAUSE_GROWTH, self._patience.poll_interval)
+
+    async def _note_told(self, chunk: Chunk, batch: Batch) -> Chunk:
+        """Note what a provider tells of a batch, if that is news."""
+        told = _told(batch)
+        return await self.note(chunk, **told) if replace(chunk, **told) != chunk else chunk
+
+    async def _give_up(self, courier: Courier, chunk: Chunk) -> Chunk:
+        """Cancel a batch that is late; that it is ours to cancel is noted first."""
+        id = _id_of(chunk)
+        self._say(f"{chunk.group}: batch {id} is cancelled; what it did not answer goes live")
+        chunk = await self.note(chunk, is_given_up=True)
+        await courier.cancel(id)
+        return chunk
+
+    def _is_late(self, chunk: Chunk) -> bool:
+        """Tell whether the rest of a batch must go live now. One that may be somebody else's is not touched."""
+        seconds = self._seconds_to_switch(chunk)
+        return seconds is not None and seconds <= 0 and chunk.is_confirmed
+
+    def _seconds_to_switch(self, chunk: Chunk) -> float | None:
+        if self._patience.switch_seconds is None or chunk.deadline is None:
+            return None
+        deadline, begun = _time(chunk.deadline), _time(chunk.at)
+        needed = timedelta(seconds=self._patience.switch_seconds(chunk))
+        return (deadline - min(needed, (deadline - begun) / 2) - self._clock.moment()).total_seconds()
+
+    def _refuse_overdue(self, chunk: Chunk) -> None:
+        """Wait for no batch that should have ended long ago. Raises `TryLaterError`."""
+        if chunk.expires_at and self._clock.moment() > _time(chunk.expires_at) + _OVERDUE:
+            raise TryLaterError(f"batch {chunk.batch_id} should have expired at {chunk.expires_at} and has not ended")
+
+
+def _id_of(chunk: Chunk) -> str:
+    assert chunk.batch_id is not None, "a batch is made first"
+    return chunk.batch_id
+
+
+def _told(batch: Batch) -> dict[str, Any]:
+    """Return what a chunk keeps of what a provider tells."""
+    return {
+        "batch_id": batch.id,
+        "status": batch.status,
+        "succeeded": batch.succeeded,
+        "failed": batch.failed,
+        "created_at": batch.created_at,
+        "expires_at": batch.expires_at,
+    }
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
