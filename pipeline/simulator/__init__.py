@@ -7,6 +7,10 @@ It shares no code with the rest of the program, so that a misreading of a protoc
         server.statistics()
 
 `GET /simulator/statistics` tells what was received and what would be billed.
+
+Marks in the user's text demand something of one request: `[[refuse]]`, `[[long]]`, `[[status:NNN]]`; and in a batch
+`[[expire]]` (never answered), `[[stuck]]` (not before the window is over), `[[missing]]` (answered, but without a
+result) and `[[twice]]` (with two).
 """
 
 from pipeline.simulator.answers import answer_token

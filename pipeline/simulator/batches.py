@@ -184,7 +184,7 @@ class Batch:
         """Return where the batch stands; in the moment of its creation or cancellation it is never over."""
         if self.cancelled is not None:
             return Phase.CANCELLING if now <= self.cancelled or now < self.end else Phase.CANCELLED
-        if now <= self.created or now < self.validated:
+        if now <= self.created or now < min(self.validated, self.end):
             return Phase.VALIDATING
         if self.failure:
             return Phase.FAILED

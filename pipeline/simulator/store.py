@@ -15,7 +15,7 @@ import orjson
 from anyio.lowlevel import checkpoint
 
 from pipeline.simulator.answers import compose, digest_of, forced_status
-from pipeline.simulator.batches import Batch, Dialect, Item, Outcome, Sorted
+from pipeline.simulator.batches import Batch, Dialect, Item, Outcome, Phase, Sorted
 from pipeline.simulator.state import State
 from pipeline.simulator.types import HeaderMap, Identity, Prompt, Usage
 
@@ -123,10 +123,17 @@ class Store:
         body = orjson.loads(raw)
         return None if self._dialect.check(headers, body) else self._dialect.prompt(body)
 
-    def cancel(self, batch: Batch) -> None:
-        """Begin to cancel a batch that is not over; what is not answered by now will not be."""
-        if batch.cancelled is None:
-            batch.cancelled = anyio.current_time()
+    async def cancel(self, batch: Batch) -> Phase:
+        """Begin to cancel a batch and return where it stood; what is not answered by now will not be.
+
+        Nothing happens to one that is over, or was over by the time that it had been brought up to date.
+        """
+        await self.advance(batch)
+        now = anyio.current_time()
+        phase = batch.phase(now)
+        if not phase.is_last and batch.cancelled is None:
+            batch.cancelled = now
+        return phase
 
     def delete(self, batch: Batch) -> None:
         """Forget a batch that is over."""

@@ -227,6 +227,34 @@ async def test_cancel(connect: Connect, batching: Batching) -> None:
     assert (found["answered"], found["batches"]["cancelled"], found["batches"]["expired"]) == (50, 52, 0)
 
 
+async def test_looking_together(connect: Connect, batching: Batching) -> None:
+    """However many look at a batch at once, and cancel it meanwhile, each request has one end and is paid once."""
+    async with connect(batch_seconds=100) as client:
+        batch = await batching.made(client, batching.requests(*map(str, range(3_000)), "[[status:400]]", "[[stuck]]"))
+        await asyncio.sleep(60)
+        polls = [batching.poll(client, batch) for _ in range(5)]
+        await asyncio.gather(*polls, batching.cancel(client, batch), statistics(client), statistics(client))
+        await asyncio.sleep(1)
+        await asyncio.gather(batching.poll(client, batch), statistics(client))
+        found = await statistics(client)
+        outcomes = Counter((await batching.outcomes(client, batch)).values())
+    counts = found["batches"]
+    assert sum(counts[name] for name in ("answered", "errored", "expired", "cancelled")) == counts["requests"] == 3_002
+    assert (outcomes["succeeded"], outcomes["canceled"]) == (counts["answered"], counts["cancelled"])
+    assert (found["answered"], found["duplicates_paid"]) == (counts["answered"], 0)
+
+
+async def test_a_window_shorter_than_validation(connect: Connect, batching: Batching) -> None:
+    """A batch may expire before any of its requests is answered."""
+    async with connect(batch_seconds=100, batch_window=0.5) as client:
+        batch = await batching.made(client, batching.requests("one", "two"))
+        await asyncio.sleep(0.5)
+        status = batching.status(await batching.poll(client, batch))
+        outcomes = await batching.outcomes(client, batch)
+    assert status == ("expired" if batching.is_openai else "ended")
+    assert outcomes == {"r0": "expired", "r1": "expired"}
+
+
 async def test_cancel_at_once(connect: Connect, batching: Batching) -> None:
     """A batch that is cancelled at once was being cancelled in the answer, and has nothing but cancelled requests."""
     async with connect() as client:

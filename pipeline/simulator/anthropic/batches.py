@@ -107,9 +107,8 @@ class AnthropicBatches:
     async def cancel(self, call: Call) -> Reply:
         """Begin to cancel a batch; doing so again changes nothing."""
         batch = self._find(call)
-        if batch.phase(await self._store.advance(batch)).is_last:
+        if (await self._store.cancel(batch)).is_last:
             raise Refused(invalid(f"Batch {batch.id} cannot be canceled: it has already ended."))
-        self._store.cancel(batch)
         return json_reply(self._encode(batch, batch.cancelled or 0.0, call))
 
     async def delete(self, call: Call) -> Reply:

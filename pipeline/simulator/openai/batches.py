@@ -105,11 +105,9 @@ class OpenAIBatches:
     async def cancel(self, call: Call) -> Reply:
         """Begin to cancel a batch; doing so again changes nothing."""
         batch = self._find(call)
-        phase = batch.phase(await self._store.advance(batch))
+        phase = await self._store.cancel(batch)
         if phase.is_last:
-            message = f"Cannot cancel a batch with status '{phase.value}'."
-            raise Refused(invalid(message, status=409))
-        self._store.cancel(batch)
+            raise Refused(invalid(f"Cannot cancel a batch with status '{phase.value}'.", status=409))
         return json_reply(self._encode(batch, batch.cancelled or 0.0))
 
     def _find(self, call: Call) -> Batch:
