@@ -30,10 +30,8 @@ from pipeline.types import Answer, Call, Cost, Request, Result, Usage
 # What an answer without a limit of its own is held for when money is set aside. It may be longer: then the cap is
 # passed by that much, at most once for each call in flight.
 _ASSUMED_OUTPUT_TOKENS = 8_192
-# With a deadline, what a batch does not answer goes live early enough: at this pace where no cap is told, and after a
-# batch was cancelled, which takes OpenAI up to ten minutes.
+# With a deadline, what a batch does not answer goes live early enough: at this pace, where no cap is told.
 _ASSUMED_RPM = 1_000
-_CANCELLING_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +228,7 @@ def batch_lane(
             poll_interval=settings.batches.poll_interval,
             call=settings.sending.timeout,
             rounds=settings.sending.max_attempts,
-            switch_seconds=partial(_live_seconds, settings) if resend else None,
+            live_seconds=partial(_live_seconds, settings) if resend else None,
         ),
         open_courier=partial(courier, settings, client),
         recording=recording,
@@ -248,9 +246,9 @@ def batch_lane(
 
 
 def _live_seconds(settings: Config, chunk: Chunk) -> float:
-    """Return how long the requests of a batch may take when they are sent live, and the cancelling before it."""
+    """Return how long the requests of a batch may take when they are sent live."""
     caps = settings.limits.of(chunk.provider, chunk.model)
-    return _CANCELLING_SECONDS + 60 * chunk.requests / (caps.rpm or _ASSUMED_RPM) + settings.sending.timeout
+    return 60 * chunk.requests / (caps.rpm or _ASSUMED_RPM) + settings.sending.timeout
 
 
 def invalid_result(item: Invalid, clock: Clock) -> Result:

@@ -70,8 +70,8 @@ class Statistics:
 class _Group:
     """The requests that may share batches: of one provider and, where it wants that, of one model.
 
-    `room` is released when a batch ends, for chunks that its provider had no room for. `max_tokens` bounds chunks
-    once one alone was too large for the provider's queue.
+    `room` is for chunks that the provider's queue had no room for: one goes on when another has come to its end.
+    `max_tokens` bounds chunks once one alone was too large for the queue.
     """
 
     provider: str
@@ -89,12 +89,16 @@ class _Group:
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
-        """Count a batch while it is underway, and make room when it has ended."""
+        """Count a batch while it is underway."""
         self.underway += 1
         try:
             yield
         finally:
             self.underway -= 1
+
+    def make_room(self) -> None:
+        """Let one of the chunks go on that wait for room."""
+        if self.room.statistics().tasks_waiting:
             self.room.release()
 
 
@@ -359,6 +363,8 @@ class BatchLane:
             except TryLaterError as error:
                 error.message = f"{group.name}: {error.message}"
                 self._waiting.append(error)
+            finally:
+                group.make_room()
         self._following -= 1
         self._check_finished()
 
@@ -431,9 +437,9 @@ class BatchLane:
 
     async def _refused(self, group: _Group, chunk: Chunk, batch: Batch) -> None:
         """Deal with a batch that failed validation: lines that its provider names fail, the others go again."""
-        codec = group.courier.batches
-        named = {problem.line: codec.failure(problem) for problem in batch.problems if problem.line}
-        whole = next((codec.failure(problem) for problem in batch.problems if not problem.line), None)
+        errors = [(problem.line, group.courier.batches.failure(problem)) for problem in batch.problems]
+        named = {line: error for line, error in errors if line and error.reach is Reach.REQUEST}
+        whole = next((error for line, error in errors if line not in named), None)
         await self._bring_in(group, chunk, self._harvest(group, chunk).refused(named, whole))
 
     async def _abandon(self, group: _Group, chunk: Chunk) -> None:

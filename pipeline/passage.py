@@ -57,14 +57,14 @@ class Stop:
 class Patience:
     """How long is waited, in seconds: between two looks at a batch, and for the answer of one call.
 
-    `rounds` is how often a batch is tried to be made. `switch_seconds` tells how long before its deadline the rest of
-    a chunk must go live; None where nothing goes live.
+    `rounds` is how often a batch is tried to be made. `live_seconds` tells how long the requests of a chunk take live;
+    None where nothing goes live.
     """
 
     poll_interval: float
     call: float
     rounds: int
-    switch_seconds: Callable[[Chunk], float] | None
+    live_seconds: Callable[[Chunk], float] | None
 
 
 class Passage:
@@ -139,7 +139,7 @@ class Passage:
         `is_given_up`). A batch that is late is cancelled, so that the rest of it can go live before the deadline.
         """
         id = _id_of(chunk)
-        pause, cancelled_at = _FIRST_PAUSE, None
+        pause, is_cancelled = _FIRST_PAUSE, False
         while True:
             batch = None
             with self._stop.cuts_short():
@@ -149,12 +149,11 @@ class Passage:
             if batch and batch.is_ended:
                 return chunk, batch
             if batch and self._is_late(chunk):
-                if cancelled_at is None:
-                    cancelled_at = self._clock.moment()
+                if not is_cancelled:
                     chunk = await self._give_up(courier, chunk)
-                    pause = _FIRST_PAUSE
+                    pause, is_cancelled = _FIRST_PAUSE, True
                     continue
-                if self._clock.moment() - cancelled_at > _LONGEST_CANCELLING:
+                if self._is_too_late(chunk):
                     return chunk, None
             if self._stop.is_called or not is_patient:
                 return replace(chunk, is_given_up=False), None
@@ -181,12 +180,23 @@ class Passage:
         seconds = self._seconds_to_switch(chunk)
         return seconds is not None and seconds <= 0 and chunk.is_confirmed
 
+    def _is_too_late(self, chunk: Chunk) -> bool:
+        """Tell whether the rest of a batch must go live although it has not ended: else it were not back in time."""
+        return self._seconds_until(chunk, timedelta(0), share=4) <= 0
+
     def _seconds_to_switch(self, chunk: Chunk) -> float | None:
-        if self._patience.switch_seconds is None or chunk.deadline is None:
+        """Return when a batch must be cancelled; None where there is no deadline."""
+        if self._patience.live_seconds is None or chunk.deadline is None:
             return None
+        return self._seconds_until(chunk, _LONGEST_CANCELLING, share=2)
+
+    def _seconds_until(self, chunk: Chunk, cancelling: timedelta, share: int) -> float:
+        """Return the seconds until only the time is left that cancelling and going live need, or a share of it all."""
+        assert self._patience.live_seconds is not None
+        assert chunk.deadline is not None
         deadline, begun = _time(chunk.deadline), _time(chunk.at)
-        needed = timedelta(seconds=self._patience.switch_seconds(chunk))
-        return (deadline - min(needed, (deadline - begun) / 2) - self._clock.moment()).total_seconds()
+        needed = timedelta(seconds=self._patience.live_seconds(chunk)) + cancelling
+        return (deadline - min(needed, (deadline - begun) / share) - self._clock.moment()).total_seconds()
 
     def _refuse_overdue(self, chunk: Chunk) -> None:
         """Wait for no batch that should have ended long ago. Raises `TryLaterError`."""
