@@ -264,6 +264,9 @@ def cancel_batches(**options: Any) -> None:
 @click.option("--burst", type=int, help="Requests at once [default: a minute's worth].")
 @click.option("--latency", type=float, default=0.05, show_default=True, metavar="S", help="Mean seconds per answer.")
 @click.option(
+    "--batch-seconds", type=float, default=1.0, show_default=True, metavar="S", help="How long a batch takes."
+)
+@click.option(
     "--fault", "faults", multiple=True, metavar="KIND=RATE", help="Share of requests that fail so; repeatable."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Other seed, other answers.")
