@@ -1,7 +1,7 @@
 """One provider's batch API, called with patience: what may be repeated is repeated, making a batch never blindly.
 
 Every call goes through `_ask`, which waits as the retry policy says. A batch may have been made although no answer
-came; `create` says so by `Uncertain`, and `find` looks for it.
+came; `create` says so by `UncertainError`, and `find` looks for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from anyio import to_thread
 
 from pipeline.chunks import Chunk, Chunks
 from pipeline.config import Endpoint
-from pipeline.errors import PipelineError, ProviderError, Reach, TransportError, TryLaterError
+from pipeline.errors import ProviderError, Reach, TransportError, TryLaterError
 from pipeline.providers import BatchCodec, Provider
 from pipeline.providers.base import Headers
 from pipeline.providers.batches import Batch
@@ -32,7 +32,7 @@ _SKEW = timedelta(minutes=10)  # by which the provider's clock and ours may diff
 _UPLOADS = 2  # at the same time: they share one line
 
 
-class Uncertain(PipelineError):
+class UncertainError(Exception):
     """A batch may have been made, and nobody knows its id."""
 
 
@@ -84,7 +84,7 @@ class Courier:
             return await self._ask(call, self.batches.uploaded, self._content(chunks, chunk))
 
     async def create(self, chunks: Chunks, chunk: Chunk) -> Batch:
-        """Make the batch of a chunk. Raises `Uncertain`, or the provider's error when none can have been made."""
+        """Make the batch of a chunk. Raises `UncertainError`, or the provider's error when none can have been made."""
         call = self.batches.create(self._way.endpoint, self._way.headers, chunk.nonce, chunk.file_id)
         content = None if call.tail is None else self._content(chunks, chunk)
         async with self._uploads:
@@ -93,7 +93,7 @@ class Courier:
             except ProviderError as error:
                 if _was_refused(error) or (error.status is not None and 400 <= error.status < 500):
                     raise
-                raise Uncertain(error.message) from error
+                raise UncertainError(error.message) from error
 
     async def find(self, chunk: Chunk, taken: set[str]) -> Batch | None:
         """Look for the batch that was made of a chunk without our learning its id; `taken` are ids of others.

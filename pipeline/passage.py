@@ -17,7 +17,7 @@ from anyio import to_thread
 
 from pipeline.chunks import Chunk, Chunks, Step
 from pipeline.clock import Clock
-from pipeline.courier import Courier, Uncertain
+from pipeline.courier import Courier, UncertainError
 from pipeline.errors import ProviderError, TryLaterError
 from pipeline.providers.batches import Batch
 
@@ -107,7 +107,7 @@ class Passage:
             chunk = await self.note(chunk, step=Step.CREATING, creating_at=self._clock.utc(), is_confirmed=True)
             try:
                 batch = await courier.create(self._chunks, chunk)
-            except Uncertain:
+            except UncertainError:
                 continue
             except (ProviderError, TryLaterError):
                 await self.note(chunk, step=Step.UPLOADED)

@@ -423,7 +423,7 @@ def _commands(text: str) -> list[list[str]]:
     return [[word for word in shlex.split(each) if not word.startswith("2>>")] for each in found]
 
 
-@pytest.mark.parametrize(("name", "count"), [("crontab", 4), ("pipeline.service", 1)])
+@pytest.mark.parametrize(("name", "count"), [("crontab", 5), ("pipeline.service", 1)])
 def test_samples_hold_commands_that_exist(name: str, count: int) -> None:
     """Every command of the samples has options that the program knows."""
     commands = _commands((SAMPLES / name).read_text())
