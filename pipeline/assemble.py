@@ -9,8 +9,8 @@ from datetime import timedelta
 from functools import partial
 
 from pipeline import config as configuration
-from pipeline import money, providers, record, retry, transport
-from pipeline.batch import BatchLane
+from pipeline import money, providers, retry, transport
+from pipeline.batch import BatchLane, Input
 from pipeline.budget import Budget
 from pipeline.chunks import Chunk, Chunks, Member
 from pipeline.clock import Clock
@@ -172,7 +172,7 @@ def sender(
     )
 
 
-def courier(settings: Config, client: transport.Client, name: str) -> Courier:
+def courier(settings: Config, client: transport.Client, say: Callable[[str], None], name: str) -> Courier:
     """Make what talks to a provider's batch API: address, headers with the key, codecs."""
     endpoint = settings.providers.get(name)
     if endpoint is None:
@@ -184,6 +184,9 @@ def courier(settings: Config, client: transport.Client, name: str) -> Courier:
     async def ask(call: Call, content: transport.Content | None) -> Answer:
         return without(await client.call(call, content), key)
 
+    async def download(call: Call, write: transport.Write, start: int) -> Answer:
+        return without(await client.download(call, write, start), key)
+
     return Courier(
         codec=codec,
         batches=providers.batch_codec(protocol),
@@ -191,12 +194,13 @@ def courier(settings: Config, client: transport.Client, name: str) -> Courier:
             endpoint=endpoint,
             headers=codec.headers(endpoint, key),
             ask=ask,
-            download=client.download,
+            download=download,
             mask=masking(key),
         ),
         policy=retry.Policy(settings.sending),
         patience=patience(settings),
         max_line_bytes=settings.sending.max_response_bytes,
+        say=lambda message: say(f"{name}: {message}"),
     )
 
 
@@ -209,46 +213,49 @@ def batch_lane(
     pricing: Pricing,
     budget: Budget | None,
     options: Options,
-    run_id: str,
     *,
-    is_answered: Callable[[int], bool],
-    is_wanted: Callable[[int], bool],
+    run_id: str,
+    input: Input,
     say: Callable[[str], None],
     resend: Callable[[Sequence[Member]], Awaitable[None]] | None,
 ) -> BatchLane:
     """Make the batch lane of a run; with `resend` what batches do not answer goes there."""
-    seconds = settings.batches.deadline
+    seconds = settings.batches.deadline if settings.lane == "auto" else None
+    deadline = clock.moment() + timedelta(seconds=seconds) if seconds else None
     return BatchLane(
         chunks=chunks,
         run_id=run_id,
         is_simulated=options.simulate,
+        retries_failed=options.retry_failed,
         settings=settings.batches,
         max_attempts=settings.sending.max_attempts,
         patience=Patience(
             poll_interval=settings.batches.poll_interval,
             call=settings.sending.timeout,
             rounds=settings.sending.max_attempts,
-            live_seconds=partial(_live_seconds, settings) if resend else None,
+            live_seconds=partial(_live_seconds, settings, chunks) if resend else None,
+            deadline=deadline,
         ),
-        open_courier=partial(courier, settings, client),
+        open_courier=partial(courier, settings, client, say),
         recording=recording,
         pricing=pricing,
         budget=budget,
         clock=clock,
         say=say,
-        key=record.key,
-        is_answered=is_answered,
-        is_wanted=is_wanted,
+        input=input,
         waits=settings.lane != LIVE and not options.no_wait,
-        deadline=clock.moment() + timedelta(seconds=seconds) if seconds else None,
+        deadline=deadline,
         resend=resend,
     )
 
 
-def _live_seconds(settings: Config, chunk: Chunk) -> float:
-    """Return how long the requests of a batch may take when they are sent live."""
-    caps = settings.limits.of(chunk.provider, chunk.model)
-    return 60 * chunk.requests / (caps.rpm or _ASSUMED_RPM) + settings.sending.timeout
+def _live_seconds(settings: Config, chunks: Chunks, chunk: Chunk) -> float:
+    """Return how long the requests of a batch may take live, with those of all batches that share its limits."""
+    requests = sum(each.requests for each in chunks.still_open if each.group == chunk.group)
+    limits = settings.limits
+    models = [name.partition("/")[2] for name in limits.models if name.partition("/")[0] == chunk.provider]
+    caps = [limits.of(chunk.provider, model).rpm for model in ([chunk.model] if chunk.model else ["", *models])]
+    return 60 * requests / min((cap for cap in caps if cap), default=_ASSUMED_RPM) + settings.sending.timeout
 
 
 def invalid_result(item: Invalid, clock: Clock) -> Result:

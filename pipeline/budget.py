@@ -3,6 +3,7 @@ after, so whatever is in flight, the cap holds.
 
 A call that does not fit waits until others are settled for less than they had reserved; when nothing is reserved any
 more and it still does not fit, the money is spent. A call whose outcome is unknown keeps its reserve: it may be billed.
+So does what is in a batch that nobody waits for any more: it is `held`.
 """
 
 from __future__ import annotations
@@ -19,31 +20,43 @@ class Budget:
     def __init__(self, cap: int) -> None:
         self.cap = cap
         self.spent = 0
+        self.held = 0
         self._reserved = 0
         self._settled = anyio.Event()
 
     def __repr__(self) -> str:
-        return f"<Budget: {self.spent:,} spent and {self._reserved:,} reserved of {self.cap:,} nano-dollars>"
+        return f"<Budget: {self.used:,} spent or held and {self._reserved:,} reserved of {self.cap:,} nano-dollars>"
+
+    @property
+    def used(self) -> int:
+        """What is spent, and what is held for batches that a later run collects."""
+        return self.spent + self.held
 
     async def reserve(self, amount: int) -> None:
         """Set an amount aside, as soon as it fits; raises `BudgetReachedError` when it never will."""
         while not self.try_reserve(amount):
             if not self._reserved:
                 raise BudgetReachedError(
-                    f"the budget is reached: {money.text(self.spent)} of {money.text(self.cap)} are spent, and the "
-                    f"next call may cost {money.text(amount)}; raise --max-cost, or budget in the configuration"
+                    f"the budget is reached: {money.text(self.used)} of {money.text(self.cap)} are spent or held for "
+                    f"batches, and the next call may cost {money.text(amount)}; raise --max-cost, or budget in the "
+                    "configuration"
                 )
             await self._settled.wait()
 
     def try_reserve(self, amount: int) -> bool:
         """Set an amount aside if it fits now; return whether it does."""
-        fits = self.spent + self._reserved + amount <= self.cap
+        fits = self.used + self._reserved + amount <= self.cap
         self._reserved += amount if fits else 0
         return fits
 
     def take(self, amount: int) -> None:
         """Set aside what is bought already, whether it fits or not."""
         self._reserved += amount
+
+    def hold(self, reserved: int) -> None:
+        """Keep what was set aside, though nobody will settle it in this run."""
+        self.held += reserved
+        self.settle(reserved, 0)
 
     def settle(self, reserved: int, spent: int) -> None:
         """Give back what was set aside for a call, and take what it cost."""

@@ -4,6 +4,7 @@
         journal.jsonl                    every step of every chunk, the last line of each counts
         0a1b2c3d4e5f.jsonl               the requests of a chunk, until all have their results
         0a1b2c3d4e5f.results             what is being downloaded
+        0a1b2c3d4e5f.left                what its results leave to be sent again
 
 A chunk is written first and known to the journal then, on the disk, before anything is sent. Each step is noted before
 the next is taken; so whoever finds the journal after a crash knows whether a batch may have been made, and looks for it
@@ -13,6 +14,7 @@ instead of making another. Whoever holds the lock of the results owns all this.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,13 +26,14 @@ from typing import IO, Any
 import orjson
 
 from pipeline import disk, jsonl, money, results
-from pipeline.errors import StorageError
+from pipeline.errors import LineError, StorageError, UsageError
 from pipeline.types import Attempt, Request
 
 SUFFIX = ".batches"
 _JOURNAL = "journal.jsonl"
 _DIRECTORY_MODE = 0o700
 _BLOCK_BYTES = 1024 * 1024
+_OURS = re.compile(r"journal\.jsonl(\.tmp)?|[0-9a-f]{12}\.(jsonl|results|left)")
 _REQUEST_FIELDS = (
     "custom_id",
     "digest",
@@ -62,24 +65,26 @@ _CLOSED = (Step.COLLECTED, Step.DROPPED)
 class Chunk:
     """The requests of one batch and how far it has come.
 
-    `nonce` names it; `content` is the number of bytes and `sha256` the checksum of what is uploaded. `model` is ""
-    where a batch may hold several. `worst_nano` is what is set aside for it. `deadline` is when its requests are sent
-    live instead (UTC, ISO 8601). `batch_id` is the provider's; it is not `is_confirmed` while another batch may have
-    been taken for ours. `not_ours` are batches that turned out to be others'. `is_given_up` is true once we asked to
-    cancel it. `status`, counts and times are the provider's last word; `cost_nano` is what its results cost.
+    `nonce` names it; `size` and `sha256` are those of its file, `content` is the number of bytes that its requests
+    measure on the wire. `model` is "" where a batch may hold several. `retries_failed` when it may hold requests that
+    failed before. `deadline` is when its requests are sent live instead (UTC, ISO 8601). `batch_id` is the provider's;
+    it is not `is_confirmed` while another batch may have been taken for ours, and `not_ours` are batches that turned
+    out to be others'. `is_given_up` is true once we asked to cancel it. `status`, counts and times are the provider's
+    last word; `cost_nano` is what its results cost.
     """
 
-    nonce: str
     run: str
     provider: str
     model: str
-    requests: int
-    content: int
-    sha256: str
-    input_tokens: int
-    worst_nano: int
     at: str
+    nonce: str = ""
+    requests: int = 0
+    size: int = 0
+    content: int = 0
+    sha256: str = ""
+    input_tokens: int = 0
     simulated: bool = False
+    retries_failed: bool = False
     deadline: str | None = None
     step: Step = Step.WRITTEN
     file_id: str | None = None
@@ -100,6 +105,16 @@ class Chunk:
     def group(self) -> str:
         """Whose batch it is, for people: provider and, where it is for one, model."""
         return f"{self.provider}/{self.model}" if self.model else self.provider
+
+    @property
+    def name(self) -> str:
+        """The provider's id of its batch, else our name for it."""
+        return self.batch_id or self.nonce
+
+    @property
+    def may_have_batch(self) -> bool:
+        """Whether there may be a batch of it at the provider."""
+        return self.step in (Step.CREATING, Step.CREATED)
 
     @property
     def is_open(self) -> bool:
@@ -126,48 +141,28 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A request of a chunk, and under which `name`.
-
-    `attempts` failed before, `counted` of them by the request's own fault; `worst_nano` is set aside for the next.
-    """
+    """A request of a chunk, and under which `name`; `attempts` failed before, `counted` of them by its own fault."""
 
     request: Request
     name: str = ""
     attempts: Sequence[Attempt] = ()
     counted: int = 0
-    worst_nano: int = 0
 
 
-class Spool:
-    """A chunk that is being written, not known to the journal yet."""
+class Members:
+    """A file of requests that is being written."""
 
-    def __init__(self, directory: Path, *, separator: bytes, entry: Callable[[str, bytes], bytes]) -> None:
-        self.nonce = secrets.token_hex(6)
+    def __init__(self, path: Path) -> None:
         self.requests = 0
-        self.content = 0
-        self.input_tokens = 0
-        self.worst_nano = 0
-        self._path = directory / f"{self.nonce}.jsonl"
-        self._separator = separator
-        self._entry = entry
+        self.size = 0
+        self._path = path
         self._digest = sha256()
         self._lines: list[bytes] = []
 
     def add(self, member: Member) -> None:
         """Add a request; `write` puts it into the file."""
-        entry = self._entry(member.name, member.request.body)
-        if self.requests:
-            entry = self._separator + entry
-        self._digest.update(entry)
         self.requests += 1
-        self.content += len(entry)
-        self.input_tokens += member.request.estimated_input_tokens
-        self.worst_nano += member.worst_nano
         self._lines.append(_encode(member))
-
-    def size_with(self, member: Member) -> int:
-        """Return how many bytes would be uploaded if a request were added."""
-        return self.content + len(self._separator) + len(self._entry(member.name, member.request.body))
 
     def take(self) -> list[bytes]:
         """Return what was added since the last time, for a thread to `write`."""
@@ -178,18 +173,21 @@ class Spool:
         """Write what `take` returned, in the same order. Raises `StorageError`."""
         if not lines and not sync:
             return
+        data = b"".join(lines)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(self._path, flags, disk.MODE), "wb") as file:
-                file.writelines(lines)
+                file.write(data)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
                     disk.sync_directory(self._path.parent)
         except OSError as exc:
             raise StorageError(f"cannot write {str(self._path)!r}: {exc.strerror}") from exc
+        self._digest.update(data)
+        self.size += len(data)
 
-    def members(self) -> Iterator[Member]:
+    def read(self) -> Iterator[Member]:
         """Yield what was written."""
         if self.requests:
             yield from (member for _, member in _members(self._path))
@@ -198,24 +196,33 @@ class Spool:
         """Delete the file."""
         self._path.unlink(missing_ok=True)
 
-    def seal(
-        self, lines: list[bytes], *, run: str, provider: str, model: str, at: str, deadline: str | None, simulated: bool
-    ) -> Chunk:
-        """Write the last lines and return the chunk that the file holds, on the disk."""
+
+class Spool(Members):
+    """A chunk that is being written, not known to the journal yet; `content` is what its upload measures so far."""
+
+    def __init__(self, directory: Path) -> None:
+        self.nonce = secrets.token_hex(6)
+        super().__init__(directory / f"{self.nonce}.jsonl")
+        self.content = 0
+        self.input_tokens = 0
+
+    def add_entry(self, member: Member, content: int) -> None:
+        """Add a request whose upload measures so many bytes."""
+        self.add(member)
+        self.content += content
+        self.input_tokens += member.request.estimated_input_tokens
+
+    def seal(self, lines: list[bytes], chunk: Chunk) -> Chunk:
+        """Write the last lines; return the chunk with what the file holds now, on the disk."""
         self.write(lines, sync=True)
-        return Chunk(
+        return replace(
+            chunk,
             nonce=self.nonce,
-            run=run,
-            provider=provider,
-            model=model,
             requests=self.requests,
+            size=self.size,
             content=self.content,
             sha256=self._digest.hexdigest(),
             input_tokens=self.input_tokens,
-            worst_nano=self.worst_nano,
-            at=at,
-            deadline=deadline,
-            simulated=simulated,
         )
 
 
@@ -236,18 +243,36 @@ class Chunks:
         return tuple(chunk for chunk in self._all.values() if chunk.is_open)
 
     def open(self) -> None:
-        """Read the journal, and delete what a crash left of chunks that it does not know."""
+        """Read the journal, and delete what a crash left of chunks that it does not know. What is not ours stays."""
+        if self._stranger() is not None:
+            return
         self._all = {chunk.nonce: chunk for chunk in read(self.directory)}
-        if self.directory.is_dir():
-            for path in self.directory.iterdir():
-                chunk = self._all.get(path.stem)
-                if path.name != _JOURNAL and (chunk is None or not chunk.is_open):
-                    path.unlink(missing_ok=True)
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            chunk = self._all.get(path.stem)
+            if path.name != _JOURNAL and (chunk is None or not chunk.is_open):
+                path.unlink(missing_ok=True)
 
-    def spool(self, *, separator: bytes, entry: Callable[[str, bytes], bytes]) -> Spool:
+    def is_damaged(self, chunk: Chunk) -> bool:
+        """Tell whether the file of a chunk is not what was written."""
+        digest = sha256()
+        try:
+            with self.path(chunk).open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+        except OSError:
+            return True
+        return digest.hexdigest() != chunk.sha256
+
+    def spool(self) -> Spool:
         """Begin a chunk."""
         self._make_directory()
-        return Spool(self.directory, separator=separator, entry=entry)
+        return Spool(self.directory)
+
+    def leftovers(self, chunk: Chunk) -> Members:
+        """Begin a file of what a chunk leaves over; a crash loses it, and leaves its requests pending."""
+        path = self.directory / f"{chunk.nonce}.left"
+        path.unlink(missing_ok=True)
+        return Members(path)
 
     def note(self, chunk: Chunk) -> None:
         """Note how far a chunk has come; returns when that is on the disk. Raises `StorageError`."""
@@ -266,8 +291,12 @@ class Chunks:
     def close_chunk(self, chunk: Chunk, step: Step) -> None:
         """Note that nothing is left to be done for a chunk, and delete its requests."""
         self.note(replace(chunk, step=step))
-        for path in (self._path(chunk), self.download_path(chunk)):
+        for path in (self.path(chunk), self.download_path(chunk)):
             path.unlink(missing_ok=True)
+
+    def reread(self, chunk: Chunk) -> Chunk:
+        """Return a chunk as the journal has it now."""
+        return self._all.get(chunk.nonce, chunk)
 
     def release(self) -> None:
         """Close the journal."""
@@ -277,11 +306,11 @@ class Chunks:
 
     def members(self, chunk: Chunk) -> Iterator[tuple[int, Member]]:
         """Yield the requests of a chunk, each with its place in the file."""
-        yield from _members(self._path(chunk))
+        yield from _members(self.path(chunk))
 
     def reader(self, chunk: Chunk) -> IO[bytes]:
         """Open the file of a chunk, for `member_at`."""
-        return self._path(chunk).open("rb")
+        return self.path(chunk).open("rb")
 
     def content(self, chunk: Chunk, *, separator: bytes, entry: Callable[[str, bytes], bytes]) -> Iterator[bytes]:
         """Yield what is uploaded, in blocks."""
@@ -297,14 +326,28 @@ class Chunks:
         """Return where the results of a chunk are put while they are fetched."""
         return self.directory / f"{chunk.nonce}.results"
 
-    def _path(self, chunk: Chunk) -> Path:
+    def path(self, chunk: Chunk) -> Path:
+        """Return the file of a chunk."""
         return self.directory / f"{chunk.nonce}.jsonl"
 
+    def _stranger(self) -> str | None:
+        """Return the name of a file in the directory that is not ours, None if all are."""
+        if not self.directory.is_dir() or self.directory.is_symlink():
+            return self.directory.name if self.directory.exists() or self.directory.is_symlink() else None
+        names = sorted(
+            path.name for path in self.directory.iterdir() if path.is_dir() or not _OURS.fullmatch(path.name)
+        )
+        return names[0] if names else None
+
     def _make_directory(self) -> None:
-        if self.directory.is_dir():
-            return
+        if stranger := self._stranger():
+            raise UsageError(
+                f"{str(self.directory)!r} is where requests for batches would lie, and {stranger!r} there is not ours",
+                hint="choose another -o, or move that away",
+            )
         try:
-            self.directory.mkdir(mode=_DIRECTORY_MODE)
+            self.directory.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
+            self.directory.chmod(_DIRECTORY_MODE)
             disk.sync_directory(self.directory.parent)
         except OSError as exc:
             raise StorageError(f"cannot make {str(self.directory)!r}: {exc.strerror}") from exc
@@ -312,11 +355,16 @@ class Chunks:
 
 def _members(path: Path) -> Iterator[tuple[int, Member]]:
     place = 0
-    with path.open("rb") as file:
-        for head in file:
-            body = file.readline()
-            yield place, _decode(head, body)
-            place += len(head) + len(body)
+    try:
+        with path.open("rb") as file:
+            for head in file:
+                body = file.readline()
+                yield place, _decode(head, body)
+                place += len(head) + len(body)
+    except OSError as exc:
+        raise StorageError(f"cannot read {str(path)!r}: {exc.strerror}") from exc
+    except (LineError, KeyError, TypeError) as exc:
+        raise StorageError(f"{str(path)!r} is damaged at byte {place:,}") from exc
 
 
 def member_at(file: IO[bytes], place: int) -> Member:
@@ -351,7 +399,9 @@ def _chunk(line: bytes) -> Chunk | None:
     try:
         value: dict[str, Any] = orjson.loads(line)
         known = {field.name for field in fields(Chunk)}
-        return Chunk(**{name: each for name, each in value.items() if name in known} | {"step": Step(value["step"])})
+        read = {"step": Step(value["step"]), "not_ours": tuple(value.get("not_ours", ()))}
+        chunk = Chunk(**{name: each for name, each in value.items() if name in known} | read)
+        return chunk if isinstance(chunk.nonce, str) and _OURS.fullmatch(f"{chunk.nonce}.jsonl") else None
     except (orjson.JSONDecodeError, TypeError, AttributeError, KeyError, ValueError):
         return None
 
@@ -363,7 +413,7 @@ def _encode(member: Member) -> bytes:
     head["name"] = member.name
     if member.attempts:
         head["attempts"] = [results.attempt_as_dict(attempt) for attempt in member.attempts]
-    head |= {"counted": member.counted, "worst_nano": member.worst_nano}
+    head["counted"] = member.counted
     return jsonl.dumps(head) + b"\n" + request.body + b"\n"
 
 
@@ -374,5 +424,4 @@ def _decode(head: bytes, body: bytes) -> Member:
         name=value["name"],
         attempts=tuple(results.to_attempts(value.get("attempts"))),
         counted=value["counted"],
-        worst_nano=value["worst_nano"],
     )

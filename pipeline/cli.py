@@ -35,7 +35,17 @@ _ENDS_ALL = (5, 130, 143)  # exit codes of one input after which the others are 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(context_settings=_CONTEXT)
+class _Commands(click.Group):
+    """The commands; Ctrl-C before one has begun is exit 130, not click's 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+@click.group(cls=_Commands, context_settings=_CONTEXT)
 @click.version_option(package_name="pipeline", message="%(prog)s %(version)s")
 def main() -> None:
     """Run batches of LLM conversations against Anthropic, OpenAI and compatible servers.
@@ -245,13 +255,15 @@ def batch_status(**options: Any) -> None:
 
 @batches.command("cancel", epilog="Example: pipeline batches cancel msgbatch_01Hk")
 @_ids
+@click.option("--forget", is_flag=True, help="Give them up, whatever they answered: all is sent again.")
 @_config_option
 @_ledger_option
 @_json_option
 def cancel_batches(**options: Any) -> None:
     """Cancel batches. The next run collects what they have answered and sends the rest again.
 
-    A batch that its provider no more knows is given up: the next run sends all of it again.
+    A batch whose provider knows it no more, or never ends it, is given up with --forget: the next run sends all of it
+    again, and nothing of what it answered is collected.
     """
     _guarded(_oversee, verb="cancel", **options)
 
@@ -422,7 +434,7 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
         lane=options["lane"],
         tags={**settings.tags, **dict(options["tags"])} if options["tags"] else None,
     )
-    if settings.batches.deadline and settings.lane != "auto":
+    if options["deadline"] and settings.lane != "auto":
         raise UsageError("a deadline wants --lane auto: only there a request may go live when its batch is late")
     if options["no_wait"] and options["simulate"]:
         raise UsageError("--no-wait wants a provider that outlives the command: start `pipeline simulate` beside it")
@@ -497,7 +509,7 @@ def _estimate(
     from pipeline import assemble, clock, config, estimating, read
     from pipeline.screen import estimates
 
-    settings = config.load(config_file).replace(provider=provider)
+    settings = config.load(config_file).replace(provider=provider, lane="live")
     settings = settings.with_("request", max_tokens=max_tokens, temperature=temperature, system=system)
     settings = settings.with_("limits", **caps)
     sources = read.sources(inputs, but=Path(output) if output else None)
@@ -688,14 +700,24 @@ def _list_batches(
 
 
 def _oversee(
-    *, verb: str, ids: tuple[str, ...], config_file: str | None, ledger_file: str | None, as_json: bool
+    *,
+    verb: str,
+    ids: tuple[str, ...],
+    config_file: str | None,
+    ledger_file: str | None,
+    as_json: bool,
+    forget: bool = False,
 ) -> int:
     from pipeline import aio, overseeing
 
     settings, found = _batches(config_file, ledger_file, ())
     wanted = overseeing.chosen(found, ids)
-    ask = overseeing.cancel if verb == "cancel" else overseeing.status
-    _show_batches(aio.run(lambda: ask(settings, wanted)), as_json=as_json)
+    if forget:
+        told = [overseeing.give_up(each) for each in wanted]
+    else:
+        ask = overseeing.cancel if verb == "cancel" else overseeing.status
+        told = aio.run(lambda: ask(settings, wanted))
+    _show_batches(told, as_json=as_json)
     return 0
 
 
@@ -752,7 +774,7 @@ def _page() -> Console:
     """Return stdout, as wide as a table wants it where it is no terminal."""
     from rich.console import Console
 
-    width = shutil.get_terminal_size((120, 24)).columns
+    width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 1_000
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 import anyio
-import orjson
+import anyio.lowlevel
 from anyio import to_thread
 
+from pipeline import disk
 from pipeline.chunks import Chunk, Chunks
 from pipeline.config import Endpoint
 from pipeline.errors import ProviderError, Reach, TransportError, TryLaterError
-from pipeline.providers import BatchCodec, Provider
+from pipeline.providers import BatchCodec, Provider, answers
 from pipeline.providers.base import Headers
 from pipeline.providers.batches import Batch
 from pipeline.retry import Policy
-from pipeline.transport import Content
+from pipeline.transport import Content, Write
 from pipeline.types import Answer, Call
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class UncertainError(Exception):
 
 
 Ask = Callable[[Call, Content | None], Awaitable[Answer]]
-Download = Callable[[Call, Callable[[int, bytes], Awaitable[None]], int], Awaitable[Answer]]
+Download = Callable[[Call, Write, int], Awaitable[Answer]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,7 @@ class Courier:
         policy: Policy,
         patience: float,
         max_line_bytes: int,
+        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.codec = codec
         self.batches = batches
@@ -73,6 +75,8 @@ class Courier:
         self._policy = policy
         self._patience = patience
         self._max_line_bytes = max_line_bytes
+        self._say = say
+        self._is_in_trouble = False
         self._uploads = anyio.Semaphore(_UPLOADS)
 
     async def upload(self, chunks: Chunks, chunk: Chunk) -> str | None:
@@ -83,15 +87,18 @@ class Courier:
         async with self._uploads:
             return await self._ask(call, self.batches.uploaded, self._content(chunks, chunk))
 
-    async def create(self, chunks: Chunks, chunk: Chunk) -> Batch:
-        """Make the batch of a chunk. Raises `UncertainError`, or the provider's error when none can have been made."""
+    async def create(self, chunks: Chunks, chunk: Chunk, begin: Callable[[], Awaitable[None]]) -> Batch:
+        """Make the batch of a chunk; `begin` is awaited before every call that may make it.
+
+        Raises `UncertainError`, or the provider's error when none can have been made.
+        """
         call = self.batches.create(self._way.endpoint, self._way.headers, chunk.nonce, chunk.file_id)
         content = None if call.tail is None else self._content(chunks, chunk)
         async with self._uploads:
             try:
-                return await self._ask(call, self.batches.batch, content, may_repeat=_was_refused)
+                return await self._ask(call, self.batches.batch, content, before=begin, may_repeat=_may_repeat_create)
             except ProviderError as error:
-                if _was_refused(error) or (error.status is not None and 400 <= error.status < 500):
+                if _may_repeat_create(error) or _is_refusal(error):
                     raise
                 raise UncertainError(error.message) from error
 
@@ -105,7 +112,12 @@ class Courier:
         after: str | None = None
         while True:
             call = self.batches.list(self._way.endpoint, self._way.headers, after)
-            page, has_more = await self._ask(call, self.batches.listed)
+            try:
+                page, has_more = await self._ask(call, self.batches.listed)
+            except ProviderError as error:
+                if error.status in (404, 405, 501):
+                    return None  # who has no list of batches has made none
+                raise
             for batch in page:
                 if batch.id in taken:
                     continue
@@ -114,10 +126,11 @@ class Courier:
                         return batch
                 elif batch.total == chunk.requests and batch.created_at and _time(batch.created_at) >= earliest:
                     return batch
-            oldest = page[-1].created_at if page else None
-            if not has_more or not page or (oldest and _time(oldest) < earliest):
+            if not has_more or not page or page[-1].id == after:
                 return None
-            after = page[-1].id
+            after, oldest = page[-1].id, page[-1].created_at
+            if oldest and _time(oldest) < earliest:
+                return None
 
     async def poll(self, id: str) -> Batch:
         """Return what the provider tells of a batch."""
@@ -136,29 +149,26 @@ class Courier:
     async def fetch(self, file: str, path: Path) -> None:
         """Download a file of results. What was cut is gone on with, and the file holds whole lines only."""
         call = self.batches.download(self._way.endpoint, self._way.headers, file)
-        with path.open("wb") as target:
+        with disk.open_private(path) as target:
             lines = _Lines(target, self._way.mask, self._max_line_bytes)
-
-            async def download() -> Answer:
-                lines.begin()
-                return await self._way.download(call, lines.write, lines.taken)
-
-            attempts, taken = 0, -1
+            attempts, most, since = 0, 0, anyio.current_time()
             while True:
-                attempts = attempts + 1 if lines.taken <= taken else 1  # what gets on is not given up
-                taken = lines.taken
+                if lines.taken > most:  # what gets on is not given up
+                    attempts, most, since = 0, lines.taken, anyio.current_time()
+                attempts += 1
+                lines.begin()
                 try:
-                    answer = await download()
+                    answer = await self._way.download(call, lines.write, lines.taken)
                     if answer.status in (200, 206):
                         lines.end()
                         return
-                    if answer.status == 416:
-                        lines.restart()
-                        continue
                     error = self.batches.refusal(answer)
+                    if answer.status == 416:  # there is less than we had: from the beginning, then
+                        lines.restart()
+                        error.reach = Reach.ATTEMPT
                 except TransportError as exc:
                     error = self.codec.lost(exc)
-                await self._pause(error, attempts)
+                await self._pause(error, attempts, since)
 
     def _content(self, chunks: Chunks, chunk: Chunk) -> Content:
         """Return what reads a chunk anew for every call, in a thread."""
@@ -176,6 +186,7 @@ class Courier:
         read: Callable[[Answer], T],
         content: Content | None = None,
         *,
+        before: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
         may_repeat: Callable[[ProviderError], bool] = lambda error: True,
     ) -> T:
         """Make a call and read its answer. Raises `ProviderError`, or `TryLaterError` when patience is at its end."""
@@ -183,79 +194,102 @@ class Courier:
         since = anyio.current_time()
         while True:
             attempts += 1
+            await before()
             try:
-                return read(await self._way.ask(call, content))
+                value = read(await self._way.ask(call, content))
+                self._is_in_trouble = False
+                return value
             except TransportError as exc:
                 error = self.codec.lost(exc)
             except ProviderError as exc:
                 error = exc
             if not may_repeat(error):
                 raise error
-            if error.reach is Reach.ATTEMPT and anyio.current_time() - since > self._patience:
-                raise TryLaterError(f"the batch API is out of reach: {error.message}")
-            await self._pause(error, attempts)
+            await self._pause(error, attempts, since)
 
-    async def _pause(self, error: ProviderError, attempts: int) -> None:
-        """Wait before a call is made again; raises the error where it should not be."""
-        seconds = self._policy.wait_before_retry(error, attempts, attempts)
+    async def _pause(self, error: ProviderError, attempts: int, since: float) -> None:
+        """Wait before a call is made again; raises the error where none would help, `TryLaterError` after too long."""
+        seconds = self._policy.wait_patiently(error, attempts)
         if seconds is None:
             raise error
         if seconds > self._policy.max_retry_after:
             raise TryLaterError(f"the provider asks to wait {seconds:,.0f} s: {error.message}")
+        if anyio.current_time() + seconds - since > self._patience:
+            raise TryLaterError(f"the batch API is out of reach: {error.message}")
+        if attempts > 1 and not self._is_in_trouble:
+            self._is_in_trouble = True
+            self._say(f"the batch API does not do as it is asked, it is tried again: {error.message}")
         await anyio.sleep(seconds)
 
 
 class _Lines:
-    """Takes the pieces of a download and writes the lines that are whole; `taken` counts their bytes as they came."""
+    """Takes the pieces of a download and writes the lines that are whole; `taken` counts their bytes as they came.
+
+    A line that is larger than `max_bytes` is left out: what the results do not tell is dealt with later.
+    """
 
     def __init__(self, file: IO[bytes], mask: Callable[[bytes], bytes], max_bytes: int) -> None:
         self._file = file
         self._mask = mask
         self._max_bytes = max_bytes
         self._rest = bytearray()
+        self._left_out = 0
+        self._next = 0
         self.taken = 0
 
     def begin(self) -> None:
         """Make ready for what comes from `taken` on."""
         self._rest.clear()
+        self._left_out = 0
+        self._next = self.taken
 
     def restart(self) -> None:
         """Begin from nothing."""
-        self._rest.clear()
         self._file.truncate(0)
         self._file.seek(0)
         self.taken = 0
+        self.begin()
 
     async def write(self, place: int, piece: bytes) -> None:
-        if place == 0 and self.taken:
-            self.restart()  # the server sends all of it once more
+        """Take a piece that begins at a place; a server may begin from nothing, but not elsewhere."""
+        if place == 0 and self._next:
+            self.restart()
+        if place != self._next:
+            raise TransportError("another part came than was asked for", type="invalid_http", is_sent=True)
+        self._next += len(piece)
         self._rest += piece
-        end = self._rest.rfind(b"\n") + 1
-        if end:
+        if self._left_out and (end := self._rest.find(b"\n") + 1):
+            self.taken += self._left_out + end
+            self._left_out = 0
+            del self._rest[:end]
+        if not self._left_out and (end := self._rest.rfind(b"\n") + 1):
             self._put(bytes(self._rest[:end]))
             del self._rest[:end]
-        if len(self._rest) > self._max_bytes:
-            message = f"a line of the results is larger than {self._max_bytes:,} bytes"
-            raise TransportError(message, type="response_too_large", is_sent=True, reach=Reach.MODEL)
+        if self._left_out or len(self._rest) > self._max_bytes:
+            self._left_out += len(self._rest)
+            self._rest.clear()
 
     def end(self) -> None:
         """Take a last line without its end, if it is whole."""
         if self._rest.strip():
-            try:
-                orjson.loads(self._rest)
-            except orjson.JSONDecodeError as exc:
-                raise TransportError("the results end amid a line", type="connection_error", is_sent=True) from exc
+            if answers.parsed(bytes(self._rest))[0] is None:
+                raise TransportError("the results end amid a line", type="connection_error", is_sent=True)
             self._put(bytes(self._rest) + b"\n")
-        self._file.flush()
 
     def _put(self, lines: bytes) -> None:
         self._file.write(self._mask(lines))
         self.taken += len(lines)
 
 
-def _was_refused(error: ProviderError) -> bool:
-    """Tell whether nothing can have been made: too many calls, or no connection."""
+def _may_repeat_create(error: ProviderError) -> bool:
+    """Tell whether nothing can have been made and it may be tried again: too many calls, or no connection."""
     return error.status == 429 or (error.status is None and not error.may_be_billed)
+
+
+def _is_refusal(error: ProviderError) -> bool:
+    """Tell whether a provider refused to make a batch; what a gateway says of its waiting (408 …) is no refusal."""
+    status = error.status or 0
+    return status in (405, 501) or (400 <= status < 500 and status not in (408, 409, 425))
 
 
 def _time(text: str) -> datetime:

@@ -10,9 +10,10 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import StorageError, TryLaterError, UsageError
 
@@ -105,6 +106,17 @@ def open_locked(path: Path) -> int:
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
         os.close(fd)  # the holder put a new file in its place meanwhile
+
+
+@contextmanager
+def open_private(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing from its beginning, made if need be; its owner's only. OSErrors are `StorageError`."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(path, flags, MODE), "wb") as file:
+            yield file
+    except OSError as exc:
+        raise StorageError(f"cannot write {str(path)!r}: {exc.strerror}") from exc
 
 
 def close(fd: int) -> None:

@@ -68,7 +68,7 @@ class Harvest:
                     yield await to_thread.run_sync(self._judge_lines, group)
         if not is_confirmed:
             raise NotOursError
-        async for judged in self.rest(batch.ending or "missing"):
+        async for judged in self.rest("failed" if batch.problems else batch.ending or "missing"):
             yield judged
 
     async def rest(self, ending: str) -> AsyncIterator[Sequence[Judged]]:

@@ -78,8 +78,8 @@ class Intake:
                 self._previewed.append(record.key(item.custom_id, item.digest))
         return found
 
-    def learn(self, done: Done) -> str | None:
-        """Take what the results file holds; return what should be said of it before anything is spent."""
+    def learn(self, done: Done) -> None:
+        """Take what the results file holds."""
         self._done = done
         if self._originals:
             with self._recorder.path.open("rb") as file:
@@ -87,25 +87,35 @@ class Intake:
         may_tidy = done.lines or done.damaged or self._settings.output.ordered
         if may_tidy and not all(map(_is_file, self._sources)):
             self._positions = FingerprintMap()  # what can be read only once tells its places now or never
-        known = sum(done.outcome(request) is not None for request in self._previewed)
-        if not done.lines or known == len(self._previewed):
+
+    def notice(self) -> str | None:
+        """Return what should be said of the results, and of what is in batches, before anything is spent."""
+        done, held = self._done, self._held
+        known = sum(done.outcome(request) is not None or request in held for request in self._previewed)
+        if not (done.lines or len(held)) or known == len(self._previewed):
             return None
+        where = "have results or are in batches" if len(held) else "have results"
         return (
-            f"{known:,} of the first {len(self._previewed):,} requests have results; the others are sent: "
+            f"{known:,} of the first {len(self._previewed):,} requests {where}; the others are sent: "
             "they are new, or a changed line, model or setting made them new"
         )
 
-    def hold(self, requests: Iterable[int]) -> None:
-        """Leave requests alone that are in batches of earlier runs; they are given by their keys."""
-        self._held.update(array("Q", requests))
+    def hold(self, requests: Iterable[Request]) -> None:
+        """Leave requests alone that are in batches of earlier runs, and those that equal them where that counts."""
+        keys = array("Q")
+        for request in requests:
+            keys.append(record.key(request.custom_id, request.digest))
+            if self._originals:
+                self._originals.add(request.digest)
+        self._held.update(keys)
 
-    def is_answered(self, request: int) -> bool:
-        """Tell whether the results of earlier runs hold an answer to a request."""
-        return self._done.outcome(request) is True
+    def outcome(self, custom_id: str, digest: str) -> bool | None:
+        """Return True when the results of earlier runs hold an answer, False when they hold a failure, None if none."""
+        return self._done.outcome(record.key(custom_id, digest))
 
-    def is_held_here(self, request: int) -> bool:
+    def is_wanted(self, custom_id: str, digest: str) -> bool:
         """Tell whether the input has a request that is in a batch of an earlier run; known once all is read."""
-        return request in self._held_seen
+        return record.key(custom_id, digest) in self._held_seen
 
     @property
     def extra(self) -> int:
@@ -212,8 +222,6 @@ class Intake:
             elif request in self._held:
                 held += 1
                 self._held_seen.add(request)
-                if self._originals:
-                    self._originals.add(item.digest)
             elif isinstance(item, Invalid):
                 invalid.append(assemble.invalid_result(item, self._clock))
             elif self._originals is None or self._originals.add(item.digest):
@@ -259,7 +267,7 @@ class Intake:
 
     def wants_tidying(self) -> bool:
         """Tell whether the results may hold lines that others replaced or that are out of order, and all is known."""
-        has_leftovers = self._done.lines != self.reused or self._done.damaged > 0
+        has_leftovers = self._done.lines != self.reused or self._done.damaged > 0 or self.extra > 0
         return self.is_all_read and self._options.limit is None and (has_leftovers or self._settings.output.ordered)
 
     def places(self) -> tuple[FingerprintMap, FingerprintSet]:

@@ -28,7 +28,7 @@ from pipeline.books import RUNNING, Books
 from pipeline.chunks import Chunk, Chunks, Member, Step
 from pipeline.clock import Clock
 from pipeline.config import Config
-from pipeline.errors import BudgetReachedError, PipelineError, ProviderError, TryLaterError, UsageError
+from pipeline.errors import BudgetReachedError, PipelineError, ProviderError, StorageError, TryLaterError, UsageError
 from pipeline.intake import Intake
 from pipeline.journal import Sent
 from pipeline.pricing import BATCH, LIVE, Prices
@@ -145,6 +145,7 @@ class _Run:
         self.sender: Sender
         self.chunks = Chunks(output)
         self.batches: BatchLane | None = None
+        self.batches_done = anyio.Event()
 
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
         async with anyio.create_task_group() as beside:
@@ -200,7 +201,9 @@ class _Run:
         self.damaged = done.damaged
         if done.damaged:
             self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
-        if notice := self.intake.learn(done):
+        self.intake.learn(done)
+        self._hold_what_is_in_batches()
+        if notice := self.intake.notice():
             self.say(notice)
         self.recorder.begin()
         self.earlier_unknown = self.recorder.unknown()
@@ -215,7 +218,7 @@ class _Run:
         """Learn what earlier runs left with batch APIs; batches of a simulator are gone with it."""
         self.chunks.open()
         for chunk in self.chunks.still_open:
-            if chunk.simulated:
+            if chunk.simulated or self._is_lost(chunk):
                 self.chunks.close_chunk(chunk, Step.DROPPED)
         left = self.chunks.still_open
         if left and self.options.fresh:
@@ -224,13 +227,36 @@ class _Run:
                 "their requests again",
                 hint="run without --fresh to collect them, or cancel them first: pipeline batches cancel ID",
             )
-        for chunk in left:
-            self.intake.hold(
-                record.key(each.request.custom_id, each.request.digest) for _, each in self.chunks.members(chunk)
-            )
         if left:
             self.say(
                 f"{sum(chunk.requests for chunk in left):,} requests are in {len(left):,} batch(es) of earlier runs"
+            )
+
+    def _is_lost(self, chunk: Chunk) -> bool:
+        """Tell whether nothing is lost by forgetting a chunk: no batch was made of it, and live it goes another way.
+
+        Raises `StorageError` where a batch was made of requests that are damaged now.
+        """
+        if self.settings.lane == LIVE and not chunk.may_have_batch:
+            return True
+        if not self.chunks.is_damaged(chunk):
+            return False
+        path = str(self.chunks.path(chunk))
+        if chunk.may_have_batch:
+            raise StorageError(
+                f"{path!r} is damaged or gone, and batch {chunk.name} was made of it",
+                hint=f"bring it back, or give the batch up: pipeline batches cancel --forget {chunk.name}",
+            )
+        self.say(f"{path!r} is damaged; no batch was made of it, its requests are sent anew")
+        return True
+
+    def _hold_what_is_in_batches(self) -> None:
+        for chunk in self.chunks.still_open:
+            requests = (member.request for _, member in self.chunks.members(chunk))
+            self.intake.hold(
+                request
+                for request in requests
+                if chunk.retries_failed or self.intake.outcome(request.custom_id, request.digest) is None
             )
 
     def _batch_lane(self, client: transport.Client) -> BatchLane:
@@ -243,9 +269,8 @@ class _Run:
             assemble.Pricing(self.prices, self.clock, BATCH),
             self.budget,
             self.options,
-            self.run_id,
-            is_answered=self.intake.is_answered,
-            is_wanted=self.intake.is_held_here,
+            run_id=self.run_id,
+            input=self.intake,
             say=self.say,
             resend=None if self.settings.lane == BATCH else self._resend,
         )
@@ -268,6 +293,10 @@ class _Run:
                     if self.batches:
                         work.start_soon(self._run_batches, self.batches)
                     await self.sender.run()
+                    if self.batches:
+                        if self.sender.stopped:
+                            self.batches.stop()
+                        await self.batches_done.wait()
                     # After a stop the reader may still count what is left, but nobody waits long for a number.
                     self.work.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
             self.is_working = False
@@ -287,12 +316,17 @@ class _Run:
 
     async def _run_batches(self, batches: BatchLane) -> None:
         """See batches through; only then is it known that nothing more comes to be sent live."""
-        await batches.run()
-        self.sender.close()
+        try:
+            await batches.run()
+        finally:
+            self.batches_done.set()
+            self.sender.close()
 
     async def _resend(self, members: Sequence[Member]) -> None:
         """Send live what batches did not answer."""
-        await self.sender.submit([each.request for each in members], [each.attempts for each in members])
+        await self.sender.submit(
+            [each.request for each in members], [(each.attempts, each.counted) for each in members]
+        )
 
     async def _copy_results(self) -> None:
         """Give each request that was not sent because an equal one was the result of that one."""
@@ -383,10 +417,11 @@ class _Run:
             total=self.intake.lines,
             reused=self.intake.reused,
             pending=pending,
+            extra=self.intake.extra,
             attempts=self._attempts(),
             price_source=self.prices.source,
             cap=self.budget.cap if self.budget else None,
-            cap_used=self.budget.spent if self.budget else 0,
+            cap_used=self.budget.used if self.budget else 0,
             possibly_billed=unknown,
             run=self.run_totals,
             results=self.all_totals,
@@ -443,13 +478,13 @@ class _Run:
     def _reason(self) -> str | None:
         if self.signal:
             return f"interrupted by {self.signal.name}"
-        reasons = [_explain(reason) for reason in assemble.stop_reasons(self.sender, self.batches)]
-        return "; ".join(reasons) or None
+        return "; ".join(map(_explain, assemble.stop_reasons(self.sender, self.batches))) or None
 
     def _exit_code(self, *, is_unfinished: bool) -> int:
         if self.signal and is_unfinished:
             return 130 if self.signal is signal.SIGINT else 143
-        if reasons := assemble.stop_reasons(self.sender, self.batches):
+        reasons = assemble.stop_reasons(self.sender, self.batches)
+        if reasons and (is_unfinished or not self.batches):
             return _exit_code(reasons[0], has_sent=self._attempts().total > 0)
         if self.damaged:
             return 6

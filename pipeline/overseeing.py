@@ -14,7 +14,8 @@ from typing import Any
 from pipeline import assemble, chunks, disk, transport
 from pipeline.chunks import Chunk, Chunks, Step
 from pipeline.config import Config
-from pipeline.errors import ProviderError, UsageError
+from pipeline.courier import Courier
+from pipeline.errors import UsageError
 from pipeline.ledger import Ledger
 from pipeline.providers.batches import Batch
 
@@ -37,7 +38,7 @@ def listed(ledger: Path, files: Iterable[Path] = ()) -> list[Listed]:
         Listed(chunk=chunk, results_file=file)
         for file in known
         for chunk in chunks.read(disk.beside(file, chunks.SUFFIX))
-        if not chunk.simulated
+        if not chunk.simulated and (chunk.batch_id or chunk.is_open)
     ]
     return sorted(found, key=lambda each: each.chunk.at)
 
@@ -61,7 +62,7 @@ async def status(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
             if each.chunk.batch_id is None:
                 told.append(each)
                 continue
-            batch = await assemble.courier(settings, client, each.chunk.provider).poll(each.chunk.batch_id)
+            batch = await _courier(settings, client, each.chunk).poll(each.chunk.batch_id)
             told.append(_with(each, batch))
         return told
 
@@ -71,20 +72,42 @@ async def cancel(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
     async with transport.Client(settings.sending) as client:
         told: list[Listed] = []
         for each in wanted:
-            if not each.chunk.is_open:
-                raise UsageError(f"batch {each.chunk.batch_id} is {each.chunk.step.value} already")
-            if each.chunk.batch_id is None:
-                told.append(_give_up(each))
-                continue
-            try:
-                batch = await assemble.courier(settings, client, each.chunk.provider).cancel(each.chunk.batch_id)
-            except ProviderError as error:
-                if error.status != 404:
-                    raise
-                told.append(_give_up(each))
+            chunk = each.chunk
+            if not chunk.is_open:
+                raise UsageError(f"batch {chunk.name} is {chunk.step.value} already")
+            if not chunk.may_have_batch:
+                told.append(give_up(each))
+            elif chunk.batch_id is None or not chunk.is_confirmed:
+                raise UsageError(
+                    f"it is not certain yet which batch is that of {chunk.name}",
+                    hint="repeat the run: it finds out; or give it up: pipeline batches cancel --forget ID",
+                )
             else:
+                batch = await _courier(settings, client, chunk).cancel(chunk.batch_id)
                 told.append(_with(each, batch))
         return told
+
+
+def give_up(each: Listed) -> Listed:
+    """Note that nothing more comes of a chunk. Raises `TryLaterError` while a run is at it."""
+    target = disk.target_of(each.results_file)
+    fd = disk.open_locked(target)
+    store = Chunks(target)
+    try:
+        store.open()
+        chunk = store.reread(each.chunk)
+        if chunk.step is not each.chunk.step:
+            raise UsageError(f"a run has gone on with {chunk.name} meanwhile; look again")
+        if chunk.is_open:
+            store.close_chunk(chunk, Step.DROPPED)
+    finally:
+        store.release()
+        disk.close(fd)
+    return replace(each, chunk=replace(chunk, step=Step.DROPPED))
+
+
+def _courier(settings: Config, client: transport.Client, chunk: Chunk) -> Courier:
+    return assemble.courier(settings, client, lambda message: None, chunk.provider)
 
 
 def _results_files(ledger: Path) -> list[Path]:
@@ -97,17 +120,3 @@ def _results_files(ledger: Path) -> list[Path]:
 def _with(each: Listed, batch: Batch) -> Listed:
     changes = {"status": batch.status, "succeeded": batch.succeeded, "failed": batch.failed}
     return replace(each, chunk=replace(each.chunk, **changes))  # type: ignore[arg-type]
-
-
-def _give_up(each: Listed) -> Listed:
-    """Note that nothing more comes of a chunk. Raises `TryLaterError` while a run is at it."""
-    target = disk.target_of(each.results_file)
-    fd = disk.open_locked(target)
-    store = Chunks(target)
-    try:
-        store.open()
-        store.close_chunk(each.chunk, Step.DROPPED)
-    finally:
-        store.release()
-        disk.close(fd)
-    return replace(each, chunk=replace(each.chunk, step=Step.DROPPED, status="given up"))

@@ -6,10 +6,10 @@ before a batch is made a second time it is looked for, until the first call must
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
 import anyio
@@ -20,51 +20,38 @@ from pipeline.clock import Clock
 from pipeline.courier import Courier, UncertainError
 from pipeline.errors import ProviderError, TryLaterError
 from pipeline.providers.batches import Batch
+from pipeline.stopping import Stop
+from pipeline.transport import SLOWEST_BYTES_PER_SECOND
 
 _FIRST_PAUSE = 1.0
 _PAUSE_GROWTH = 1.5
+_LATENESS = 4  # how many times longer than a call a provider may need to tell of a batch
+_WINDOW = timedelta(days=1)  # of both providers, where a server tells none
 _OVERDUE = timedelta(hours=1)  # after a batch should have expired
 _LONGEST_CANCELLING = timedelta(minutes=15)  # OpenAI says up to 10
 
 
-class Stop:
-    """A stop that cuts short what may be left undone."""
-
-    def __init__(self) -> None:
-        self._scopes: set[anyio.CancelScope] = set()
-        self.is_called = False
-
-    def call(self) -> None:
-        """Stop, now and from now on."""
-        self.is_called = True
-        for scope in self._scopes:
-            scope.cancel()
-
-    @contextmanager
-    def cuts_short(self) -> Iterator[None]:
-        """Leave the block when the stop is called, or at its first wait when it was."""
-        with anyio.CancelScope() as scope:
-            self._scopes.add(scope)
-            if self.is_called:
-                scope.cancel()
-            try:
-                yield
-            finally:
-                self._scopes.discard(scope)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long is waited, in seconds: between two looks at a batch, and for the answer of one call.
+    """How long is waited, in seconds: between two looks at a batch, and for the answer of one small call.
 
     `rounds` is how often a batch is tried to be made. `live_seconds` tells how long the requests of a chunk take live;
-    None where nothing goes live.
+    None where nothing goes live. All is to be there before the `deadline`, also what an earlier run sent.
     """
 
     poll_interval: float
     call: float
     rounds: int
     live_seconds: Callable[[Chunk], float] | None
+    deadline: datetime | None = None
+
+
+class Wait(StrEnum):
+    """How waiting for a batch ended: with its end, while it goes on, or with one that does not heed its cancelling."""
+
+    ENDED = "ended"
+    GOES_ON = "goes on"
+    IGNORES_CANCEL = "ignores cancel"
 
 
 class Passage:
@@ -78,6 +65,7 @@ class Passage:
         self._stop = stop
         self._patience = patience
         self._say = say
+        self.doubted = 0  # requests of batches that were made again, though a first one may be there
         self.disk = anyio.CapacityLimiter(1)
 
     async def note(self, chunk: Chunk, **changes: Any) -> Chunk:
@@ -98,16 +86,24 @@ class Passage:
         """Make the batch of a chunk or, if one may have been made, find it. Raises `ProviderError`, `TryLaterError`."""
         rounds = 0
         while chunk.step is not Step.CREATED:
-            if chunk.step is Step.CREATING and (batch := await self._find(courier, chunk)):
-                is_certain = courier.batches.has_tags
-                self._say(f"{chunk.group}: found batch {batch.id}, whose making was not confirmed")
-                return await self.note(chunk, **_told(batch), step=Step.CREATED, is_confirmed=is_certain)
+            if chunk.step is Step.CREATING:
+                if batch := await self._find(courier, chunk):
+                    self._say(f"{chunk.group}: found batch {batch.id}, whose making was not confirmed")
+                    is_certain = courier.batches.has_tags
+                    return await self.note(chunk, **_told(batch), step=Step.CREATED, is_confirmed=is_certain)
+                self.doubted += chunk.requests
             if (rounds := rounds + 1) > self._patience.rounds:
                 raise TryLaterError("the provider does not say whether it made a batch, and none is found")
-            chunk = await self.note(chunk, step=Step.CREATING, creating_at=self._clock.utc(), is_confirmed=True)
+
+            async def begin() -> None:
+                nonlocal chunk
+                at = f"{self._clock.moment():%Y-%m-%dT%H:%M:%SZ}"
+                chunk = await self.note(chunk, step=Step.CREATING, creating_at=at, is_confirmed=True)
+
             try:
-                batch = await courier.create(self._chunks, chunk)
-            except UncertainError:
+                batch = await courier.create(self._chunks, chunk, begin)
+            except UncertainError as error:
+                self._say(f"{chunk.group}: it is not known whether a batch was made, it is looked for: {error}")
                 continue
             except (ProviderError, TryLaterError):
                 await self.note(chunk, step=Step.UPLOADED)
@@ -117,9 +113,14 @@ class Passage:
         return chunk
 
     async def _find(self, courier: Courier, chunk: Chunk) -> Batch | None:
-        """Look for a batch that may have been made: now and, if there is none, when the call must be over."""
+        """Look for a batch that may have been made, until the call that may have made it must be over, and longer.
+
+        A provider may go on with a call that we gave up, and tell of the batch somewhat later.
+        """
         assert chunk.creating_at is not None
-        over = _time(chunk.creating_at) + timedelta(seconds=self._patience.call)
+        longest = self._patience.call + chunk.content / SLOWEST_BYTES_PER_SECOND
+        over = _time(chunk.creating_at) + timedelta(seconds=longest + _LATENESS * self._patience.call)
+        pause = _FIRST_PAUSE
         while True:
             taken = {each.batch_id for each in self._chunks.all if each.batch_id} | set(chunk.not_ours)
             if batch := await courier.find(chunk, taken):
@@ -128,15 +129,15 @@ class Passage:
             if left <= 0:
                 return None
             with self._stop.cuts_short():
-                await anyio.sleep(left)
+                await anyio.sleep(min(left, pause))
             if self._stop.is_called:
                 raise TryLaterError("stopped before it was known whether a batch was made; a later run finds out")
+            pause *= _PAUSE_GROWTH
 
-    async def wait(self, courier: Courier, chunk: Chunk, *, is_patient: bool) -> tuple[Chunk, Batch | None]:
-        """Wait for the end of a batch, and return its last state.
+    async def wait(self, courier: Courier, chunk: Chunk, *, is_patient: bool) -> tuple[Chunk, Batch | None, Wait]:
+        """Wait for the end of a batch; return its last state where it has ended, and how the waiting did.
 
-        None for a batch that goes on: nobody waits any more, or it does not heed that it was cancelled (then the chunk
-        `is_given_up`). A batch that is late is cancelled, so that the rest of it can go live before the deadline.
+        A batch that is late is cancelled, so that the rest of it can go live before the deadline.
         """
         id = _id_of(chunk)
         pause, is_cancelled = _FIRST_PAUSE, False
@@ -147,19 +148,20 @@ class Passage:
             if batch:
                 chunk = await self._note_told(chunk, batch)
             if batch and batch.is_ended:
-                return chunk, batch
-            if batch and self._is_late(chunk):
+                return chunk, batch, Wait.ENDED
+            if batch and chunk.is_confirmed and self.is_late(chunk):
                 if not is_cancelled:
                     chunk = await self._give_up(courier, chunk)
                     pause, is_cancelled = _FIRST_PAUSE, True
                     continue
                 if self._is_too_late(chunk):
-                    return chunk, None
+                    return chunk, None, Wait.IGNORES_CANCEL
             if self._stop.is_called or not is_patient:
-                return replace(chunk, is_given_up=False), None
+                return chunk, None, Wait.GOES_ON
             self._refuse_overdue(chunk)
+            turns = (self._seconds_to_switch(chunk), self._seconds_until(chunk, timedelta(0), share=4))
             with self._stop.cuts_short():
-                await anyio.sleep(min(pause, max(_FIRST_PAUSE, self._seconds_to_switch(chunk) or pause)))
+                await anyio.sleep(min([pause, *(seconds for seconds in turns if seconds and seconds > 0)]))
             pause = min(pause * _PAUSE_GROWTH, self._patience.poll_interval)
 
     async def _note_told(self, chunk: Chunk, batch: Batch) -> Chunk:
@@ -175,33 +177,37 @@ class Passage:
         await courier.cancel(id)
         return chunk
 
-    def _is_late(self, chunk: Chunk) -> bool:
-        """Tell whether the rest of a batch must go live now. One that may be somebody else's is not touched."""
+    def is_late(self, chunk: Chunk) -> bool:
+        """Tell whether what is not answered of a chunk must go live now."""
         seconds = self._seconds_to_switch(chunk)
-        return seconds is not None and seconds <= 0 and chunk.is_confirmed
+        return seconds is not None and seconds <= 0
 
     def _is_too_late(self, chunk: Chunk) -> bool:
         """Tell whether the rest of a batch must go live although it has not ended: else it were not back in time."""
-        return self._seconds_until(chunk, timedelta(0), share=4) <= 0
+        seconds = self._seconds_until(chunk, timedelta(0), share=4)
+        return seconds is not None and seconds <= 0
 
     def _seconds_to_switch(self, chunk: Chunk) -> float | None:
         """Return when a batch must be cancelled; None where there is no deadline."""
-        if self._patience.live_seconds is None or chunk.deadline is None:
-            return None
         return self._seconds_until(chunk, _LONGEST_CANCELLING, share=2)
 
-    def _seconds_until(self, chunk: Chunk, cancelling: timedelta, share: int) -> float:
+    def _seconds_until(self, chunk: Chunk, cancelling: timedelta, share: int) -> float | None:
         """Return the seconds until only the time is left that cancelling and going live need, or a share of it all."""
-        assert self._patience.live_seconds is not None
-        assert chunk.deadline is not None
-        deadline, begun = _time(chunk.deadline), _time(chunk.at)
+        deadlines = [_time(chunk.deadline)] if chunk.deadline else []
+        deadlines += [self._patience.deadline] if self._patience.deadline else []
+        if self._patience.live_seconds is None or not deadlines:
+            return None
+        deadline = min(deadlines)
         needed = timedelta(seconds=self._patience.live_seconds(chunk)) + cancelling
-        return (deadline - min(needed, (deadline - begun) / share) - self._clock.moment()).total_seconds()
+        return (deadline - min(needed, (deadline - _time(chunk.at)) / share) - self._clock.moment()).total_seconds()
 
     def _refuse_overdue(self, chunk: Chunk) -> None:
         """Wait for no batch that should have ended long ago. Raises `TryLaterError`."""
-        if chunk.expires_at and self._clock.moment() > _time(chunk.expires_at) + _OVERDUE:
-            raise TryLaterError(f"batch {chunk.batch_id} should have expired at {chunk.expires_at} and has not ended")
+        begun = _time(chunk.created_at or chunk.creating_at or chunk.at)
+        expires = _time(chunk.expires_at) if chunk.expires_at else begun + _WINDOW
+        if self._clock.moment() > expires + _OVERDUE:
+            text = f"batch {chunk.batch_id} should have expired at {expires:%Y-%m-%dT%H:%M:%SZ} and has not ended"
+            raise TryLaterError(text)
 
 
 def _id_of(chunk: Chunk) -> str:

@@ -62,20 +62,27 @@ class Policy:
 
         `attempts` is the number of calls made so far, `counted` how many of them failed by the request's own fault.
         """
-        capacity = is_capacity(error)
-        policy = self._uncounted if capacity else self._counted
-        policy.begin()
-        state = RetryCallState(policy, None, (), {})
-        state.attempt_number = attempts if capacity else counted
-        state.set_exception((type(error), error, error.__traceback__))
-        try:
-            action = policy.iter(state)
-        except ProviderError:
-            return None
-        assert isinstance(action, DoSleep), action
-        return float(action)
+        return self.wait_patiently(error, attempts) if is_capacity(error) else _decide(self._counted, error, counted)
+
+    def wait_patiently(self, error: ProviderError, attempts: int) -> float | None:
+        """Return the seconds to wait before a call that may be made as often as one likes; None for a final error."""
+        return _decide(self._uncounted, error, attempts)
 
     def _retrying(self, attempts: int) -> Retrying:
         return Retrying(
             retry=retry_if_exception(is_retryable), stop=stop_after_attempt(attempts), wait=self._wait, reraise=True
         )
+
+
+def _decide(policy: Retrying, error: ProviderError, attempts: int) -> float | None:
+    """Return for how many seconds a policy waits after so many attempts, None where it gives up."""
+    policy.begin()
+    state = RetryCallState(policy, None, (), {})
+    state.attempt_number = attempts
+    state.set_exception((type(error), error, error.__traceback__))
+    try:
+        action = policy.iter(state)
+    except ProviderError:
+        return None
+    assert isinstance(action, DoSleep), action
+    return float(action)

@@ -35,6 +35,7 @@ from pipeline.lane import Job, Lane
 from pipeline.limits import Ticket
 from pipeline.pricing import Pricing
 from pipeline.retry import Policy, is_capacity, is_overload
+from pipeline.stopping import Stop
 from pipeline.types import Attempt, Cost, Failure, Reply, Request, Result, Usage
 
 _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured
@@ -112,6 +113,7 @@ class Sender:
         self._counts = {"attempts": 0, "billed": 0, "rate_limited": 0, "failed": 0, "unknown": 0, "dropped": 0}
         self.stopped: PipelineError | None = None
         self.is_draining = False
+        self._stop = Stop()
         self.changed_at = anyio.current_time()
 
     # ── what goes in ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,24 +127,25 @@ class Sender:
             for event in self._idle:
                 event.set()
 
-    async def submit(self, requests: Iterable[Request], before: Iterable[Sequence[Attempt]] = repeat(())) -> None:
+    async def submit(
+        self, requests: Iterable[Request], before: Iterable[tuple[Sequence[Attempt], int]] = repeat(((), 0))
+    ) -> None:
         """Take requests; waits while too many bytes are waiting to be sent.
 
-        `before` is what was tried for each of them before, in another lane.
+        `before` tells for each what failed in another lane, and how much of it by the request's own fault.
         """
         if not self._open_jobs:
             self.changed_at = self._clock.now()  # the time without work was nobody's stall
-        for request, attempts in zip(requests, before, strict=False):
+        for request, (attempts, counted) in zip(requests, before, strict=False):
             lane = None if self.is_draining else self._lane(request)
             if lane is None or lane.ended:
                 self._counts["dropped"] += 1
                 continue
             self._open_jobs += 1
             self._queued_bytes += _size(request)
-            lane.add(Job(request=request, attempts=list(attempts)))
+            lane.add(Job(request=request, attempts=list(attempts), counted=counted))
             self._offer(lane)
         while self._queued_bytes > self._read_ahead_bytes and not self.is_draining:
-            self._room = anyio.Event()
             await self._room.wait()
 
     def close(self) -> None:
@@ -154,9 +157,10 @@ class Sender:
         """Send nothing more; what is in flight is finished and recorded, the rest stays pending."""
         self.stopped = self.stopped or reason
         self.is_draining = True
+        self._stop.call()
         for lane in self._lanes.values():
             self._drop_waiting(lane)
-        self._room.set()
+        self._make_room()
         self.close()
 
     async def stop_when_stalled(self, patience: float, is_idle: Callable[[], bool] = lambda: False) -> None:
@@ -358,14 +362,14 @@ class Sender:
         assert self._budget is not None
         try:
             amount = self._pricing.worst_case(request)
-            await self._budget.reserve(amount)
+            with self._stop.cuts_short():
+                await self._budget.reserve(amount)
+                if not self.is_draining:
+                    return amount
+                self._budget.settle(amount, 0)
         except (UsageError, BudgetReachedError) as exc:
             self.stop(exc)
-            return None
-        if self.is_draining:
-            self._budget.settle(amount, 0)
-            return None
-        return amount
+        return None
 
     def _leave_pending(self, lane: Lane, job: Job, ticket: Ticket) -> None:
         """Give back what was taken for a call that is not made."""
@@ -440,7 +444,12 @@ class Sender:
         """Note that a request waits no more; lets the reader go on when half of the room is free."""
         self._queued_bytes -= _size(job.request)
         if self._queued_bytes <= self._read_ahead_bytes // 2:
-            self._room.set()
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Let everybody look again who waits to submit."""
+        self._room.set()
+        self._room = anyio.Event()
 
     def _close_job(self, count: int = 1) -> None:
         self._open_jobs -= count

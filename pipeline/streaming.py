@@ -16,8 +16,9 @@ from pipeline.assemble import Options
 from pipeline.books import Books
 from pipeline.clock import Clock
 from pipeline.config import Config
+from pipeline.errors import UsageError
 from pipeline.plan import Invalid, Planner
-from pipeline.pricing import Prices
+from pipeline.pricing import LIVE, Prices
 from pipeline.read import Line
 from pipeline.send import Sender
 from pipeline.types import Request, Result
@@ -41,6 +42,8 @@ async def stream(
     """
     options = options or Options()
     config = config or configuration.load()
+    if config.lane != LIVE:
+        raise UsageError(f"a stream knows the lane live only, not {config.lane}: batches want files")
     outgoing, incoming = anyio.create_memory_object_stream[Result](_WAITING_RESULTS)
     with assemble.settings_for(config, options) as settings:
         planner = assemble.planner(settings, options)

@@ -208,6 +208,7 @@ class Summary:
     `possibly_billed` are calls that brought no answer and may be billed all the same, and that no result line tells
     of: in flight at the end, or when an earlier run was killed. `cap` is what the run may spend, in nano-dollars, and
     `cap_used` what it did, what may be billed included. `batches` are the providers' own that this run made or met.
+    `extra` counts results that batches brought for lines which the input has no more; they are not in `total`.
     `warnings` were said before the first call; they and `failures` (the first few, with file and line) are for people.
     `ends_all` is true when what stopped this run would stop any other too (a wrong key, no credit).
     """
@@ -229,6 +230,7 @@ class Summary:
     attempts: Attempts
     run: Totals
     results: Totals
+    extra: int = 0
     price_source: str | None = None
     cap: int | None = None
     cap_used: int = 0
@@ -273,6 +275,7 @@ class Summary:
             "results": self.results.as_dict(self.price_source),
             "possibly_billed": [sent.as_dict() for sent in self.possibly_billed],
             "batches": list(self.batches),
+            "extra": self.extra,
             "superseded": self.superseded,
             "warnings": list(self.warnings),
         }

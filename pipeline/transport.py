@@ -13,8 +13,9 @@ What a cancelled request costs here: it goes on inside until its own deadline. N
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,9 +36,10 @@ from pipeline.errors import Reach, TransportError, UsageError
 from pipeline.types import Answer, Call
 
 _PING_SECONDS = 10.0
-_SLOWEST_BYTES_PER_SECOND = 100_000
+SLOWEST_BYTES_PER_SECOND = 100_000
 _LONGEST_DOWNLOAD = 6 * 3600.0  # seconds; what stands still ends much earlier
 _DEADLINE = "pipeline.deadline"
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
 
 Headers = Sequence[tuple[str, str]]
 Exchange = Callable[[str, str, Headers, bytes], Awaitable[Answer]]
@@ -50,6 +52,10 @@ class Content:
 
     size: int
     blocks: Callable[[], AsyncIterator[bytes]]
+
+
+Write = Callable[[int, bytes], Awaitable[None]]
+"""Takes a piece of a body and the place in it where the piece begins."""
 
 
 class Post(Protocol):
@@ -90,7 +96,7 @@ class Client:
 
         What is large has longer than one attempt of a request: 100 kB/s are enough.
         """
-        seconds = self._settings.timeout + (content.size / _SLOWEST_BYTES_PER_SECOND if content else 0)
+        seconds = self._settings.timeout + (content.size / SLOWEST_BYTES_PER_SECOND if content else 0)
         try:
             async with self._opened(call, content, seconds) as response:
                 return Answer(
@@ -101,7 +107,7 @@ class Client:
         except httpx.HTTPError as exc:
             raise _translate(exc) from exc
 
-    async def download(self, call: Call, write: Callable[[int, bytes], Awaitable[None]], start: int = 0) -> Answer:
+    async def download(self, call: Call, write: Write, start: int = 0) -> Answer:
         """Give the body of a 200 or 206 to `write` piece by piece, with where it begins; return the answer without it.
 
         `start` asks for what comes from there on. Whatever else is answered is returned with its body.
@@ -112,8 +118,8 @@ class Client:
                 answer = Answer(status=response.status_code, headers=dict(response.headers.items()))
                 if response.status_code not in (200, 206):
                     return replace(answer, body=await self._whole(response))
-                place = start if response.status_code == 206 else 0
-                pieces = response.aiter_raw()
+                place = _place(answer, start) if response.status_code == 206 else 0
+                pieces = response.aiter_bytes()
                 while (piece := await self._next(pieces)) is not None:
                     await write(place, piece)
                     place += len(piece)
@@ -130,7 +136,11 @@ class Client:
         body = _joined(call.body, content, tail) if content else call.body
         request = httpx.Request(call.method, call.url, headers=headers, content=body)
         request.extensions[_DEADLINE] = seconds
-        response = await self._transport.handle_async_request(request)
+        response: httpx.Response | None = None
+        with anyio.move_on_after(seconds if content else min(seconds, self._settings.timeout)):
+            response = await self._transport.handle_async_request(request)
+        if response is None:
+            raise httpx.ReadTimeout("no answer within the timeout")
         try:
             yield response
         finally:
@@ -144,7 +154,7 @@ class Client:
 
     async def _whole(self, response: httpx.Response) -> bytes:
         body = bytearray()
-        async for piece in response.aiter_raw():
+        async for piece in response.aiter_bytes():
             body += piece
             if len(body) > self._settings.max_response_bytes:
                 raise httpx.DecodingError(f"answer larger than {self._settings.max_response_bytes:,} bytes")
@@ -171,6 +181,12 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._transport.aclose()
+
+
+def _place(answer: Answer, start: int) -> int:
+    """Return where a part begins: as its header says, else where it was asked to."""
+    match = _CONTENT_RANGE.match(answer.headers.get("content-range", ""))
+    return int(match[1]) if match else start
 
 
 async def _joined(head: bytes, content: Content, tail: bytes) -> AsyncIterator[bytes]:
@@ -217,7 +233,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
             builder = builder.body_stream(request.stream)
         if seconds := request.extensions.get(_DEADLINE):
             builder = builder.timeout(timedelta(seconds=seconds))
-        stream = _Body(builder.build_streamed())
+        stream = _Body(builder.streamed_read_buffer_limit(0).build_streamed())
         response = await stream.open()
         # The body is decoded already; the headers that told how it was encoded would have it decoded again.
         headers = [
@@ -241,8 +257,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         except reqwest.PyreqwestError as exc:
             raise _as_httpx(exc) from exc
         except anyio.get_cancelled_exc_class():
-            # pyreqwest raises a cancellation of its own making, which anyio's scopes do not know for theirs.
-            await anyio.lowlevel.checkpoint_if_cancelled()
+            await anyio.lowlevel.checkpoint_if_cancelled()  # see _errors_as_httpx, which costs too much here
             raise
 
     async def aclose(self) -> None:
@@ -258,27 +273,35 @@ class _Body(httpx.AsyncByteStream):
 
     async def open(self) -> ReqwestResponse:
         """Send the request and return the response with its headers."""
-        with _errors_as_httpx():
+        async with _errors_as_httpx():
             self._response = await self._request.__aenter__()
         return self._response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         assert self._response is not None
-        with _errors_as_httpx():
-            while (piece := await self._response.body_reader.read_chunk()) is not None:
-                yield piece.to_bytes()
+        while True:
+            async with _errors_as_httpx():
+                piece = await self._response.body_reader.read_chunk()
+            if piece is None:
+                return
+            yield piece.to_bytes()
 
     async def aclose(self) -> None:
         if self._response is not None:
             await self._request.__aexit__(None, None, None)
 
 
-@contextmanager
-def _errors_as_httpx() -> Iterator[None]:
+@asynccontextmanager
+async def _errors_as_httpx() -> AsyncIterator[None]:
+    """Translate reqwest's errors into httpx's, and a cancellation of its making into the one that it stands for."""
     try:
         yield
     except reqwest.PyreqwestError as exc:
         raise _as_httpx(exc) from exc
+    except anyio.get_cancelled_exc_class():
+        # pyreqwest raises a cancellation of its own making, which anyio's scopes do not know for theirs.
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        raise
 
 
 def _headers_of(response: ReqwestResponse) -> dict[str, str]:

@@ -57,10 +57,11 @@ class Judge:
         return Verdict(result=self._result(member, reply=reply, cost=cost), nanos=cost.nanos)
 
     def unfinished(self, member: Member, ending: str) -> Verdict:
-        """Judge a request without an answer: `expired`, `cancelled`, `missing`, or `abandoned` by us."""
+        """Judge a request without an answer: `expired`, `cancelled`, `failed`, `missing`, or `abandoned` by us."""
         message, may_be_billed = {
             "expired": ("the batch expired before it came to this request", False),
             "cancelled": ("the batch was cancelled before it came to this request", False),
+            "failed": ("the batch failed", False),
             "missing": ("the results of the batch do not tell of this request", True),
             "abandoned": ("the batch did not end in time, nor when it was cancelled", True),
         }[ending]
@@ -71,7 +72,7 @@ class Judge:
             latency_s=0.0,
             may_be_billed=may_be_billed,
         )
-        is_own_fault = ending in ("expired", "missing")
+        is_own_fault = ending in ("expired", "failed", "missing")
         verdict = self._again_or_failed(member, attempt, nanos=None if may_be_billed else 0, counts=is_own_fault)
         return replace(verdict, is_cancelled=ending == "cancelled")
 

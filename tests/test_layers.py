@@ -25,7 +25,7 @@ PACKAGE = ROOT / "pipeline"
 LAYERS = (
     ("errors",),
     ("files", "money", "safe", "types"),
-    ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl"),
+    ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl", "stopping"),
     (
         "formats",
         "journal",
@@ -39,9 +39,9 @@ LAYERS = (
         "simulator",
         "transport",
     ),
-    ("accounts", "chunks", "discreet", "lane", "plan", "totals"),
+    ("accounts", "chunks", "discreet", "lane", "plan", "reserves", "totals"),
     ("copies", "courier", "index", "rebuilding", "send", "verdict"),
-    ("harvest", "passage", "record"),
+    ("harvest", "loading", "passage", "record"),
     ("batch", "books", "checking", "estimating", "report", "verifying"),
     ("assemble",),
     ("intake", "overseeing"),

@@ -49,6 +49,13 @@ def accepted(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) 
     return value, raw
 
 
+def refusal(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
+    """Return the error for an answer that is not the file that was asked for."""
+    if 300 <= answer.status < 400:
+        return _redirect(answer, error)
+    return refused(answer, parsed(answer.body)[0], error, rules)
+
+
 def refused(answer: Answer, value: Any, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
     """Return the error for an answer that says one; `value` is its JSON, None if it is none."""
     complaint = complaint_of(answer, value)
@@ -182,5 +189,6 @@ def _mended(body: bytes) -> tuple[Any, bytes]:
     What cannot be written as JSON again, or not read again by a strict reader, becomes U+FFFD, or null for a number.
     """
     value = json.loads(body.decode("utf-8-sig", "replace"), parse_int=_integer)
-    mended = json.loads(_SURROGATES.sub("\ufffd", json.dumps(value, ensure_ascii=False)))
+    text = _SURROGATES.sub("\ufffd", json.dumps(value, ensure_ascii=False))
+    mended = json.loads(text, parse_constant=lambda name: None)
     return mended, jsonl.dumps(mended)

@@ -14,7 +14,6 @@ from urllib.parse import quote
 
 import orjson
 
-from pipeline import jsonl
 from pipeline.config import Endpoint
 from pipeline.errors import AnthropicAPIError, LineError, ProviderError
 from pipeline.providers import answers, batches
@@ -38,7 +37,7 @@ class AnthropicBatches:
     """`BatchCodec` for endpoints that speak Anthropic's protocol."""
 
     max_requests = 100_000
-    max_bytes = 256_000_000
+    max_bytes = 255_999_000  # 256 MB, less what stands around the requests
     is_for_one_model = False
     has_tags = False
     separator = b","
@@ -80,7 +79,7 @@ class AnthropicBatches:
         return Call(method="GET", url=f"{_url(endpoint)}/{file}", headers=headers)
 
     def refusal(self, answer: Answer) -> ProviderError:
-        return answers.refused(answer, answers.parsed(answer.body)[0], AnthropicAPIError, RULES)
+        return answers.refusal(answer, AnthropicAPIError, RULES)
 
     def outcome(self, line: bytes) -> Outcome:
         """Read `{"custom_id", "result": {"type", "message"?, "error"?}}`."""
@@ -90,12 +89,12 @@ class AnthropicBatches:
         if ending := _ENDINGS.get(str(kind)):
             return Outcome(name=name, ending=ending)
         if kind == "succeeded":
-            return Outcome(name=name, answer=Answer(status=200, body=jsonl.dumps(member(result, "message"))))
+            return Outcome(name=name, answer=Answer(status=200, body=batches.encoded(member(result, "message"))))
         if kind == "errored":
             error = member(result, "error")
             inner = member(error, "error") or error
             status = status_of(None, str(member(inner, "type")))
-            body = jsonl.dumps({"type": "error", "error": inner, "request_id": member(error, "request_id")})
+            body = batches.encoded({"type": "error", "error": inner, "request_id": member(error, "request_id")})
             return Outcome(name=name, answer=Answer(status=status, body=body))
         return Outcome(name=name, answer=batches.unusable("a result of no known type"))
 
@@ -104,6 +103,9 @@ class AnthropicBatches:
             return batches.result_line(line)[0].startswith(f"{nonce}-")
         except LineError:
             return False
+
+    def queue_limit(self, problem: Problem) -> int | None:
+        return None
 
     def failure(self, problem: Problem) -> ProviderError:
         raise NotImplementedError("these batches are refused when they are made")

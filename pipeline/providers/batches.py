@@ -138,6 +138,10 @@ class BatchCodec(typing.Protocol):
         """Return the error of a batch that failed validation."""
         ...
 
+    def queue_limit(self, problem: Problem) -> int | None:
+        """Return how many input tokens the provider queues of a model, where a failure says that they are too many."""
+        ...
+
 
 # ── what both have in common ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -160,7 +164,10 @@ def read(
 
 def page(reader: Callable[[Any], Batch], value: Mapping[str, Any]) -> tuple[Sequence[Batch], bool]:
     """Read a page of a list of batches, and whether more follow."""
-    return [reader(each) for each in value.get("data") or ()], value.get("has_more") is True
+    listed = value.get("data") or []
+    if not isinstance(listed, list):
+        raise Malformed("its data is not a list")
+    return [reader(each) for each in listed], value.get("has_more") is True
 
 
 def with_header(headers: Headers, name: str, value: str) -> Headers:
@@ -197,9 +204,10 @@ def from_unix(value: Any) -> str | None:
 def from_rfc3339(value: Any) -> str | None:
     """Return a time of RFC 3339 as UTC, ISO 8601 in whole seconds; None for what is no time."""
     try:
-        return f"{datetime.fromisoformat(value).astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if value else None
+        moment = datetime.fromisoformat(value).astimezone(UTC) if value else None
     except (TypeError, ValueError, OverflowError):
         return None
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}" if moment and moment.year >= 1970 else None
 
 
 def result_line(line: bytes) -> tuple[str, Mapping[str, Any]]:
@@ -214,6 +222,14 @@ def result_line(line: bytes) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
         raise LineError("not a line of results: it has no custom_id")
     return value["custom_id"], value
+
+
+def encoded(value: Any) -> bytes:
+    """Return a part of a line of results as JSON; what is nested too deep to be written is no reply to anything."""
+    try:
+        return jsonl.dumps(value)
+    except RecursionError:
+        return b'"nested too deep"'
 
 
 def unusable(reason: str) -> Answer:

@@ -6,6 +6,7 @@ of errors, either of which may not be there. A batch keeps metadata: by it one i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -13,7 +14,6 @@ from urllib.parse import quote
 
 import orjson
 
-from pipeline import jsonl
 from pipeline.config import Endpoint
 from pipeline.errors import OpenAIAPIError, ProviderError, Reach
 from pipeline.providers import answers, batches
@@ -39,6 +39,7 @@ _ENDINGS: Mapping[str, Ending] = {
     "cancelled": "cancelled",
     "batch_cancelled": "cancelled",
 }
+_QUEUE_LIMIT = re.compile(r"Limit: ([0-9,]{1,20}) enqueued tokens")
 _WAITS = ("token_limit_exceeded", "too_many_batches", "rate_limit_exceeded")
 
 
@@ -46,7 +47,7 @@ class OpenAIBatches:
     """`BatchCodec` for endpoints that speak OpenAI's protocol."""
 
     max_requests = 50_000
-    max_bytes = 200_000_000
+    max_bytes = 199_999_000  # 200 MB, less what stands around the requests
     is_for_one_model = True
     has_tags = True
     separator = b"\n"
@@ -104,7 +105,7 @@ class OpenAIBatches:
         return Call(method="GET", url=batches.address(endpoint, file), headers=headers)
 
     def refusal(self, answer: Answer) -> ProviderError:
-        return answers.refused(answer, answers.parsed(answer.body)[0], OpenAIAPIError, RULES)
+        return answers.refusal(answer, OpenAIAPIError, RULES)
 
     def outcome(self, line: bytes) -> Outcome:
         """Read `{"custom_id", "response": {"status_code", "request_id", "body"} | null, "error": {"code"…} | null}`."""
@@ -121,11 +122,15 @@ class OpenAIBatches:
         if ending := _ENDINGS.get(str(member(error, "code"))):
             return Outcome(name=name, ending=ending)
         if isinstance(error, dict):
-            return Outcome(name=name, answer=Answer(status=_status(error), body=jsonl.dumps({"error": error})))
+            return Outcome(name=name, answer=Answer(status=_status(error), body=batches.encoded({"error": error})))
         return Outcome(name=name, answer=batches.unusable("neither a response nor an error"))
 
     def belongs(self, nonce: str, line: bytes) -> bool:
         return True
+
+    def queue_limit(self, problem: Problem) -> int | None:
+        match = _QUEUE_LIMIT.search(problem.message)
+        return int(match[1].replace(",", "")) if match else None
 
     def failure(self, problem: Problem) -> ProviderError:
         """Return the error of a failed batch; one that only came too early may be made again later."""
@@ -164,7 +169,7 @@ def _batch(value: Any) -> Batch:
         files=tuple(f"files/{quote(id, safe='')}/content" for id in files),
         ending=_ENDINGS.get(status),
         problems=_problems(value) if status == "failed" else (),
-        tag=batches.text(value.get("metadata") or {}, TAG),
+        tag=batches.text(metadata, TAG) if isinstance(metadata := value.get("metadata"), dict) else None,
     )
 
 
@@ -175,7 +180,7 @@ def _problems(value: Mapping[str, Any]) -> Sequence[Problem]:
     problems = [
         Problem(
             code=word(each.get("code")),
-            message=printable(str(each.get("message")), MAX_MESSAGE),
+            message=printable(str(each.get("message") or "no reason is given"), MAX_MESSAGE),
             line=each["line"] if type(each.get("line")) is int and each["line"] > 0 else None,
         )
         for each in found
@@ -186,7 +191,7 @@ def _problems(value: Mapping[str, Any]) -> Sequence[Problem]:
 def _body(response: Mapping[str, Any]) -> bytes:
     """Return the body of a response; some compatible servers write it as a text of JSON."""
     body = response.get("body")
-    return body.encode("utf-8", "replace") if isinstance(body, str) else jsonl.dumps(body)
+    return body.encode("utf-8", "replace") if isinstance(body, str) else batches.encoded(body)
 
 
 def _status(error: Mapping[str, Any]) -> int:

@@ -24,7 +24,7 @@ def show(console: Console, batches: Sequence[Listed]) -> None:
     for each in batches:
         chunk = each.chunk
         table.add_row(
-            Text(safe.text(chunk.batch_id or chunk.nonce)),
+            Text(safe.text(chunk.name)),
             Text(safe.text(chunk.group, 60)),
             Text(_status(chunk)),
             Text(safe.text(chunk.created_at or chunk.at)),
@@ -40,7 +40,7 @@ def _status(chunk: Chunk) -> str:
     """Return the provider's word and, where there is more to say, what became of the results."""
     word = safe.text(chunk.status or chunk.step.value, 40)
     if chunk.is_open:
-        return word
+        return word if chunk.is_confirmed else f"{word}, perhaps not ours"
     return f"{word}, {chunk.step.value}" if word != chunk.step.value else word
 
 

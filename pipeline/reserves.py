@@ -1,0 +1,75 @@
+"""What is set aside of the budget for requests in chunks: reserved one by one, settled one by one, chunk by chunk.
+
+Without a budget all of this does nothing. What a chunk still has set aside when nobody waits for its batch any more is
+held: it may be spent, and a later run will know.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from pipeline.budget import Budget
+from pipeline.errors import UsageError
+from pipeline.pricing import Pricing
+from pipeline.types import Request
+
+
+class Reserves:
+    """The reserves of a run's chunks, by nonce; amounts are the worst case of each request, in nano-dollars."""
+
+    def __init__(self, budget: Budget | None, pricing: Pricing) -> None:
+        self._budget = budget
+        self._pricing = pricing
+        self._open: dict[str, int] = defaultdict(int)
+        self.waiting = 0
+
+    def try_reserve(self, request: Request) -> bool:
+        """Set the worst case of a request aside if it fits now. Raises `UsageError` where no price is known."""
+        return self._budget is None or self._budget.try_reserve(self._pricing.worst_case(request))
+
+    async def reserve(self, request: Request) -> None:
+        """Set it aside as soon as it fits; raises `BudgetReachedError` when it never will."""
+        assert self._budget is not None
+        self.waiting += 1
+        try:
+            await self._budget.reserve(self._pricing.worst_case(request))
+        finally:
+            self.waiting -= 1
+
+    def assign(self, nonce: str, request: Request) -> None:
+        """Put what was set aside for a request under a chunk."""
+        if self._budget:
+            self._open[nonce] += self._pricing.worst_case(request)
+
+    def take_over(self, nonce: str, requests: Iterable[Request]) -> None:
+        """Set aside what an earlier run sent, whether it fits or not; a price that nobody knows counts as nothing."""
+        if self._budget is None:
+            return
+        amount = sum(self._worst(request) for request in requests)
+        self._budget.take(amount)
+        self._open[nonce] += amount
+
+    def settle(self, nonce: str, request: Request, spent: int | None) -> None:
+        """Take what a request cost in the end; None: nobody knows, so all that was set aside."""
+        if self._budget is None:
+            return
+        amount = min(self._open[nonce], self._worst(request))
+        self._open[nonce] -= amount
+        self._budget.settle(amount, amount if spent is None else spent)
+
+    def close(self, nonce: str) -> None:
+        """Give back what is left of a chunk that has come to its end."""
+        if self._budget:
+            self._budget.settle(self._open.pop(nonce, 0), 0)
+
+    def hold(self, nonce: str) -> None:
+        """Keep what is left of a chunk whose batch goes on without us."""
+        if self._budget:
+            self._budget.hold(self._open.pop(nonce, 0))
+
+    def _worst(self, request: Request) -> int:
+        try:
+            return self._pricing.worst_case(request)
+        except UsageError:
+            return 0
