@@ -212,8 +212,8 @@ class Courier:
         seconds = self._policy.wait_patiently(error, attempts)
         if seconds is None:
             raise error
-        if seconds > self._policy.max_retry_after:
-            raise TryLaterError(f"the provider asks to wait {seconds:,.0f} s: {error.message}")
+        if (error.retry_after or 0.0) > self._policy.max_retry_after:
+            raise TryLaterError(f"the provider asks to wait {error.retry_after:,.0f} s: {error.message}")
         if anyio.current_time() + seconds - since > self._patience:
             raise TryLaterError(f"the batch API is out of reach: {error.message}")
         if attempts > 1 and not self._is_in_trouble:

@@ -20,12 +20,13 @@ from pipeline import config as configuration
 from pipeline import transport
 from pipeline.assemble import Options
 from pipeline.config import Config
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.pricing import Prices
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import build_app
 from pipeline.totals import Summary
 from pipeline.types import Usage
+from pipeline.verifying import verify
 from tests.virtual import virtual_time
 
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-6-luna"}
@@ -80,6 +81,11 @@ class World:
         async with httpx.AsyncClient(transport=fake, base_url="http://simulator", headers=headers) as client:
             (batch,) = (await client.get("/v1/messages/batches")).json()["data"]
             assert (await client.post(f"/v1/messages/batches/{batch['id']}/cancel")).status_code == 200
+
+    def damage(self, content: bytes | None) -> None:
+        """Put something else in the place of the requests of chunks, or delete them."""
+        for path in (self.directory / "out.batches").glob("?" * 12 + ".jsonl"):
+            path.unlink() if content is None else path.write_bytes(content)
 
     def results(self) -> list[dict[str, Any]]:
         return [orjson.loads(line) for line in (self.directory / "out.jsonl").read_bytes().splitlines()]
@@ -360,3 +366,143 @@ async def test_wrong_keys_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (summary.exit_code, summary.pending, world.truth["batches"]["created"]) == (3, 4, 0)
     assert "API key" in str(summary.stop_reason)
     assert not [path for path in (tmp_path / "out.batches").iterdir() if path.name != "journal.jsonl"]
+
+
+async def test_a_budget_that_nobody_can_settle_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a batch holds that cannot be asked after is not waited for: the run ends, and tells both reasons."""
+    world = World(monkeypatch, tmp_path, batch_faults={"poll": ["500"] * 1_000})
+    world.settings = world.settings.with_("budget", per_run=Decimal("0.001"))
+    world.write(line(number, "openai") for number in range(100))
+
+    summary = await world.run()
+
+    assert (summary.exit_code, summary.run.succeeded, summary.pending) == (4, 0, 100)
+    assert summary.cap_used <= 1_000_000
+    assert "out of reach" in str(summary.stop_reason)
+
+
+async def test_the_rest_of_many_batches_finds_room_to_go_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All that wait until the sender has room are told when it has."""
+    world = World(monkeypatch, tmp_path, batch_seconds=600.0)
+    world.settings = world.settings.with_("input", read_ahead_bytes=3_000)
+    world.write(line(number, "openai", "[[expire]]") for number in range(60))
+
+    summary = await world.run(lane="auto", max_requests=12)
+
+    assert (summary.exit_code, summary.run.succeeded) == (0, 60)
+
+
+async def test_equal_requests_of_a_batch_are_not_sent_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With `dedupe` a request that is in a batch stands for its equals, also for those that come before it now."""
+    world = World(monkeypatch, tmp_path, batch_seconds=600.0)
+    one, other = line(1, "openai"), line(1, "openai") | {"custom_id": "other"}
+    world.write([one])
+    await world.run(no_wait=True)
+    world.write([other, one])
+
+    summary = await world.run(options=Options(dedupe=True))
+
+    assert (summary.exit_code, world.truth["answered"]) == (0, 1)
+    assert {result["custom_id"] for result in world.results()} == {"q 1", "other"}
+
+
+@both_providers
+async def test_results_are_collected_before_an_error_in_them_ends_the_run(
+    provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A result that tells of a spent account or a wrong key does not cost the answers behind it."""
+    world = World(monkeypatch, tmp_path)
+    world.write(line(number, provider, "[[status:401]]" if number == 5 else "") for number in range(600))
+
+    summary = await world.run()
+
+    assert (summary.exit_code, summary.run.succeeded, summary.pending) == (3, 599, 1)
+    assert [batch["collected"] for batch in summary.as_dict()["batches"]] == [True]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}\n{}\n", None], ids=["emptied", "changed", "deleted"])
+async def test_damaged_requests_are_not_sent(
+    damage: bytes | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A chunk that is not what was written is planned anew if no batch was made of it, else the run says what to do."""
+    world = World(monkeypatch, tmp_path, batch_faults={"upload": ["hang"]})
+    world.write(line(number, "openai") for number in range(3))
+    with anyio.move_on_after(5):
+        await world.run()
+    world.damage(damage)
+
+    summary = await world.run(no_wait=True)
+    assert (summary.exit_code, world.truth["batches"]["created"]) == (75, 1)
+    assert any("is damaged; no batch was made of it" in said for said in world.said)
+
+    world.damage(damage)
+    with pytest.raises(StorageError, match="is damaged or gone, and batch") as caught:
+        await world.run()
+    assert "--forget" in str(caught.value.hint)
+
+
+async def test_a_directory_of_somebody_else_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files beside the results that are not ours are neither deleted nor mixed with ours."""
+    world = World(monkeypatch, tmp_path)
+    (tmp_path / "out.batches").mkdir()
+    (tmp_path / "out.batches" / "part-1.jsonl").write_text("mine")
+    world.write(line(number, "openai") for number in range(3))
+
+    assert (await world.run(lane="live")).exit_code == 0
+    world.write(line(number, "openai") for number in range(4))
+    with pytest.raises(UsageError, match="is not ours"):
+        await world.run()
+
+    assert [path.name for path in (tmp_path / "out.batches").iterdir()] == ["part-1.jsonl"]
+
+
+async def test_a_line_changed_meanwhile_has_its_new_result_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The answer to the line as it was is set aside when the run ends: it was paid for, and is not the line's."""
+    world = World(monkeypatch, tmp_path, batch_seconds=600.0)
+    world.write(line(number, "openai") for number in range(5))
+    await world.run(no_wait=True)
+    world.write(line(number, "openai", "changed" if number == 2 else "") for number in range(5))
+
+    summary = await world.run()
+
+    assert (summary.exit_code, summary.extra, summary.pending) == (0, 1, 0)
+    assert sorted(result["custom_id"] for result in world.results()) == [f"q {number}" for number in range(5)]
+    assert verify(tmp_path / "out.jsonl", [str(tmp_path / "in.jsonl")], world.settings).exit_code == 0
+
+
+@both_providers
+async def test_without_a_batch_api_auto_goes_live(
+    provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where an endpoint has no batch API, `auto` answers all live and ends with 0; `batch` says what to do, exit 3."""
+    world = World(monkeypatch, tmp_path)
+    live = ("/v1/messages", "/v1/chat/completions")
+    world.app.router.routes[:] = [route for route in world.app.routes if getattr(route, "path", "") in live]
+    world.write(line(number, provider) for number in range(5))
+
+    batch = await world.run()
+    auto = await world.run(lane="auto")
+
+    assert (batch.exit_code, batch.pending) == (3, 5)
+    assert "has this endpoint a batch API?" in str(batch.stop_reason)
+    assert (auto.exit_code, auto.run.succeeded) == (0, 5)
+
+
+async def test_a_stop_amid_everything_leaves_all_to_a_later_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whenever a run is cancelled, the next ones finish the job: nothing lost, nothing paid or made twice."""
+    world = World(monkeypatch, tmp_path, batch_seconds=30.0)
+    world.write(line(number, "openai" if number % 2 else "anthropic") for number in range(40))
+
+    for tenths in range(1, 60, 3):
+        with anyio.move_on_after(tenths / 10):
+            await world.run(max_requests=5)
+    summary = await world.run(max_requests=5)
+
+    assert (summary.exit_code, summary.reused + summary.run.succeeded) == (0, 40)
+    assert (world.truth["answered"], world.truth["duplicates_paid"], world.truth["batches"]["created"]) == (40, 0, 8)
