@@ -25,13 +25,13 @@ from pipeline.budget import Budget
 from pipeline.chunks import Chunk, Chunks, Member, Members, Step
 from pipeline.clock import Clock
 from pipeline.config import Batches
-from pipeline.courier import Courier
+from pipeline.courier import Courier, is_no_api
 from pipeline.errors import PipelineError, ProviderError, Reach, TryLaterError, UsageError
 from pipeline.harvest import Harvest, Judged, NotOursError
 from pipeline.loading import Group, Loader, deadline_text
 from pipeline.passage import Passage, Patience, Wait
 from pipeline.pricing import Pricing
-from pipeline.providers.batches import Batch, of_whole_batch
+from pipeline.providers.batches import Batch
 from pipeline.reserves import Reserves
 from pipeline.stopping import Stop
 from pipeline.types import Request, Result
@@ -333,12 +333,13 @@ class BatchLane:
             group.refusal = error
             await self._go_live(group, chunk)
             return
-        elif isinstance(error, TryLaterError) or error.reach is Reach.ATTEMPT:
+        elif isinstance(error, TryLaterError) or (error.reach is Reach.ATTEMPT and not is_no_api(error)):
             self._waiting.append(TryLaterError(f"{group.name}: {error.message}"))
             return
         else:
-            error.message += f" ({_advice(chunk)})" if error.status in (404, 405, 501) else ""
-            self._end(group, of_whole_batch(error))
+            error.message += f" ({_advice(chunk)})" if is_no_api(error) else ""
+            error.reach = Reach.MODEL
+            self._end(group, error)
         if not chunk.may_have_batch:
             await self._drop(chunk)
 

@@ -244,9 +244,9 @@ class Chunks:
 
     def open(self) -> None:
         """Read the journal, and delete what a crash left of chunks that it does not know. What is not ours stays."""
-        if self._stranger() is not None:
-            return
         self._all = {chunk.nonce: chunk for chunk in read(self.directory)}
+        if self._stranger():
+            return
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             chunk = self._all.get(path.stem)
             if path.name != _JOURNAL and (chunk is None or not chunk.is_open):
@@ -276,9 +276,10 @@ class Chunks:
 
     def note(self, chunk: Chunk) -> None:
         """Note how far a chunk has come; returns when that is on the disk. Raises `StorageError`."""
-        self._all[chunk.nonce] = chunk
         if self._journal is None:
             self._make_directory()
+        self._all[chunk.nonce] = chunk
+        if self._journal is None:
             path = self.directory / _JOURNAL
             try:
                 fd = disk.replace(path, [_line(each) for each in self._all.values()])
@@ -340,7 +341,8 @@ class Chunks:
         return names[0] if names else None
 
     def _make_directory(self) -> None:
-        if stranger := self._stranger():
+        stranger = self._stranger()
+        if stranger and (not self._all or stranger == self.directory.name):
             raise UsageError(
                 f"{str(self.directory)!r} is where requests for batches would lie, and {stranger!r} there is not ours",
                 hint="choose another -o, or move that away",

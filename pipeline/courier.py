@@ -113,9 +113,9 @@ class Courier:
         while True:
             call = self.batches.list(self._way.endpoint, self._way.headers, after)
             try:
-                page, has_more = await self._ask(call, self.batches.listed)
+                page, has_more = await self._ask(call, self.batches.listed, may_repeat=lambda e: not is_no_api(e))
             except ProviderError as error:
-                if error.status in (404, 405, 501):
+                if is_no_api(error):
                     return None  # who has no list of batches has made none
                 raise
             for batch in page:
@@ -281,6 +281,11 @@ class _Lines:
         self.taken += len(lines)
 
 
+def is_no_api(error: ProviderError) -> bool:
+    """Tell whether there is nothing at an address that was called."""
+    return error.status in (404, 405, 501)
+
+
 def _may_repeat_create(error: ProviderError) -> bool:
     """Tell whether nothing can have been made and it may be tried again: too many calls, or no connection."""
     return error.status == 429 or (error.status is None and not error.may_be_billed)
@@ -289,7 +294,7 @@ def _may_repeat_create(error: ProviderError) -> bool:
 def _is_refusal(error: ProviderError) -> bool:
     """Tell whether a provider refused to make a batch; what a gateway says of its waiting (408 …) is no refusal."""
     status = error.status or 0
-    return status in (405, 501) or (400 <= status < 500 and status not in (408, 409, 425))
+    return status == 501 or (300 <= status < 500 and status not in (408, 409, 425))
 
 
 def _time(text: str) -> datetime:

@@ -129,11 +129,12 @@ class Loader:
             group = self.group(request.provider, request.model)
             if group.refusal:
                 return False
-            if not self._reserves.try_reserve(request):
-                await self.seal_all()
+            reserved = self._reserves.try_reserve(request)
+            if reserved is None:
                 if not self._may_wait:
+                    await self.seal_all()
                     raise TryLaterError("the budget does not cover the rest before results are back")
-                await self._reserves.reserve(request)
+                reserved = await self._reserves.reserve(request, self.seal_all)
         except (UsageError, BudgetReachedError, TryLaterError) as error:
             self.refused = error
             return False
@@ -145,7 +146,7 @@ class Loader:
             size = len(codec.separator) + len(codec.entry(named.name, request.body))
             if not spool.requests or not self._is_full(group, spool, named, size):
                 spool.add_entry(named, size if spool.requests else size - len(codec.separator))
-                self._reserves.assign(spool.nonce, request)
+                self._reserves.assign(spool.nonce, reserved)
                 return True
             await self._seal(group)
 

@@ -96,10 +96,11 @@ def give_up(each: Listed) -> Listed:
     try:
         store.open()
         chunk = store.reread(each.chunk)
-        if chunk.step is not each.chunk.step:
-            raise UsageError(f"a run has gone on with {chunk.name} meanwhile; look again")
-        if chunk.is_open:
-            store.close_chunk(chunk, Step.DROPPED)
+        if not chunk.is_open:
+            raise UsageError(f"batch {chunk.name} is {chunk.step.value} already")
+        if (chunk.step, chunk.batch_id) != (each.chunk.step, each.chunk.batch_id):
+            raise UsageError(f"a run has gone on with {each.chunk.name} meanwhile; look again")
+        store.close_chunk(chunk, Step.DROPPED)
     finally:
         store.release()
         disk.close(fd)

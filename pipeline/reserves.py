@@ -7,7 +7,7 @@ held: it may be spent, and a later run will know.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from pipeline.budget import Budget
 from pipeline.errors import UsageError
@@ -24,23 +24,33 @@ class Reserves:
         self._open: dict[str, int] = defaultdict(int)
         self.waiting = 0
 
-    def try_reserve(self, request: Request) -> bool:
-        """Set the worst case of a request aside if it fits now. Raises `UsageError` where no price is known."""
-        return self._budget is None or self._budget.try_reserve(self._pricing.worst_case(request))
+    def try_reserve(self, request: Request) -> int | None:
+        """Set the worst case of a request aside if it fits now; return it. Raises `UsageError` for an unknown price."""
+        if self._budget is None:
+            return 0
+        amount = self._pricing.worst_case(request)
+        return amount if self._budget.try_reserve(amount) else None
 
-    async def reserve(self, request: Request) -> None:
-        """Set it aside as soon as it fits; raises `BudgetReachedError` when it never will."""
+    async def reserve(self, request: Request, ship: Callable[[], Awaitable[None]]) -> int:
+        """Set it aside as soon as it fits; raises `BudgetReachedError` when it never will.
+
+        Only what is on its way gives something back, so `ship` sends all on its way; who loads more meanwhile sees
+        `waiting` and does the same.
+        """
         assert self._budget is not None
+        amount = self._pricing.worst_case(request)
         self.waiting += 1
         try:
-            await self._budget.reserve(self._pricing.worst_case(request))
+            await ship()
+            await self._budget.reserve(amount)
         finally:
             self.waiting -= 1
+        return amount
 
-    def assign(self, nonce: str, request: Request) -> None:
-        """Put what was set aside for a request under a chunk."""
+    def assign(self, nonce: str, amount: int) -> None:
+        """Put an amount that was set aside under a chunk."""
         if self._budget:
-            self._open[nonce] += self._pricing.worst_case(request)
+            self._open[nonce] += amount
 
     def take_over(self, nonce: str, requests: Iterable[Request]) -> None:
         """Set aside what an earlier run sent, whether it fits or not; a price that nobody knows counts as nothing."""
