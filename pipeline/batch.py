@@ -81,9 +81,13 @@ class Statistics:
 
 @dataclass(slots=True, kw_only=True)
 class _Rest:
-    """What a batch leaves over: requests that go again, how many somebody else cancelled, what ends a model or all."""
+    """What a batch leaves over: requests that go again, how many somebody else cancelled, what ends a model or all.
+
+    `failures` is how often one of those has failed that go again.
+    """
 
     members: Members
+    failures: int = 0
     cancelled: int = 0
     errors: list[ProviderError] = field(default_factory=list)
 
@@ -385,13 +389,15 @@ class BatchLane:
     async def _abandon(self, group: Group, chunk: Chunk) -> None:
         """Send all of a batch live that does not heed that it was cancelled: it may be paid twice, and is told."""
         self._say(f"{group.name}: batch {chunk.batch_id} does not end though it was cancelled; its requests go live")
-        await self._bring_in(group, chunk, self._harvest(group, chunk).rest("abandoned"))
+        await self._bring_in(group, chunk, self._harvest(group, chunk).rest("abandoned"), step=Step.DROPPED)
 
     async def _go_live(self, group: Group, chunk: Chunk) -> None:
         """Send the requests of a chunk live of which no batch was made."""
         await self._bring_in(group, chunk, self._harvest(group, chunk).refused({}, None))
 
-    async def _bring_in(self, group: Group, chunk: Chunk, groups: AsyncIterator[Sequence[Judged]]) -> None:
+    async def _bring_in(
+        self, group: Group, chunk: Chunk, groups: AsyncIterator[Sequence[Judged]], step: Step = Step.COLLECTED
+    ) -> None:
         """Carry verdicts out: record results, then close the chunk, then send what goes again.
 
         In this order a crash makes nothing go twice: what the chunk left over is pending until it is on its next way.
@@ -406,12 +412,15 @@ class BatchLane:
             is_whole = True
         if not is_whole:
             return
-        await self._close_chunk(chunk, Step.COLLECTED if chunk.batch_id else Step.DROPPED)
+        await self._close_chunk(chunk, step if chunk.batch_id else Step.DROPPED)
         if rest.cancelled:
             text = f"batch {chunk.batch_id} was cancelled; {rest.cancelled:,} of its requests have no answer"
             self._waiting.append(TryLaterError(f"{group.name}: {text}"))
         for error in rest.errors:
             self._end(group, error)
+        if rest.failures and not self._resend:
+            with self._stop.cuts_short():
+                await anyio.sleep(min(_LONGEST_ROOM_PAUSE, 2.0 ** (rest.failures - 1)))
         await self._send_on(chunk, rest.members)
 
     async def _carry_out(self, chunk: Chunk, judged: Sequence[Judged], rest: _Rest) -> Chunk:
@@ -434,6 +443,7 @@ class BatchLane:
                 results.append(verdict.result)
             elif verdict.again and (is_ours_to_resend or not verdict.is_cancelled):
                 rest.members.add(verdict.again)
+                rest.failures = max(rest.failures, verdict.again.counted)
             else:
                 self._counts["dropped"] += 1
                 rest.cancelled += verdict.is_cancelled

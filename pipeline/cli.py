@@ -714,6 +714,9 @@ def _oversee(
     wanted = overseeing.chosen(found, ids)
     if forget:
         told = [overseeing.give_up(each) for each in wanted]
+        requests = sum(each.chunk.requests for each in told if each.chunk.batch_id)
+        if requests:
+            _screen().tell("warning", f"what the provider did of {requests:,} requests may be billed all the same")
     else:
         ask = overseeing.cancel if verb == "cancel" else overseeing.status
         told = aio.run(lambda: ask(settings, wanted))

@@ -6,7 +6,7 @@ before a batch is made a second time it is looked for, until the first call must
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -65,6 +65,7 @@ class Passage:
         self._stop = stop
         self._patience = patience
         self._say = say
+        self._begun = clock.moment()
         self.doubted = 0  # requests of batches that were made again, though a first one may be there
         self.disk = anyio.CapacityLimiter(1)
 
@@ -122,9 +123,9 @@ class Passage:
         over = _time(chunk.creating_at) + timedelta(seconds=longest + _LATENESS * self._patience.call)
         pause = _FIRST_PAUSE
         while True:
-            taken = {each.batch_id for each in self._chunks.all if each.batch_id} | set(chunk.not_ours)
-            if batch := await courier.find(chunk, taken):
-                return batch
+            for taken in self._taken(chunk):
+                if batch := await courier.find(chunk, taken):
+                    return batch
             left = (over - self._clock.moment()).total_seconds()
             if left <= 0:
                 return None
@@ -133,6 +134,18 @@ class Passage:
             if self._stop.is_called:
                 raise TryLaterError("stopped before it was known whether a batch was made; a later run finds out")
             pause *= _PAUSE_GROWTH
+
+    def _taken(self, chunk: Chunk) -> Iterator[set[str]]:
+        """Yield what a chunk's batch is not: first all that our other chunks claim, then what is theirs for certain.
+
+        Two chunks of one size may have claimed each other's batch; each must find its own again.
+        """
+        others = [each for each in self._chunks.all if each.batch_id and each.nonce != chunk.nonce]
+        sure = {each.name for each in others if each.is_confirmed or not each.is_open} | set(chunk.not_ours)
+        claimed = sure | {each.name for each in others}
+        yield claimed
+        if claimed != sure:
+            yield sure
 
     async def wait(self, courier: Courier, chunk: Chunk, *, is_patient: bool) -> tuple[Chunk, Batch | None, Wait]:
         """Wait for the end of a batch; return its last state where it has ended, and how the waiting did.
@@ -197,9 +210,9 @@ class Passage:
         deadlines += [self._patience.deadline] if self._patience.deadline else []
         if self._patience.live_seconds is None or not deadlines:
             return None
-        deadline = min(deadlines)
+        deadline, begun = min(deadlines), max(_time(chunk.at), self._begun)
         needed = timedelta(seconds=self._patience.live_seconds(chunk)) + cancelling
-        return (deadline - min(needed, (deadline - _time(chunk.at)) / share) - self._clock.moment()).total_seconds()
+        return (deadline - min(needed, (deadline - begun) / share) - self._clock.moment()).total_seconds()
 
     def _refuse_overdue(self, chunk: Chunk) -> None:
         """Wait for no batch that should have ended long ago. Raises `TryLaterError`."""
