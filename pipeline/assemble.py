@@ -25,6 +25,7 @@ from pipeline.plan import Invalid, Planner
 from pipeline.pricing import LIVE, Prices
 from pipeline.record import Recorder
 from pipeline.send import Recording, Sender
+from pipeline.sharing import Leases, Sharing, quota_name
 from pipeline.types import Answer, Call, Cost, Request, Result, Usage
 
 # What an answer without a limit of its own is held for when money is set aside. It may be longer: then the cap is
@@ -158,6 +159,7 @@ def sender(
             codec=codec,
             gate=Gate(settings.limits.of(request.provider, request.model)),
             concurrency=settings.sending.concurrency,
+            quota=quota_name(endpoint.url, key, request.model) if settings.sending.share_limits else "",
         )
 
     return Sender(
@@ -202,6 +204,12 @@ def courier(settings: Config, client: transport.Client, say: Callable[[str], Non
         max_line_bytes=settings.sending.max_response_bytes,
         say=lambda message: say(f"{name}: {message}"),
     )
+
+
+def sharing(settings: Config, sender: Sender, clock: Clock, run_id: str, say: Callable[[str], None]) -> Sharing:
+    """Make what shares limits with the other runs of this machine; its file lies beside the ledger."""
+    path = configuration.ledger_path(settings).with_name("limits.sqlite")
+    return Sharing(Leases(path, run_id), clock, needs=sender.needs, take=sender.take, say=say)
 
 
 def batch_lane(

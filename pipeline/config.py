@@ -204,6 +204,7 @@ class Sending(Section):
     stall_timeout: Seconds = 600.0
     max_response_bytes: Count = 32 * 1024 * 1024
     drain_timeout: Seconds = 60.0
+    share_limits: bool = True
     use_env_proxy: bool = False
     ca_file: str | None = None
     http2: bool = False

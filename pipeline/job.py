@@ -287,6 +287,9 @@ class _Run:
                     beside.start_soon(watch, self.progress)
                 beside.start_soon(to_thread.run_sync, self.prices.load)
                 beside.start_soon(self.books.keep, self._describe, self.say)
+                if self.settings.sending.share_limits and not self.options.simulate:
+                    sharing = assemble.sharing(self.settings, self.sender, self.clock, self.run_id, self.say)
+                    beside.start_soon(sharing.keep)
                 beside.start_soon(self.sender.stop_when_stalled, assemble.patience(self.settings))
                 async with anyio.create_task_group() as work:
                     work.start_soon(self._feed)

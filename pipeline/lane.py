@@ -119,9 +119,20 @@ class Statistics:
 
 
 class Lane:
-    """The requests of one model that wait or are in flight."""
+    """The requests of one model that wait or are in flight; `quota` names the limits that other runs share."""
 
-    def __init__(self, *, provider: str, model: str, post: Post, codec: Provider, gate: Gate, concurrency: int) -> None:
+    def __init__(
+        self,
+        *,
+        provider: str,
+        model: str,
+        post: Post,
+        codec: Provider,
+        gate: Gate,
+        concurrency: int,
+        quota: str = "",
+    ) -> None:
+        self.quota = quota
         self.provider = provider
         self.model = model
         self.post = post

@@ -8,7 +8,8 @@ What binds is told apart. The user's caps are kept as they are, a second's worth
 its headers is mirrored: a bucket as large as its own, with the level that it reports, so the allowance is used to the
 last request and hardly one is refused. Where nothing is said, the rate is found out: a refusal tells that the
 provider's bucket is empty, and what passed between two refusals, divided by the time, is its refill rate; a little more
-is tried now and then. A cooldown closes the gate for everybody until a moment on the clock; it is looked at last, after
+is tried now and then. Where several processes share an account, caps and told limits are cut to this one's share.
+A cooldown closes the gate for everybody until a moment on the clock; it is looked at last, after
 everything that may take time, so nobody slips through who asked before it began.
 """
 
@@ -26,6 +27,7 @@ from pipeline.config import Limits
 from pipeline.types import Limit
 
 REQUESTS = "requests"
+_COOLDOWN = "cooldown"
 Charge = Mapping[str, float]
 """What one call takes out of the allowances, by kind: `requests`, `input_tokens`, `output_tokens`, `tokens`."""
 
@@ -100,6 +102,15 @@ class Statistics:
     allowances: Sequence[Allowance]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a process has of limits that are shared: the share that it uses, whether it waits, its cooldown's end."""
+
+    used: float
+    is_hungry: bool
+    closed_until: float
+
+
 @dataclass(slots=True, kw_only=True)
 class Ticket:
     """Lets one call through, and is handed back with what became of it; `charge` is what was really taken.
@@ -128,6 +139,9 @@ class Gate:
         self._told: dict[str, Bucket] = {}
         self._found = _Found()
         self._in_flight: dict[str, float] = {}
+        self._share = 1.0
+        self._taken_since: dict[str, float] = {}
+        self._counted_at: float | None = None
         self._closed_until = -math.inf
         self._waiting_for: str | None = None
         self._now = asyncio.get_running_loop().time  # what anyio.current_time() looks up at every call
@@ -169,7 +183,7 @@ class Gate:
     async def wait_open(self) -> None:
         """Wait until the cooldown is over, also if it is prolonged meanwhile."""
         while (seconds := self._closed_until - self._now()) > 0:
-            self._waiting_for = "cooldown"
+            self._waiting_for = _COOLDOWN
             await anyio.sleep(seconds)
         self._waiting_for = None
 
@@ -178,10 +192,10 @@ class Gate:
         if not self._told and not self._caps:
             return None
         for kind, amount in charge.items():
-            if (told := self._told.get(kind)) and amount > told.max_rate:
-                return f"needs about {amount:,.0f} {_words(kind)}, and {told.max_rate:,.0f} per minute are allowed"
-            if (cap := self._caps.get(kind)) and amount > cap.rate * 60:
-                return f"needs about {amount:,.0f} {_words(kind)}, and your cap is {cap.rate * 60:,.0f} per minute"
+            if (told := self._told.get(kind)) and amount > (most := told.max_rate / self._share):
+                return f"needs about {amount:,.0f} {_words(kind)}, and {most:,.0f} per minute are allowed"
+            if (cap := self._caps.get(kind)) and amount > (most := cap.rate * 60 / self._share):
+                return f"needs about {amount:,.0f} {_words(kind)}, and your cap is {most:,.0f} per minute"
         return None
 
     # ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -208,12 +222,13 @@ class Gate:
         """
         for limit in limits:
             bucket = self._told.get(limit.kind)
-            used = limit.per_minute - limit.remaining
+            per_minute = limit.per_minute * self._share
+            used = per_minute - limit.remaining * self._share
             if bucket is None:
-                bucket = self._told[limit.kind] = Bucket(limit.per_minute, 60)
+                bucket = self._told[limit.kind] = Bucket(per_minute, 60)
                 bucket.level = used + self._in_flight.get(limit.kind, 0.0)
-            elif bucket.max_rate != limit.per_minute:
-                bucket.retune(limit.per_minute, 60)
+            elif bucket.max_rate != per_minute:
+                bucket.retune(per_minute, 60)
             slack = _ROUNDING.get(limit.kind, _TOKEN_ROUNDING)
             in_flight = self._in_flight.get(limit.kind, 0.0)
             level = bucket.level
@@ -240,6 +255,33 @@ class Gate:
     def close_for(self, seconds: float) -> None:
         """Close the gate for everybody; a cooldown that ends later stays."""
         self._closed_until = max(self._closed_until, self._now() + seconds)
+
+    # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def need(self) -> Need:
+        """Return what this process used of the limits since the last time, as a share of all, and whether it waits."""
+        now = self._now()
+        seconds = now - self._counted_at if self._counted_at is not None else 0.0
+        used = 0.0
+        if seconds > 0:
+            for kind, bucket in (*self._caps.items(), *self._told.items()):
+                used = max(used, self._taken_since.get(kind, 0.0) / seconds / bucket.rate * self._share)
+        self._counted_at = now
+        self._taken_since.clear()
+        is_hungry = self._waiting_for is not None and self._waiting_for != _COOLDOWN
+        return Need(used=min(1.0, used), is_hungry=is_hungry, closed_until=max(0.0, self._closed_until))
+
+    def take_share(self, share: float, closed_until: float) -> None:
+        """Cut caps and told limits to a share of them; how full they are stays. Close as long as others do."""
+        self._closed_until = max(self._closed_until, closed_until)
+        if share == self._share:
+            return
+        factor, self._share = share / self._share, share
+        for bucket in (*self._caps.values(), *self._told.values()):
+            full = bucket.level / bucket.max_rate
+            size = max(1.0, bucket.max_rate * factor) if bucket in self._caps.values() else bucket.max_rate * factor
+            bucket.retune(size, size / (bucket.rate * factor))
+            bucket.level = full * size
 
     def statistics(self) -> Statistics:
         cooldown = max(0.0, self._closed_until - self._now())
@@ -270,6 +312,7 @@ class Gate:
         reserved = {kind: charge[kind] for kind in (*self._told, *self._caps) if kind in charge}
         for kind, amount in reserved.items():
             self._in_flight[kind] = self._in_flight.get(kind, 0.0) + amount
+            self._taken_since[kind] = self._taken_since.get(kind, 0.0) + amount
         now = self._now()
         return Ticket(charge=reserved, sent_at=now, number=self._found.sent(now))
 

@@ -24,6 +24,7 @@ from pipeline.lane import Lane
 from pipeline.limits import Gate
 from pipeline.retry import Policy
 from pipeline.send import Sender
+from pipeline.sharing import Leases, Sharing
 from pipeline.simulator import Options, build_app
 from pipeline.types import Cost, Request, Result, Usage
 
@@ -57,9 +58,12 @@ class Run:
         caps: Limits | None = None,
         words: Callable[[int], int] = lambda n: 60,
         max_tokens: int = 100,
+        app: Any = None,
+        leases: Leases | None = None,
     ) -> None:
         self.provider = provider
-        self.app: Any = build_app(options)
+        self.app: Any = app or build_app(options)
+        self.leases = leases
         self.answers: list[float] = []
         self.answered_lines: list[int] = []
         self.words = words
@@ -83,6 +87,9 @@ class Run:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.sender.run)
             tasks.start_soon(self._feed)
+            if self.leases:
+                sharing = Sharing(self.leases, Clock(), needs=self.sender.needs, take=self.sender.take, say=print)
+                tasks.start_soon(sharing.keep)
             for moment, factor in sorted((changes or {}).items()):
                 await anyio.sleep(moment - (anyio.current_time() - self.start))
                 self.app.state.simulator.change_limits(factor)
@@ -90,6 +97,8 @@ class Run:
             self.counts = self.statistics()
             self.last = self.sender.statistics()
             self.sender.stop(PipelineError("time is up"))
+            if self.leases:
+                tasks.cancel_scope.cancel()
 
     def statistics(self) -> Any:
         """Return the simulator's own count."""
@@ -106,6 +115,7 @@ class Run:
             codec=codec,
             gate=Gate(self._caps),
             concurrency=self._settings.concurrency,
+            quota="quota" if self.leases else "",
         )
 
     async def _feed(self) -> None:

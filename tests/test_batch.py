@@ -41,7 +41,9 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, **simulation: Any) -> None:
         self.app = build_app(Simulation(**simulation))
         self.directory = directory
-        self.settings = configuration.simulated(Config(), "http://127.0.0.1:1").with_("sending", timeout=30.0)
+        self.settings = configuration.simulated(Config(), "http://127.0.0.1:1").with_(
+            "sending", timeout=30.0, share_limits=False
+        )
         self.said: list[str] = []
         client = transport.Client
         monkeypatch.setattr(transport, "Client", lambda sending: client(sending, httpx.ASGITransport(app=self.app)))
