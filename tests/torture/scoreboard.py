@@ -90,6 +90,13 @@ FORMS = (
         ],
     ),
     Form(
+        name="batches",
+        what="batches: kill -9 at every step and at random, lost answers, cut downloads; made and paid once",
+        words=["tests.torture.batches", "--seed", "1", "--trials"],
+        long=["100"],
+        short=["2"],
+    ),
+    Form(
         name="fuzz",
         what="mutated lines, results, settings, headers: only typed errors, nothing altered in silence",
         words=["tests.torture.fuzz", "--inputs"],
