@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -553,39 +553,38 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> N
         chunks.note(chunk())
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[], None]]:
-    """Give a function from whose call on no file takes another byte."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let no file take another byte; not longer than needed, as the log of the tests is a file, too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_a_storage_error(chunks: Chunks, full_disk: Callable[[], None]) -> None:
+def test_a_full_disk_is_a_storage_error(chunks: Chunks) -> None:
     """Requests that cannot be written, all at once or later, end the run by our error."""
     spool = chunks.spool()
     spool.add_entry(member("a"), 1)
     spool.write(spool.take())
     spool.add_entry(member("b"), 1)
-    full_disk()
 
-    with pytest.raises(StorageError, match=spool.nonce):
+    with full_disk(), pytest.raises(StorageError, match=spool.nonce):
         spool.write(spool.take())
     spool.add_entry(member("c"), 1)
-    with pytest.raises(StorageError, match=spool.nonce):
+    with full_disk(), pytest.raises(StorageError, match=spool.nonce):
         spool.seal(spool.take(), blank())
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
-def test_a_step_that_cannot_be_noted_is_a_storage_error(
-    chunks: Chunks, full_disk: Callable[[], None], is_begun: bool
-) -> None:
+def test_a_step_that_cannot_be_noted_is_a_storage_error(chunks: Chunks, is_begun: bool) -> None:
     """Where the journal takes nothing, the first step or a later one, the run ends; what it held stays readable."""
     if is_begun:
         chunks.note(chunk())
-    full_disk()
 
-    with pytest.raises(StorageError, match="journal"):
+    with full_disk(), pytest.raises(StorageError, match="journal"):
         chunks.note(chunk(step=Step.CREATING))
 
     assert [each.step for each in storing.read(chunks.directory)] == [Step.WRITTEN] * is_begun

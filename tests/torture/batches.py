@@ -49,7 +49,17 @@ TROUBLES = ("lost", "500-done", "reset", "500", "429")
 CUTS = tuple(f"cut:0.{tenth}" for tenth in range(1, 10))
 CUTS_AND_KILLS = (*CUTS[::2], "hang", *CUTS[1::2], "hang", "cut:0.5")
 CUTS_AND_ERRORS = ("cut:0.5", "500", "cut:0.5", "lost", "429", "cut:0.5", "reset", "cut:0")
-SYSTEM_CALLS = {"fsync": 8, "fdatasync": 30, "rename": 3, "unlink": 6, "write": 50}  # and the most that a run makes
+RESULTS, JOURNAL, ANY = "out.jsonl", "out.batches/journal.jsonl", ""
+SYSTEM_CALLS = {  # on which file, and the most that a thread makes in a run
+    ("write", JOURNAL): 8,
+    ("fdatasync", JOURNAL): 8,
+    ("fdatasync", RESULTS): 2,
+    ("fdatasync", ANY): 30,
+    ("fsync", ANY): 8,
+    ("rename", ANY): 3,
+    ("unlink", ANY): 6,
+    ("write", ANY): 50,
+}
 _FOREVER = 100_000.0
 _KILLS_OF_A_JOB = 6
 
@@ -268,11 +278,12 @@ def kill_at(protocol: str, operation: str, faults: Sequence[str], folder: Path) 
         return judge(job, kills=kills, exit_code=job.finish())
 
 
-def kill_at_call(protocol: str, call: str, n: int, folder: Path) -> Verdict:
-    """Kill a run as a thread enters its n-th system call of a kind; no kill if none has so many."""
+def kill_at_call(protocol: str, call: str, file: str, n: int, folder: Path) -> Verdict:
+    """Kill a run as a thread enters its n-th system call of a kind on a file; no kill if none has so many."""
     with providing(batch_seconds=0.2) as provider:
         job = BatchJob(folder=folder, provider=provider, protocols=[protocol])
-        struck = trace(job, "-f", "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={n}")
+        words = ["-f", "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={n}"]
+        struck = trace(job, *words, *(["-P", str(folder / file)] if file else []))
         return judge(job, kills=int(struck.exit_code == -signal.SIGKILL), exit_code=job.finish())
 
 
@@ -407,11 +418,11 @@ def steps(*orders: Sequence[str]) -> dict[str, Trial]:
     }
 
 
-def system_calls(most: Mapping[str, int], step: int = 1) -> dict[str, Trial]:
+def system_calls(most: Mapping[tuple[str, str], int], step: int = 1) -> dict[str, Trial]:
     """Return a kill at each system call that changes files, or at every so many-th."""
     return {
-        f"{protocol}: killed at {call} {n}": partial(kill_at_call, protocol, call, n)
-        for protocol, (call, last) in product(OPERATIONS, most.items())
+        f"{protocol}: killed at {call} {n} of {file or 'any file'}": partial(kill_at_call, protocol, call, file, n)
+        for protocol, ((call, file), last) in product(OPERATIONS, most.items())
         for n in range(1, last + 1, step)
     }
 

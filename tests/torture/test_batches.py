@@ -15,7 +15,9 @@ import pytest
 from tests.torture.batches import (
     CUTS,
     CUTS_AND_KILLS,
+    JOURNAL,
     OPERATIONS,
+    RESULTS,
     TROUBLES,
     BatchJob,
     Counts,
@@ -52,9 +54,9 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """
     trials = steps(["hang", "hang"])
     assert len(trials) == sum(map(len, OPERATIONS.values()))
-    trials |= system_calls({"fdatasync": 9}, step=4)
+    calls = system_calls({("write", JOURNAL): 5, ("fdatasync", RESULTS): 1}, step=2)
 
-    _prove(trials, tmp_path, kills=len(trials))
+    _prove(trials | calls, tmp_path, kills=len(trials) + 4)
 
 
 def test_kills_at_random_times_lose_and_double_nothing(tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_kills_at_random_times_lose_and_double_nothing(tmp_path: Path) -> None:
     ways, done and not done, and some answers never come.
     """
     trials = {protocol: partial(kill_often, [protocol], "a", 6) for protocol in BOTH}
-    trials |= {f"{protocol}, storm": partial(storm, [protocol], "f", 4) for protocol in ["openai"]}
+    trials |= {f"{protocol}, storm": partial(storm, [protocol], "f", 4) for protocol in BOTH}
 
     _prove(trials, tmp_path, kills=6)
 
