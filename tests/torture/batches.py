@@ -488,7 +488,7 @@ def _main() -> int:
         "kill -9 at every system call": system_calls(SYSTEM_CALLS),
         "an upload lost or failing": troubles("upload", times=1, seconds=0.5),
         "a create lost or failing": troubles("create", times=1, seconds=8.0),
-        "several of any lost or failing": troubles("upload", "create", "poll", "results", times=3, seconds=0.5),
+        "several of any lost or failing": troubles("upload", "create", "poll", "results", times=2, seconds=0.5),
         "downloads cut at every tenth": cuts(CUTS, CUTS[::-1], CUTS_AND_KILLS, CUTS_AND_ERRORS),
         "two jobs with one key": pairs(["lost"] * 4, ["hang"] * 4, ["lost", "ok", "hang", "500-done"]),
         "kill -9 at random, half of them in storms": at_random(options.trials, options.seed),

@@ -225,8 +225,8 @@ SABOTEURS = (
     Saboteur(
         name="the first signal drops what is in flight",
         file="job.py",
-        old="            self.sender.stop()\n            in_flight",
-        new="            self.sender.stop()\n            self.work.cancel()\n            in_flight",
+        old="            self.sender.stop()\n            text",
+        new="            self.sender.stop()\n            self.work.cancel()\n            text",
         test="tests/torture/test_signals.py::test_one_signal_finishes_what_is_in_flight",
     ),
     Saboteur(
@@ -251,10 +251,17 @@ SABOTEURS = (
         test="tests/test_send.py::test_a_retry_waits_as_long_as_the_provider_says",
     ),
     Saboteur(
+        name="a batch is made again without being looked for",
+        file="passage.py",
+        old="            if chunk.step is Step.CREATING:\n",
+        new="            if False:\n",
+        test="tests/torture/test_batches.py::test_lost_answers_need_nobody_to_repeat_the_command",
+    ),
+    Saboteur(
         name="a poisoned request is tried for ever",
         file="retry.py",
-        old="        policy = self._uncounted if capacity else self._counted\n",
-        new="        policy = self._uncounted\n",
+        old="if is_capacity(error) else _decide(self._counted, error, counted)",
+        new="if True else _decide(self._counted, error, counted)",
         test="tests/test_retry.py::test_a_poisoned_request_ends_after_max_attempts",
     ),
     Saboteur(
