@@ -19,7 +19,7 @@ RESULTS, JOURNAL, TOTALS = ".jsonl", ".attempts.jsonl", ".usage.json"
         Fault(suffix=RESULTS, calls=["write"], error="EDQUOT", at=3),
         Fault(suffix=RESULTS, calls=["write"], error="EIO", at=9),
         Fault(suffix=RESULTS, calls=SYNCS, error="EIO", at=1),
-        Fault(suffix=RESULTS, calls=SYNCS, error="EIO", at=3),
+        Fault(suffix=RESULTS, calls=SYNCS, error="EIO", at=2),
         Fault(suffix=RESULTS, calls=["openat"], error="ENOSPC", at=1),
         Fault(suffix=RESULTS, calls=["openat"], error="EIO", at=2),
         Fault(suffix=RESULTS, calls=["openat"], error="EIO", at=4),
