@@ -40,7 +40,7 @@ Counts = Mapping[str, Any]
 Subprocess = subprocess.Popen[bytes]
 
 HANG_SECONDS = 200  # nothing here takes a quarter of it; who needs it hangs
-AT_ONCE = 8  # they wait more than they work
+AT_ONCE = 12  # they wait more than they work
 OPERATIONS = {
     "openai": ("upload", "create", "poll", "results", "cancel"),
     "anthropic": ("create", "poll", "results", "cancel"),
@@ -218,6 +218,8 @@ class Verdict:
 
 def judge(job: BatchJob, *, kills: int, exit_code: int) -> Verdict:
     """Compare input, files and the provider's books after a job was finished."""
+    has_totals = beside(job.output, ".usage.json").exists()
+    assert has_totals, f"the last run left no totals and ended with {exit_code}:\n{job.errors()}"
     files = jobs.judge(job, stops=kills, durable=list(job.durable), exit_code=exit_code)
     counts = job.provider.statistics()
     created = counts["batches"]["created"]

@@ -54,7 +54,7 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """
     trials = steps(["hang", "hang"])
     assert len(trials) == sum(map(len, OPERATIONS.values()))
-    calls = system_calls({("write", JOURNAL): 5, ("fdatasync", RESULTS): 1}, step=2)
+    calls = system_calls({("write", JOURNAL): 4, ("fdatasync", RESULTS): 1}, step=3)
 
     _prove(trials | calls, tmp_path, kills=len(trials) + 4)
 
@@ -92,7 +92,7 @@ def _all_are_looked_at(job: BatchJob, counts: Counts) -> bool:
 @pytest.mark.parametrize(
     ("number", "exit_code", "polls", "seconds"),
     [
-        pytest.param(signal.SIGINT, 130, ["ok", "ok"], 4.0, id="SIGINT between two looks"),
+        pytest.param(signal.SIGINT, 130, ["ok", "ok"], 3.0, id="SIGINT between two looks"),
         pytest.param(signal.SIGTERM, 143, ["hang", "hang"], 0.5, id="SIGTERM amid a look"),
     ],
 )
