@@ -68,3 +68,23 @@ class Books:
     def _record(self, run: Run, entries: Sequence[Entry]) -> None:
         with Ledger.open(self._path) as ledger:
             ledger.record(run, entries)
+
+
+class NoBooks:
+    """For a part of a run: whoever joins the parts keeps the books."""
+
+    def __init__(self) -> None:
+        self.accounts = Accounts()
+
+    def open(self, run: Run) -> None:
+        """Note nothing."""
+
+    def spent(self, now: datetime) -> tuple[int, int]:
+        """Return nothing: who deals out the money knows."""
+        return 0, 0
+
+    async def keep(self, describe: Callable[[], Run], say: Callable[[str], None]) -> None:
+        """Note nothing."""
+
+    def close(self, run: Run, unknown: Sequence[Sent], results: Path) -> None:
+        """Note nothing."""

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from pipeline.assemble import Options
     from pipeline.config import Config
-    from pipeline.job import Progress
     from pipeline.limits import Allowance
     from pipeline.overseeing import Listed
+    from pipeline.run import Progress
     from pipeline.screen import Screen
     from pipeline.totals import Summary
 

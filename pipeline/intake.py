@@ -22,7 +22,7 @@ from pipeline.errors import UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, checksum
 from pipeline.index import Awaited, Stretch
 from pipeline.plan import Invalid
-from pipeline.read import Batch, Line
+from pipeline.read import Batch, Line, Span
 from pipeline.record import Done, Recorder
 from pipeline.types import Request, Result
 
@@ -40,7 +40,7 @@ class Intake:
     """
 
     def __init__(
-        self, sources: Sequence[str], settings: Config, options: Options, recorder: Recorder, clock: Clock
+        self, sources: Sequence[str | Span], settings: Config, options: Options, recorder: Recorder, clock: Clock
     ) -> None:
         if options.dedupe and not all(map(_is_file, sources)):
             raise UsageError("--dedupe wants files: a pipe can be read only once")
@@ -166,7 +166,7 @@ class Intake:
             while group := list(islice(copied, _READ_LINES)):
                 yield group
 
-    def _lines_of(self, sources: Sequence[str]) -> Iterator[Line]:
+    def _lines_of(self, sources: Sequence[str | Span]) -> Iterator[Line]:
         return chain.from_iterable(read.lines(each, self._settings.input.max_line_bytes) for each in sources)
 
     def _read_on(self, batches: Iterator[Batch]) -> list[tuple[Batch, bytes, Stretch | None]]:
@@ -286,6 +286,6 @@ class Intake:
         return positions, planner.ids
 
 
-def _is_file(source: str) -> bool:
+def _is_file(source: str | Span) -> bool:
     """Tell what can be read again from what is gone when it was read."""
-    return source != read.STDIN and Path(source).is_file()
+    return str(source) != read.STDIN and Path(str(source)).is_file()

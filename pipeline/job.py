@@ -1,62 +1,40 @@
-"""One run, from inputs to summary: the one place where the parts are made and joined.
+"""One run on this machine, from inputs to summary: the place where its parts are made and joined.
 
     read ─▶ plan ─▶ send ─▶ record ─▶ totals
     └── intake ──┘  sender  recorder  books (the ledger)
 
-`run_batch` is what `pipeline run` does for one results file. The parts themselves are made in `assemble`.
+`run_batch` is what `pipeline run` does for one results file. What frames the work, from opening to summary, is `run`;
+the parts themselves are made in `assemble`.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
-import signal
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
-import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, files, ledger, providers, read, record, results, transport
+from pipeline import assemble, files, read, results, transport
 from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.batch import BatchLane
-from pipeline.books import RUNNING, Books
+from pipeline.books import Books, NoBooks
 from pipeline.chunks import Chunk, Chunks, Member, Step
-from pipeline.clock import Clock
 from pipeline.config import Config
-from pipeline.errors import BudgetReachedError, PipelineError, ProviderError, StorageError, TryLaterError, UsageError
-from pipeline.intake import Intake
-from pipeline.journal import Sent
+from pipeline.errors import PipelineError, StorageError, UsageError
 from pipeline.pricing import BATCH, LIVE, Prices
-from pipeline.record import Recorder
+from pipeline.read import Span
+from pipeline.run import Run, Watch
 from pipeline.send import Sender, Statistics
-from pipeline.totals import Attempts, Summary, Totals
-from pipeline.types import Request, Result
+from pipeline.totals import Attempts, Summary
+from pipeline.types import Request
 
-SHOWN_FAILURES = 10
 _COUNT_REST_SECONDS = 5.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """A run at a moment. `total` is None until the whole input was read; `run` counts what is safe on the disk."""
-
-    elapsed_s: float
-    read: int
-    total: int | None
-    reused: int
-    run: Totals
-    sender: Statistics
-    batches: Sequence[Chunk]
-    is_draining: bool
-
-
-Watch = Callable[[Callable[[], Progress]], Coroutine[Any, Any, None]]
 
 
 async def run_batch(
@@ -78,84 +56,42 @@ async def run_batch(
     """
     options = options or Options()
     config = config or configuration.load()
-    prices = Prices(config)
     with assemble.settings_for(config, options) as settings:
+        sources = read.sources([os.fspath(item) for item in inputs], but=Path(output))
         books = Books(configuration.ledger_path(config))
-        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, prices, books, say)
-        try:
-            return await run.execute(watch, handle_signals=handle_signals)
-        except BaseExceptionGroup as group:
-            if error := errors.only_one(group):
-                raise error from group
-            raise
-        finally:
-            run.chunks.release()
-            run.recorder.release()
+        job = Job(sources, Path(output), settings, options, Prices(config), books, say)
+        return await job.execute(watch, handle_signals=handle_signals)
 
 
-class _Run:
-    """The state of one run of `run_batch`."""
+class Job(Run):
+    """A run whose requests are sent from here."""
 
     def __init__(
         self,
-        inputs: Sequence[str],
+        sources: Sequence[str | Span],
         output: Path,
         settings: Config,
         options: Options,
         prices: Prices,
-        books: Books,
+        books: Books | NoBooks,
         say: Callable[[str], None],
+        *,
+        run_id: str | None = None,
     ) -> None:
-        room = files.room_for(settings.sending.concurrency)
         wanted = settings.sending.concurrency
-        self.settings = settings.with_("sending", concurrency=room)
-        self.options = options
-        self.prices = prices
-        self.books = books
-        self.say = say
-        self.clock = Clock()
-        self.run_id = f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}"
-        self.pricing = assemble.Pricing(prices, self.clock)
-        self.budget = assemble.budget(settings)
-        self.sources = read.sources(inputs, but=output)
-        _refuse_overwriting_input(output, self.sources)
-        self.recorder = Recorder(
-            output,
-            run_id=self.run_id,
-            form=configuration.output_format(settings),
-            echo_request=settings.output.echo_request,
-            is_simulated=options.simulate,
-            sync=settings.output.durability == "full",
-            on_done=self._count,
-        )
-        self.intake = Intake(self.sources, self.settings, options, self.recorder, self.clock)
-        self.warnings = self._preview()
+        room = files.room_for(wanted)
+        settings = settings.with_("sending", concurrency=room)
+        super().__init__(sources, output, settings, options, prices, books, say, run_id=run_id)
         if room < wanted:
             self.warnings += (
                 f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
             )
-        self.run_totals = Totals()
-        self.all_totals = Totals()
-        self.damaged = 0
-        self.earlier_unknown: Sequence[Sent] = ()
-        self.failures: list[str] = []
-        self.signal: signal.Signals | None = None
-        self.work: anyio.CancelScope | None = None
-        self.is_working = False
         self.sender: Sender
         self.chunks = Chunks(output)
         self.batches: BatchLane | None = None
         self.batches_done = anyio.Event()
 
-    async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
-        async with anyio.create_task_group() as beside:
-            if handle_signals:
-                beside.start_soon(self._heed_signals)
-            summary = await self._run(watch)
-            beside.cancel_scope.cancel()
-        return summary
-
-    async def _run(self, watch: Watch | None) -> Summary:
+    async def answer(self, watch: Watch | None) -> None:
         await to_thread.run_sync(self._open)
         async with transport.Client(self.settings.sending) as client:
             self.sender = assemble.sender(self.settings, client, self.clock, self.recorder, self.pricing, self.budget)
@@ -164,57 +100,19 @@ class _Run:
             async with anyio.create_task_group() as writing:
                 writing.start_soon(self.recorder.run)
                 try:
-                    await self._work(watch)
+                    await self._attend(watch, *self._beside())
                     if self.signal is None:
                         await self._copy_results()
                 finally:
                     self.recorder.close()
-        self.all_totals.add_state(self.run_totals.as_state())
-        superseded = await to_thread.run_sync(self._tidy)
-        summary = self._summary(superseded)
-        totals = orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        disk.write_file(self.recorder.beside(".usage.json"), totals)
-        await to_thread.run_sync(self._close_books, summary)
-        self.recorder.end()
-        return summary
+
+    def release(self) -> None:
+        self.chunks.release()
+        super().release()
 
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _preview(self) -> tuple[str, ...]:
-        """Look at the first lines before anything is sent: keys and prices must be there, retired models are told."""
-        found = self.intake.preview()
-        for name in dict.fromkeys(name for name, _ in found):
-            configuration.api_key(name, self.settings.providers[name])
-        if self.budget:
-            for request in found.values():
-                self.pricing.worst_case(request)
-        notices = (_retirement(self.settings, name, model) for name, model in found)
-        return tuple(notice for notice in notices if notice)
-
-    def _open(self) -> None:
-        """Take the output and learn what it holds; note in the ledger that this run goes on."""
-        self.recorder.open()
-        self._open_chunks()
-        if self.options.fresh and (aside := self.recorder.set_aside()):
-            self.say(f"earlier results are set aside as {aside}")
-        done = self.recorder.done(self.all_totals)
-        self.damaged = done.damaged
-        if done.damaged:
-            self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
-        self.intake.learn(done)
-        self._hold_what_is_in_batches()
-        if notice := self.intake.notice():
-            self.say(notice)
-        self.recorder.begin()
-        self.earlier_unknown = self.recorder.unknown()
-        self.books.open(self._describe())
-        if self.budget and not self.options.simulate:
-            today, month = self.books.spent(self.clock.moment())
-            self.budget = assemble.budget(self.settings, spent_today=today, spent_this_month=month)
-        for warning in self.warnings:
-            self.say(warning)
-
-    def _open_chunks(self) -> None:
+    def _open_lanes(self) -> None:
         """Learn what earlier runs left with batch APIs; batches of a simulator are gone with it."""
         self.chunks.open()
         for chunk in self.chunks.still_open:
@@ -250,7 +148,7 @@ class _Run:
         self.say(f"{path!r} is damaged; no batch was made of it, its requests are sent anew")
         return True
 
-    def _hold_what_is_in_batches(self) -> None:
+    def _hold(self) -> None:
         for chunk in self.chunks.still_open:
             requests = (member.request for _, member in self.chunks.members(chunk))
             self.intake.hold(
@@ -277,33 +175,28 @@ class _Run:
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _work(self, watch: Watch | None) -> None:
-        async with anyio.create_task_group() as beside:
-            with anyio.CancelScope() as self.work:
-                self.is_working = True
-                if self.signal:
-                    self._drain()
-                if watch:
-                    beside.start_soon(watch, self.progress)
-                beside.start_soon(to_thread.run_sync, self.prices.load)
-                beside.start_soon(self.books.keep, self._describe, self.say)
-                if self.settings.sending.share_limits and not self.options.simulate:
-                    sharing = assemble.sharing(self.settings, self.sender, self.clock, self.run_id, self.say)
-                    beside.start_soon(sharing.keep)
-                beside.start_soon(self.sender.stop_when_stalled, assemble.patience(self.settings))
-                async with anyio.create_task_group() as work:
-                    work.start_soon(self._feed)
-                    if self.batches:
-                        work.start_soon(self._run_batches, self.batches)
-                    await self.sender.run()
-                    if self.batches:
-                        if self.sender.stopped:
-                            self.batches.stop()
-                        await self.batches_done.wait()
-                    # After a stop the reader may still count what is left, but nobody waits long for a number.
-                    self.work.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
-            self.is_working = False
-            beside.cancel_scope.cancel()
+    def _beside(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        """Return what goes on beside the work."""
+        tasks: list[Callable[[], Coroutine[Any, Any, None]]] = [
+            partial(to_thread.run_sync, self.prices.load),
+            partial(self.sender.stop_when_stalled, assemble.patience(self.settings)),
+        ]
+        if self.settings.sending.share_limits and not self.options.simulate:
+            tasks.append(assemble.sharing(self.settings, self.sender, self.clock, self.run_id, self.say).keep)
+        return tasks
+
+    async def _work(self, scope: anyio.CancelScope) -> None:
+        async with anyio.create_task_group() as work:
+            work.start_soon(self._feed)
+            if self.batches:
+                work.start_soon(self._run_batches, self.batches)
+            await self.sender.run()
+            if self.batches:
+                if self.sender.stopped:
+                    self.batches.stop()
+                await self.batches_done.wait()
+            # After a stop the reader may still count what is left, but nobody waits long for a number.
+            scope.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
 
     async def _feed(self) -> None:
         is_live = self.batches is None or self.settings.lane == LIVE
@@ -340,204 +233,45 @@ class _Run:
                 self.run_totals.add(copy)
                 self.books.accounts.add(copy, self.clock.utc()[:10])
 
-    async def _heed_signals(self) -> None:
-        """First signal: send nothing new and finish what is in flight. Second: stop now. What is ignored stays so."""
-        heeded = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-        with anyio.open_signal_receiver(*heeded) as signals:
-            async for received in signals:
-                if self.signal is None:
-                    self.signal = received
-                    self._drain()
-                    continue
-                self.say("stopping now")
-                if self.is_working and self.work:
-                    self.work.cancel()
-                else:  # threads are at work on files, which bear a kill
-                    signal.signal(received, signal.SIG_DFL)
-                    signal.raise_signal(received)
+    # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _drain(self) -> None:
-        """Send nothing new; before the work begins there is nothing to stop yet, after it nothing any more."""
-        if self.is_working and self.work and self.signal:
-            self.work.deadline = anyio.current_time() + self.settings.sending.drain_timeout
-            self.sender.stop()
-            text = f"finishing {self.sender.statistics().in_flight} request(s) in flight"
-            if self.batches:
-                self.batches.stop()
-                text += ", leaving batches to go on at their providers"
-            self.say(f"{self.signal.name}: {text}; once more to stop now")
+    def stop(self) -> str:
+        self.sender.stop()
+        text = f"finishing {self.sender.statistics().in_flight} request(s) in flight"
+        if self.batches:
+            self.batches.stop()
+            text += ", leaving batches to go on at their providers"
+        return text
 
-    def _count(self, result: Result) -> None:
-        self.run_totals.add(result)
-        self.books.accounts.add(result, result.completed_at[:10])
-        self.intake.finished(result)
-        if result.failure and len(self.failures) < SHOWN_FAILURES:
-            self.failures.append(_describe_failure(result))
+    def statistics(self) -> Statistics:
+        return self.sender.statistics()
 
-    def progress(self) -> Progress:
-        """Return a snapshot of the run."""
-        return Progress(
-            elapsed_s=self.clock.elapsed(),
-            read=self.intake.lines,
-            total=self.intake.lines if self.intake.is_all_read else None,
-            reused=self.intake.reused,
-            run=self.run_totals,
-            sender=self.sender.statistics(),
-            batches=self.batches.statistics().chunks if self.batches else (),
-            is_draining=self.sender.is_draining,
-        )
+    def reasons(self, *, is_unfinished: bool) -> list[PipelineError]:
+        return assemble.stop_reasons(self.sender, self.batches) if is_unfinished or not self.batches else []
 
-    # ── after ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    @property
+    def stopped(self) -> PipelineError | None:
+        return self.sender.stopped or (self.batches.stopped if self.batches else None)
 
-    def _tidy(self) -> int:
-        """Bring the results file into its final form, if the whole input is known."""
-        is_partial = self.sender.statistics().dropped or (self.batches and self.batches.is_partial)
-        if not self.intake.wants_tidying() or is_partial:
-            return 0
-        superseded = self.recorder.tidy(*self.intake.places(), ordered=self.settings.output.ordered)
-        if superseded:
-            self.all_totals = Totals()
-            self.recorder.done(self.all_totals)
-        return superseded
+    @property
+    def is_draining(self) -> bool:
+        return self.sender.is_draining
 
-    def _summary(self, superseded: int) -> Summary:
-        pending = self.intake.lines - self.intake.reused - self.run_totals.finished + self.intake.extra
-        is_unfinished = pending > 0 or not self.intake.is_all_read
-        reason = self._reason() if is_unfinished else None
-        unknown = self.recorder.unknown()
-        return Summary(
-            run_id=self.run_id,
-            status="stopped" if reason else "partial" if is_unfinished else "completed",
-            stop_reason=reason,
-            exit_code=self._exit_code(is_unfinished=is_unfinished),
-            started_at=self.clock.started_at,
-            finished_at=self.clock.utc(),
-            wall_seconds=self.clock.elapsed(),
-            simulated=self.options.simulate,
-            tags=self.settings.tags,
-            inputs=self.sources,
-            results_file=str(self.recorder.path),
-            total=self.intake.lines,
-            reused=self.intake.reused,
-            pending=pending,
-            extra=self.intake.extra,
-            attempts=self._attempts(),
-            price_source=self.prices.source,
-            cap=self.budget.cap if self.budget else None,
-            cap_used=self.budget.used if self.budget else 0,
-            possibly_billed=unknown,
-            run=self.run_totals,
-            results=self.all_totals,
-            superseded=superseded,
-            warnings=self.warnings,
-            batches=[chunk.as_dict() for chunk in self.batches.statistics().chunks] if self.batches else (),
-            ends_all=isinstance(self.sender.stopped or (self.batches and self.batches.stopped), ProviderError),
-            failures=tuple(self.failures),
-        )
+    def is_partial(self) -> bool:
+        return super().is_partial() or (self.batches is not None and self.batches.is_partial)
+
+    def chunks_in_sight(self) -> Sequence[Chunk]:
+        return self.batches.statistics().chunks if self.batches else ()
 
     def _attempts(self) -> Attempts:
-        """Count the calls of this run, in both lanes, and those that earlier runs left without an answer."""
-        live, earlier = self.sender.statistics(), len(self.earlier_unknown)
-        batch = self.batches.statistics() if self.batches else None
-        return Attempts(
-            total=live.attempts + earlier + (batch.attempts if batch else 0),
-            billed=live.billed + (batch.billed if batch else 0),
-            rate_limited=live.rate_limited,
-            failed=live.failed + (batch.failed if batch else 0),
-            unknown=live.unknown + earlier + (batch.unknown if batch else 0),
+        attempts = super()._attempts()
+        if not self.batches:
+            return attempts
+        batch = self.batches.statistics()
+        return replace(
+            attempts,
+            total=attempts.total + batch.attempts,
+            billed=attempts.billed + batch.billed,
+            failed=attempts.failed + batch.failed,
+            unknown=attempts.unknown + batch.unknown,
         )
-
-    def _describe(self) -> ledger.Run:
-        """Return what the ledger holds of this run while it goes on."""
-        return ledger.Run(
-            run_id=self.run_id,
-            started_at=self.clock.started_at,
-            status=RUNNING,
-            simulated=self.options.simulate,
-            results_file=str(self.recorder.path.absolute()),
-            inputs=tuple(self.sources),
-            tags=self.settings.tags,
-            price_source=self.prices.source,
-            total=self.intake.lines,
-            succeeded=self.run_totals.succeeded,
-            failed=self.run_totals.failed,
-            invalid=self.run_totals.invalid,
-            reused=self.intake.reused,
-            wall_seconds=self.clock.elapsed(),
-        )
-
-    def _close_books(self, summary: Summary) -> None:
-        run = replace(
-            self._describe(),
-            status=summary.status,
-            finished_at=summary.finished_at,
-            exit_code=summary.exit_code,
-            stop_reason=summary.stop_reason,
-            pending=summary.pending,
-            wall_seconds=summary.wall_seconds,
-        )
-        self.books.close(run, summary.possibly_billed, self.recorder.path)
-
-    def _reason(self) -> str | None:
-        if self.signal:
-            return f"interrupted by {self.signal.name}"
-        return "; ".join(map(_explain, assemble.stop_reasons(self.sender, self.batches))) or None
-
-    def _exit_code(self, *, is_unfinished: bool) -> int:
-        if self.signal and is_unfinished:
-            return 130 if self.signal is signal.SIGINT else 143
-        reasons = assemble.stop_reasons(self.sender, self.batches)
-        if reasons and (is_unfinished or not self.batches):
-            return _exit_code(reasons[0], has_sent=self._attempts().total > 0)
-        if self.damaged:
-            return 6
-        return int(bool(self.run_totals.failed or self.run_totals.invalid or self.intake.reused_failed))
-
-
-# ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
-    """Refuse an output that is an input under any name (path, symlink, hard link, stdin), or whose side files are."""
-    try:
-        str(output).encode()
-    except UnicodeEncodeError as exc:
-        raise UsageError(f"the name of the output {str(output)!a} is not UTF-8; choose another") from exc
-    if output.is_dir():
-        raise UsageError(f"the output {str(output)!r} is a directory; name a file, or use -d for one file per input")
-    if not output.parent.is_dir():
-        raise UsageError(f"the output's directory {str(output.parent)!r} does not exist")
-    for name in (output, *(disk.beside(output, suffix) for suffix in record.SIDE_FILES)):
-        if name.exists() and any(read.is_file_of(source, name) for source in sources):
-            raise UsageError(f"the output {str(name)!r} is also an input; results would overwrite requests")
-
-
-def _retirement(settings: Config, provider: str, model: str) -> str | None:
-    notice = providers.retirement(configuration.protocol(settings.providers[provider]), model)
-    return f"{provider}/{model}: {notice}" if notice else None
-
-
-def _explain(reason: PipelineError) -> str:
-    status = getattr(reason, "status", None)
-    request_id = getattr(reason, "request_id", None)
-    details = [f"HTTP {status}" if status else "", f"request id {request_id}" if request_id else ""]
-    known = ", ".join(detail for detail in details if detail)
-    return f"{reason.message} ({known})" if known else reason.message
-
-
-def _exit_code(reason: PipelineError, *, has_sent: bool) -> int:
-    """Return the exit code of what stopped a run; a key that was missing later on is the provider's stop."""
-    if isinstance(reason, TryLaterError | BudgetReachedError):
-        return reason.exit_code
-    return 2 if isinstance(reason, UsageError) and not has_sent else 3
-
-
-def _describe_failure(result: Result) -> str:
-    """Say in one line what failed and where; an invalid line's message names its place already."""
-    assert result.failure is not None
-    if result.request is None:
-        return result.failure.message
-    status = f"HTTP {result.failure.status}, " if result.failure.status else ""
-    return (
-        f"{result.source}:{result.line}: {result.custom_id}: {result.failure.message} ({status}{result.failure.type})"
-    )

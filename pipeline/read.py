@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import jsonl
 from pipeline.errors import LineError, UsageError
@@ -32,6 +34,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # What this program writes: x.results.jsonl and what comes to lie beside it, compressed by somebody or not.
 _OURS = re.compile(r"\.(results(\.old-[0-9]+|\.tmp)?|superseded|attempts)\.jsonl(\.gz|\.zst)?$")
 _BESIDE = re.compile(r"(\.old-[0-9]+\.jsonl|\.(superseded|attempts)\.jsonl|\.(usage\.json|torn|index)|\.jsonl)(\.tmp)?")
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to skip: pzstd begins with that
@@ -53,6 +57,23 @@ class Line:
     number: int
     data: bytes
     problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A part of an input: the bytes from `start` to `end` (None: to its end), the first line of this number.
+
+    It is cut at line ends. `stamp` tells whether the input is still what it was when it was cut (`stamp_of`).
+    """
+
+    source: str
+    start: int = 0
+    end: int | None = None
+    number: int = 1
+    stamp: str = ""
+
+    def __str__(self) -> str:
+        return self.source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +122,7 @@ def sources(inputs: Sequence[str], *, may_be_empty: bool = False, but: Path | No
     return list(found.values())
 
 
-def lines(source: str, max_line_bytes: int) -> Iterator[Line]:
+def lines(source: str | Span, max_line_bytes: int) -> Iterator[Line]:
     """Yield the lines of one input that are not blank, numbered from 1 as an editor numbers them.
 
     An input that turns out damaged (a cut archive, a disk error) or endless ends with a line that says so.
@@ -110,22 +131,23 @@ def lines(source: str, max_line_bytes: int) -> Iterator[Line]:
         yield from batch.lines()
 
 
-def batches(inputs: Iterable[str], max_line_bytes: int, size_of: _SizeOf = None) -> Iterator[Batch]:
+def batches(inputs: Iterable[str | Span], max_line_bytes: int, size_of: _SizeOf = None) -> Iterator[Batch]:
     """Yield the lines of all inputs in batches of bounded length and size: a thread hop pays only for many lines.
 
     `size_of` tells how batches were cut before: how many bytes had the one that began with a line of this checksum.
     They are cut so again wherever such a line stands, so the same lines are mostly in the same batch.
     """
-    for source in inputs:
-        yield from _batches_of(source, max_line_bytes, size_of)
+    for each in inputs:
+        yield from _batches_of(each if isinstance(each, Span) else Span(source=each), max_line_bytes, size_of)
 
 
-def _batches_of(source: str, max_line_bytes: int, size_of: _SizeOf) -> Iterator[Batch]:
-    number = 1
+def _batches_of(span: Span, max_line_bytes: int, size_of: _SizeOf) -> Iterator[Batch]:
+    source, number = span.source, span.number
     try:
-        with _open(source) as raw, _decompressed(raw) as file:
+        with _open(source) as raw, _part_of(raw, span) as file:
             ahead = _Ahead(file)
-            ahead.skip(_BOM)
+            if not span.start:
+                ahead.skip(_BOM)
             while not ahead.is_at_end():
                 if size := _cut(ahead, max_line_bytes, size_of):
                     batch = Batch(source=source, number=number, content=ahead.take(size))
@@ -289,6 +311,68 @@ def _require_readable(path: str) -> None:
 
 def _open(source: str) -> BufferedReader:
     return open(sys.stdin.fileno() if source == STDIN else source, "rb", closefd=source != STDIN)
+
+
+def spans(source: str, size: int) -> Iterator[Span]:
+    """Cut an input into spans of about so many bytes, at line ends, without reading more than these; numbers are 1.
+
+    What is compressed is one span. Raises `UsageError` where it cannot be read.
+    """
+    stamp = stamp_of(source)
+    try:
+        with _open(source) as raw:
+            end = os.fstat(raw.fileno()).st_size
+            if _is_compressed(raw):
+                yield Span(source=source, stamp=stamp)
+                return
+            start = 0
+            while start < end:
+                raw.seek(min(start + size, end) - 1)
+                while (block := raw.readline(_BLOCK_BYTES)) and not block.endswith(b"\n"):
+                    pass
+                yield Span(source=source, start=start, end=raw.tell(), stamp=stamp)
+                start = raw.tell()
+    except OSError as exc:
+        raise UsageError(f"the input {source!r} cannot be read: {exc.strerror}") from exc
+
+
+def stamp_of(source: str) -> str:
+    """Return what is another text when an input was changed: its size and the time of its last change."""
+    try:
+        status = os.stat(source)
+    except OSError as exc:
+        raise UsageError(f"the input {source!r} cannot be read: {exc.strerror}") from exc
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+class _Limited(io.RawIOBase):
+    """The bytes of a file from where it stands, up to an end."""
+
+    def __init__(self, file: BufferedReader, end: int) -> None:
+        self._file = file
+        self._left = end - file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        view = memoryview(buffer)[: max(0, self._left)]
+        count = self._file.readinto1(view)
+        self._left -= count
+        return count
+
+
+def _part_of(raw: BufferedReader, span: Span) -> _File:
+    """Return a file to read the lines of a span from; closing it does not close `raw`."""
+    if not span.start and span.end is None:
+        return _decompressed(raw)
+    raw.seek(span.start)
+    return BufferedReader(_Limited(raw, span.end)) if span.end is not None else raw
+
+
+def _is_compressed(raw: BufferedReader) -> bool:
+    magic = raw.peek(4)[:4]
+    return magic.startswith(_GZIP) or _ZSTD.match(magic) is not None
 
 
 def _decompressed(raw: BufferedReader) -> _File:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import pipeline
 from pipeline import config as configuration
-from pipeline import index, job, read, record, results
+from pipeline import index, read, record, results
 from pipeline.assemble import Options
 from pipeline.config import Config
 from pipeline.fingerprints import checksum
@@ -27,6 +27,7 @@ from pipeline.index import Awaited, Stretch
 from pipeline.plan import Claims, Planner
 from pipeline.read import Batch
 from pipeline.record import Recorder
+from pipeline.run import SHOWN_FAILURES
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import serving
 from pipeline.totals import Summary, Totals
@@ -484,7 +485,7 @@ def what_came_out(summary: Summary, output: Path) -> tuple[Any, ...]:
     values = summary.as_dict()
     names = ("status", "exit_code", "requests", "attempts", "tokens", "by_model", "results", "superseded", "warnings")
     staying = Counter(orjson.loads(line)["custom_id"] for line in output.read_bytes().splitlines())
-    are_all = len(summary.failures) < job.SHOWN_FAILURES  # else which are shown is a matter of time
+    are_all = len(summary.failures) < SHOWN_FAILURES  # else which are shown is a matter of time
     failures = sorted(text.replace(str(output.parent), "") for text in summary.failures if are_all)
     return lines, staying, [values[name] for name in names], failures
 

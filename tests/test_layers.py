@@ -45,6 +45,7 @@ LAYERS = (
     ("batch", "books", "checking", "estimating", "report", "verifying"),
     ("assemble",),
     ("intake", "overseeing"),
+    ("run",),
     ("job", "streaming"),
     ("screen",),
     ("cli",),

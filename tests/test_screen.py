@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from pipeline import lane
-from pipeline.job import Progress
 from pipeline.limits import Allowance
 from pipeline.results import Record
+from pipeline.run import Progress
 from pipeline.screen import LOG_SECONDS, Event, Screen
 from pipeline.send import Statistics
 from pipeline.totals import Totals

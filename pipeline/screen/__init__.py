@@ -23,10 +23,10 @@ from pipeline import clock, money, safe
 
 if TYPE_CHECKING:  # so that telling an error does not load the whole program
     from pipeline.chunks import Chunk
-    from pipeline.job import Progress, Watch
     from pipeline.journal import Sent
     from pipeline.lane import Statistics
     from pipeline.limits import Allowance
+    from pipeline.run import Progress, Watch
     from pipeline.totals import Summary
 
     Get = Callable[[], Progress]

@@ -18,7 +18,7 @@ import pytest
 
 import pipeline
 from pipeline import Config
-from pipeline.job import Watch
+from pipeline.run import Watch
 from pipeline.totals import Summary
 from tests.torture import check, truth
 from tests.torture.chaos import Server
