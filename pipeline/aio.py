@@ -16,7 +16,12 @@ T = TypeVar("T")
 _YOUNG_OBJECTS = 50_000
 
 
+def tune() -> None:
+    """Set the process up for the work of a run."""
+    gc.set_threshold(_YOUNG_OBJECTS)
+
+
 def run(work: Callable[[], Awaitable[T]]) -> T:
     """Run an async function to its end and return its value."""
-    gc.set_threshold(_YOUNG_OBJECTS)
+    tune()
     return anyio.run(work, backend_options={"use_uvloop": find_spec("uvloop") is not None})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,9 +25,11 @@ from pipeline.plan import Invalid, Planner
 from pipeline.pricing import LIVE, Prices
 from pipeline.record import Recorder
 from pipeline.send import Recording, Sender
-from pipeline.sharing import Leases, Sharing, quota_name
-from pipeline.types import Answer, Call, Cost, Request, Result, Usage
+from pipeline.sharing import Host, Leases, Lessor, quota_name
+from pipeline.types import Answer, Call, Cost, Limit, Request, Result, Usage
 
+Told = Mapping[tuple[str, str], Sequence[Limit]]
+"""What providers told of their limits, by provider and model."""
 # What an answer without a limit of its own is held for when money is set aside. It may be longer: then the cap is
 # passed by that much, at most once for each call in flight.
 _ASSUMED_OUTPUT_TOKENS = 8_192
@@ -144,20 +146,29 @@ def sender(
     recording: Recording,
     pricing: Pricing,
     budget: Budget | None = None,
+    *,
+    first_share: float = 1.0,
+    told: Told | None = None,
 ) -> Sender:
-    """Make the sender; lanes are opened when their model is first seen."""
+    """Make the sender; lanes are opened when their model is first seen.
+
+    They begin with a share of their limits, and with what was `told` of these before.
+    """
 
     def open_lane(request: Request) -> Lane:
         """Make the lane of a model: address, headers with the key, codec, gate."""
         endpoint = settings.providers[request.provider]
         codec = providers.codec(configuration.protocol(endpoint))
         key = configuration.api_key(request.provider, endpoint)
+        gate = Gate(settings.limits.of(request.provider, request.model))
+        gate.take_share(first_share, 0.0)
+        gate.learn((told or {}).get((request.provider, request.model), ()))
         return Lane(
             provider=request.provider,
             model=request.model,
             post=discreet(client.post_to(endpoint.url, codec.headers(endpoint, key)), key),
             codec=codec,
-            gate=Gate(settings.limits.of(request.provider, request.model)),
+            gate=gate,
             concurrency=settings.sending.concurrency,
             quota=quota_name(endpoint.url, key, request.model) if settings.sending.share_limits else "",
         )
@@ -206,10 +217,9 @@ def courier(settings: Config, client: transport.Client, say: Callable[[str], Non
     )
 
 
-def sharing(settings: Config, sender: Sender, clock: Clock, run_id: str, say: Callable[[str], None]) -> Sharing:
+def lessor(settings: Config, run_id: str) -> Lessor:
     """Make what shares limits with the other runs of this machine; its file lies beside the ledger."""
-    path = configuration.ledger_path(settings).with_name("limits.sqlite")
-    return Sharing(Leases(path, run_id), clock, needs=sender.needs, take=sender.take, say=say)
+    return Host(Leases(configuration.ledger_path(settings).with_name("limits.sqlite"), run_id))
 
 
 def batch_lane(

@@ -15,10 +15,12 @@ from pipeline.errors import BudgetReachedError
 
 
 class Budget:
-    """A cap in nano-dollars (1e-9 USD)."""
+    """A cap in nano-dollars (1e-9 USD); where it is not final more may be granted, and `awaited` is for what."""
 
-    def __init__(self, cap: int) -> None:
+    def __init__(self, cap: int, *, is_final: bool = True) -> None:
         self.cap = cap
+        self.is_final = is_final
+        self.awaited = 0
         self.spent = 0
         self.held = 0
         self._reserved = 0
@@ -35,17 +37,30 @@ class Budget:
     async def reserve(self, amount: int) -> None:
         """Set an amount aside, as soon as it fits; raises `BudgetReachedError` when it never will."""
         while not self.try_reserve(amount):
-            if not self._reserved:
+            self.awaited = amount
+            if not self._reserved and self.is_final:
                 raise BudgetReachedError(
                     f"the budget is reached: {money.text(self.used)} of {money.text(self.cap)} are spent or held for "
                     f"batches, and the next call may cost {money.text(amount)}; raise --max-cost, or budget in the "
                     "configuration"
                 )
             await self._settled.wait()
+            self.awaited = 0
+
+    @property
+    def room(self) -> int:
+        """What is neither used nor set aside."""
+        return self.cap - self.used - self._reserved
+
+    def grant(self, amount: int | None) -> None:
+        """Raise the cap; None: no more will be granted."""
+        self.cap += amount or 0
+        self.is_final = amount is None
+        self._announce()
 
     def try_reserve(self, amount: int) -> bool:
         """Set an amount aside if it fits now; return whether it does."""
-        fits = self.used + self._reserved + amount <= self.cap
+        fits = amount <= self.room
         self._reserved += amount if fits else 0
         return fits
 
@@ -62,5 +77,8 @@ class Budget:
         """Give back what was set aside for a call, and take what it cost."""
         self._reserved -= reserved
         self.spent += spent
+        self._announce()
+
+    def _announce(self) -> None:
         self._settled.set()
         self._settled = anyio.Event()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
@@ -123,6 +124,7 @@ _model_option = click.option("--model", help="Model for lines that name none.")
 @click.option("--tag", "tags", multiple=True, type=_Pair(), help="Note for totals and reports; repeatable.")
 @click.option("--echo-request", is_flag=True, help="Put the request as sent into its result line.")
 @click.option("--simulate", is_flag=True, help="Rehearse against a built-in provider: no key, no network, no cost.")
+@click.option("--ray", metavar="ADDRESS", help="Send from a Ray cluster: auto, HOST:PORT, ray://HOST:10001, or local.")
 @click.option("--progress", type=click.Choice(["auto", "bar", "log", "none"]), help="How progress is shown.")
 @click.option(
     "--log-format",
@@ -307,13 +309,14 @@ def _run(
     directory: str | None,
     as_json: bool,
     progress: str | None,
+    ray: str | None,
     **options: Any,
 ) -> int:
     settings, job_options = _settings(options)
 
     def work() -> int:
         jobs = _jobs(inputs, output, directory)
-        codes, summaries = _run_jobs(jobs, settings, job_options, screen, progress or settings.progress)
+        codes, summaries = _run_jobs(jobs, settings, job_options, screen, progress or settings.progress, ray)
         if as_json:
             _print_json([summary.as_dict() for summary in summaries])
         return _worst(codes)
@@ -325,7 +328,7 @@ def _run(
 
 
 def _run_jobs(
-    jobs: Sequence[_Job], settings: Config, options: Options, screen: Screen, mode: str
+    jobs: Sequence[_Job], settings: Config, options: Options, screen: Screen, mode: str, ray: str | None
 ) -> tuple[list[int], list[Summary]]:
     """Do one job after the other; what ends one does not end those after it, unless it would end them too."""
     from pipeline import aio, job
@@ -333,11 +336,16 @@ def _run_jobs(
 
     codes: list[int] = []
     summaries: list[Summary] = []
+    run_batch = job.run_batch
+    if ray is not None:
+        from pipeline import cluster
+
+        run_batch = partial(cluster.run_batch, ray=ray)
 
     async def work() -> None:
         for each in jobs:
             try:
-                summary = await job.run_batch(
+                summary = await run_batch(
                     each.inputs,
                     output=each.output,
                     config=_with_rest_of_cap(settings, summaries),

@@ -242,6 +242,12 @@ class Batches(Section):
     deadline: Duration | None = None
 
 
+class Cluster(Section):
+    """Runs with --ray: how many workers there are; None: one for each processor of the cluster."""
+
+    workers: Count | None = None
+
+
 class Output(Section):
     """What result lines look like and how safe they are before they count as done."""
 
@@ -310,6 +316,7 @@ class Config(Section):
     sending: Sending = Sending()
     lane: Literal["live", "batch", "auto"] = "live"
     batches: Batches = Batches()
+    cluster: Cluster = Cluster()
     output: Output = Output()
     budget: BudgetCaps = BudgetCaps()
     simulator: Simulator = Simulator()
@@ -439,6 +446,19 @@ def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = N
             "it has spaces, control characters or letters beyond ASCII"
         )
     return key
+
+
+def variables_of(settings: Config, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment variables that the same work needs on another machine: keys, and whom to trust."""
+    environ = os.environ if environ is None else environ
+    names = {endpoint.api_key_env for endpoint in settings.providers.values() if endpoint.api_key_env}
+    names |= {name.lower() for name in names} | {"SSL_CERT_FILE", "SSL_CERT_DIR"}
+    return {name: environ[name] for name in sorted(names) if name in environ}
+
+
+def default_variable(name: str, value: str) -> None:
+    """Set an environment variable that a library heeds, unless the user has."""
+    os.environ.setdefault(name, value)
 
 
 def simulated(settings: Config, url: str) -> Config:

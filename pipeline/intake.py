@@ -21,7 +21,7 @@ from pipeline.copies import Originals, copies
 from pipeline.errors import UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, checksum
 from pipeline.index import Awaited, Stretch
-from pipeline.plan import Invalid
+from pipeline.plan import Claims, Invalid
 from pipeline.read import Batch, Line, Span
 from pipeline.record import Done, Recorder
 from pipeline.types import Request, Result
@@ -121,6 +121,22 @@ class Intake:
     def extra(self) -> int:
         """How many results came from batches of earlier runs for requests that the input has no more."""
         return sum(request not in self._held_seen for request in self._brought)
+
+    # ── lines that are planned elsewhere ──────────────────────────────────────────────────────────────────────────
+
+    def claim(self, claims: Claims) -> None:
+        """Note what lines left behind that come before these and are planned elsewhere."""
+        self._planner.claim(claims)
+
+    def know(self, requests: Iterable[int]) -> None:
+        """Leave alone requests that have results elsewhere, given by their keys."""
+        for request in requests:
+            self._done.add(request, success=True)
+
+    def recognize(self, requests: Sequence[int]) -> list[int]:
+        """Count lines that were planned elsewhere, given by their keys; return those with results of earlier runs."""
+        self.lines += len(requests)
+        return [request for request in requests if self._earlier_outcome(request) is not None]
 
     # ── feeding ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import anyio
@@ -31,6 +32,7 @@ from pipeline.pricing import BATCH, LIVE, Prices
 from pipeline.read import Span
 from pipeline.run import Run, Watch
 from pipeline.send import Sender, Statistics
+from pipeline.sharing import Lessor, Sharing
 from pipeline.totals import Attempts, Summary
 from pipeline.types import Request
 
@@ -66,6 +68,9 @@ async def run_batch(
 class Job(Run):
     """A run whose requests are sent from here."""
 
+    first_share = 1.0  # of the limits, until the lessor tells it
+    told: assemble.Told = MappingProxyType({})  # what is known of them before
+
     def __init__(
         self,
         sources: Sequence[str | Span],
@@ -94,7 +99,16 @@ class Job(Run):
     async def answer(self, watch: Watch | None) -> None:
         await to_thread.run_sync(self._open)
         async with transport.Client(self.settings.sending) as client:
-            self.sender = assemble.sender(self.settings, client, self.clock, self.recorder, self.pricing, self.budget)
+            self.sender = assemble.sender(
+                self.settings,
+                client,
+                self.clock,
+                self.recorder,
+                self.pricing,
+                self.budget,
+                first_share=self.first_share,
+                told=self.told,
+            )
             if self.settings.lane != LIVE or self.chunks.still_open:
                 self.batches = self._batch_lane(client)
             async with anyio.create_task_group() as writing:
@@ -181,9 +195,15 @@ class Job(Run):
             partial(to_thread.run_sync, self.prices.load),
             partial(self.sender.stop_when_stalled, assemble.patience(self.settings)),
         ]
-        if self.settings.sending.share_limits and not self.options.simulate:
-            tasks.append(assemble.sharing(self.settings, self.sender, self.clock, self.run_id, self.say).keep)
+        if lessor := self._lessor():
+            sharing = Sharing(lessor, self.clock, needs=self.sender.needs, take=self.sender.take, say=self.say)
+            tasks.append(sharing.keep)
         return tasks
+
+    def _lessor(self) -> Lessor | None:
+        """Return who tells this run its share of limits; None where it has all of them."""
+        is_shared = self.settings.sending.share_limits and not self.options.simulate
+        return assemble.lessor(self.settings, self.run_id) if is_shared else None
 
     async def _work(self, scope: anyio.CancelScope) -> None:
         async with anyio.create_task_group() as work:

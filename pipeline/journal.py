@@ -14,7 +14,7 @@ has grown, so neither it nor reading it grows with the input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,12 @@ class Journal:
     def finished(self, custom_id: str, digest: str) -> None:
         """Note that a request's result line is on the disk: it tells of all its calls."""
         self._open.pop((custom_id, digest), None)
+
+    def adopt(self, calls: Iterable[Sent]) -> None:
+        """Keep what another journal tells of calls whose outcome nobody knows; to be written with what comes next."""
+        for sent in calls:
+            self._left.setdefault((sent.run, sent.sent, sent.digest), {})[sent.attempt] = sent
+            self._lines.append(_line(sent))
 
     def unknown(self) -> tuple[Sent, ...]:
         """Return the calls that may be billed without an answer and that no summary has listed yet."""

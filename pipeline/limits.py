@@ -104,11 +104,15 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """What a process has of limits that are shared: the share that it uses, whether it waits, its cooldown's end."""
+    """What a process has of limits that are shared: the share that it uses, whether it waits, its cooldown's end.
+
+    `share` is what it may use now.
+    """
 
     used: float
     is_hungry: bool
     closed_until: float
+    share: float = 1.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -269,7 +273,9 @@ class Gate:
         self._counted_at = now
         self._taken_since.clear()
         is_hungry = self._waiting_for is not None and self._waiting_for != _COOLDOWN
-        return Need(used=min(1.0, used), is_hungry=is_hungry, closed_until=max(0.0, self._closed_until))
+        return Need(
+            used=min(1.0, used), is_hungry=is_hungry, closed_until=max(0.0, self._closed_until), share=self._share
+        )
 
     def take_share(self, share: float, closed_until: float) -> None:
         """Cut caps and told limits to a share of them; how full they are stays. Close as long as others do."""
@@ -282,6 +288,18 @@ class Gate:
             size = max(1.0, bucket.max_rate * factor) if bucket in self._caps.values() else bucket.max_rate * factor
             bucket.retune(size, size / (bucket.rate * factor))
             bucket.level = full * size
+
+    @property
+    def share(self) -> float:
+        """The share of the limits that this process may use."""
+        return self._share
+
+    def told(self) -> list[Limit]:
+        """Return the limits that the provider told, for a gate that begins later; nothing is promised to be left."""
+        return [
+            Limit(kind=kind, per_minute=round(bucket.max_rate / self._share), remaining=0)
+            for kind, bucket in self._told.items()
+        ]
 
     def statistics(self) -> Statistics:
         cooldown = max(0.0, self._closed_until - self._now())

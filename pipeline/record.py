@@ -237,6 +237,17 @@ class Recorder:
         self._results += map(results.decode, lines)
         await self._wait_written(len(lines))
 
+    def take_in(self, lines: Sequence[bytes], calls: Sequence[Sent] = ()) -> None:
+        """Take what was written and left in flight elsewhere before this run; to be called before `done`."""
+        if lines:
+            self._open_file().append(b"".join(lines))
+        self._journal.adopt(calls)
+
+    async def adopt(self, calls: Sequence[Sent]) -> None:
+        """Note calls of unknown outcome that were made elsewhere; returns when that is on the disk."""
+        self._journal.adopt(calls)
+        await self._wait_written(1)
+
     async def sending(self, request: Request, attempt: int, at: str) -> None:
         """Note that a call is about to be made; returns when that is on the disk."""
         self._journal.sending(request, attempt, at)

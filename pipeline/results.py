@@ -58,6 +58,7 @@ class Record:
     attempts: int = 0
     failed_attempts: Sequence[Attempt] = ()
     run: str | None = None
+    completed_at: str = ""
 
     @property
     def wasted(self) -> Sequence[tuple[Usage, int | None]]:
@@ -388,6 +389,7 @@ def _from_native(value: Mapping[str, Any]) -> Record:
         attempts=value.get("attempts", 0),
         failed_attempts=to_attempts(value.get("failed_attempts") or value.get("error", {}).get("attempts")),
         run=value.get("run"),
+        completed_at=value.get("completed_at", ""),
     )
 
 
@@ -418,6 +420,7 @@ def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> R
         attempts=value.get("attempts", 0),
         failed_attempts=to_attempts(value.get("failed_attempts")),
         run=value.get("run"),
+        completed_at=value.get("completed_at", ""),
     )
 
 

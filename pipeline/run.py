@@ -21,6 +21,7 @@ from pipeline import assemble, disk, errors, ledger, providers, read, record
 from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.books import RUNNING, Books, NoBooks
+from pipeline.budget import Budget
 from pipeline.chunks import Chunk
 from pipeline.clock import Clock
 from pipeline.config import Config
@@ -192,11 +193,17 @@ class Run(ABC):
         self.recorder.begin()
         self.earlier_unknown = self.recorder.unknown()
         self.books.open(self._describe())
-        if self.budget and not self.options.simulate:
-            today, month = self.books.spent(self.clock.moment())
-            self.budget = assemble.budget(self.settings, spent_today=today, spent_this_month=month)
+        if self.budget:
+            self.budget = self._money()
         for warning in self.warnings:
             self.say(warning)
+
+    def _money(self) -> Budget | None:
+        """Return what may be spent: the books tell what is left of the caps."""
+        if self.options.simulate:
+            return self.budget
+        today, month = self.books.spent(self.clock.moment())
+        return assemble.budget(self.settings, spent_today=today, spent_this_month=month)
 
     @abstractmethod
     def _open_lanes(self) -> None:

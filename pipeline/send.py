@@ -37,7 +37,7 @@ from pipeline.pricing import Pricing
 from pipeline.retry import Policy, is_capacity, is_overload
 from pipeline.sharing import Lease
 from pipeline.stopping import Stop
-from pipeline.types import Attempt, Cost, Failure, Reply, Request, Result, Usage
+from pipeline.types import Attempt, Cost, Failure, Limit, Reply, Request, Result, Usage
 
 _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured
 
@@ -183,6 +183,14 @@ class Sender:
         """Return a snapshot, for progress, totals and tests alike."""
         each = [lane.statistics() for lane in self._lanes.values()]
         return Statistics(in_flight=sum(lane.in_flight for lane in each), lanes=each, **self._counts)
+
+    def told(self) -> dict[tuple[str, str], Sequence[Limit]]:
+        """Return the limits that providers told of each model."""
+        return {name: limits for name, lane in self._lanes.items() if (limits := lane.gate.told())}
+
+    def share(self) -> float:
+        """Return the smallest share of a limit that this run has; 1 where it has called nobody yet."""
+        return min((lane.gate.share for lane in self._lanes.values()), default=1.0)
 
     def needs(self) -> dict[str, Need]:
         """Return what this run needs of the limits that it shares with others."""

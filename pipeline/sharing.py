@@ -1,11 +1,12 @@
-"""One account, several processes on a host: which share of a model's limits is this process's.
+"""One account, several processes: which share of a model's limits is this process's.
 
-Each process holds a lease on a share of a quota (an endpoint, a key, a model): a row in a small SQLite file that it
-renews every quarter of a second, in one transaction that also tells it the leases of the others. A process that is
-killed gives its lease back by not renewing it. Who waits for the limit gets an equal part of what the others do not
-use; who does not wait keeps what it uses, and some room to grow. A cooldown of one is a cooldown of all.
+Each process holds a lease on a share of a quota (an endpoint, a key, a model), which it renews every quarter of a
+second and learns what is left for it. A process that is killed gives its lease back by not renewing it. Who waits for
+the limit gets an equal part of what the others do not use; who does not wait keeps what it uses, and some room to grow.
+A cooldown of one is a cooldown of all.
 
-Times are those of the event loop's clock, which on one host is the same for all processes.
+On one host a lease is a row in a small SQLite file, and times are those of the event loop's clock, which there is the
+same for all processes. In a cluster an actor keeps the leases (`cluster`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import anyio
 from anyio import to_thread
@@ -24,8 +26,7 @@ from pipeline.fingerprints import checksum
 from pipeline.limits import Need
 
 RENEWED_EVERY = 0.25
-_IDLE_SECONDS = 1.0
-_LEASE_SECONDS = 1.0
+LEASE_SECONDS = 1.0
 _ROOM_TO_GROW = 1.5
 _SMALLEST_SHARE = 0.02
 _SCHEMA = """
@@ -49,6 +50,34 @@ def quota_name(url: str, key: str | None, model: str) -> str:
     return checksum(url.encode(), b"\0", (key or "").encode(), b"\0", model.encode()).hex()
 
 
+class Lessor(Protocol):
+    """Who gives leases out, as one process sees it. Times are of its event loop's clock."""
+
+    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+        """Tell what this process needs of each quota; return its leases. An `OSError`: there are no leases any more."""
+        ...
+
+    async def give_back(self) -> None:
+        """Give all leases back."""
+        ...
+
+
+class Host:
+    """The lessor of one host: a file, used in threads."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+        try:
+            return await to_thread.run_sync(self._leases.renew, needs, now)
+        except sqlite3.Error as exc:
+            raise OSError(str(exc)) from exc
+
+    async def give_back(self) -> None:
+        await to_thread.run_sync(self._leases.give_back)
+
+
 class Leases:
     """The leases of one process, in a file that all share."""
 
@@ -60,10 +89,10 @@ class Leases:
         """Tell what this process needs of each quota; return its leases. Raises `sqlite3.Error` or `OSError`."""
         with closing(self._connect()) as file, file:
             file.execute("BEGIN IMMEDIATE")
-            file.execute("DELETE FROM leases WHERE expires < ? OR expires > ?", (now, now + 10 * _LEASE_SECONDS))
+            file.execute("DELETE FROM leases WHERE expires < ? OR expires > ?", (now, now + 10 * LEASE_SECONDS))
             leases: dict[str, Lease] = {}
             for quota, need in needs.items():
-                row = (quota, self._holder, need.used, need.is_hungry, need.closed_until, now + _LEASE_SECONDS)
+                row = (quota, self._holder, need.used, need.is_hungry, need.closed_until, now + LEASE_SECONDS)
                 file.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)", row)
                 rows = file.execute(
                     "SELECT holder, used, is_hungry, closed_until FROM leases WHERE quota = ?", (quota,)
@@ -84,7 +113,7 @@ class Leases:
     def _connect(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path.touch(mode=0o600)
-        file = sqlite3.connect(self._path, timeout=_LEASE_SECONDS, isolation_level=None)
+        file = sqlite3.connect(self._path, timeout=LEASE_SECONDS, isolation_level=None)
         # Nothing here is worth more than a second: what a power cut takes is made again.
         file.execute("PRAGMA synchronous = OFF")
         file.execute(_SCHEMA)
@@ -106,30 +135,30 @@ class Sharing:
 
     def __init__(
         self,
-        leases: Leases,
+        lessor: Lessor,
         clock: Clock,
         *,
         needs: Callable[[], Mapping[str, Need]],
         take: Callable[[Mapping[str, Lease]], None],
         say: Callable[[str], None],
     ) -> None:
-        self._leases = leases
+        self._lessor = lessor
         self._clock = clock
         self._needs = needs
         self._take = take
         self._say = say
 
     async def keep(self) -> None:
-        """Renew until cancelled. Where the file cannot be used each process goes by itself, which is said once."""
+        """Renew until cancelled. Where there are no leases each process goes by itself, which is said once."""
         try:
             while True:
                 needs = self._needs()
                 if needs:
-                    self._take(await to_thread.run_sync(self._leases.renew, needs, self._clock.now()))
-                await anyio.sleep(RENEWED_EVERY if needs else _IDLE_SECONDS)
-        except (sqlite3.Error, OSError) as exc:
+                    self._take(await self._lessor.renew(needs, self._clock.now()))
+                await anyio.sleep(RENEWED_EVERY)
+        except OSError as exc:
             self._say(f"limits are not shared with other runs on this machine: {exc}")
             self._take({})
         finally:
             with anyio.CancelScope(shield=True):
-                await to_thread.run_sync(self._leases.give_back)
+                await self._lessor.give_back()

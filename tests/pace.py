@@ -24,7 +24,7 @@ from pipeline.lane import Lane
 from pipeline.limits import Gate
 from pipeline.retry import Policy
 from pipeline.send import Sender
-from pipeline.sharing import Leases, Sharing
+from pipeline.sharing import Host, Leases, Sharing
 from pipeline.simulator import Options, build_app
 from pipeline.types import Cost, Request, Result, Usage
 
@@ -88,7 +88,7 @@ class Run:
             tasks.start_soon(self.sender.run)
             tasks.start_soon(self._feed)
             if self.leases:
-                sharing = Sharing(self.leases, Clock(), needs=self.sender.needs, take=self.sender.take, say=print)
+                sharing = Sharing(Host(self.leases), Clock(), needs=self.sender.needs, take=self.sender.take, say=print)
                 tasks.start_soon(sharing.keep)
             for moment, factor in sorted((changes or {}).items()):
                 await anyio.sleep(moment - (anyio.current_time() - self.start))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.clock import Clock
 from pipeline.config import Limits
 from pipeline.limits import Gate, Need
-from pipeline.sharing import Lease, Leases, Sharing, quota_name, share_of
+from pipeline.sharing import Host, Lease, Leases, Sharing, quota_name, share_of
 from pipeline.simulator import Options, build_app
 from pipeline.types import Limit
 from tests.pace import MODELS, Run
@@ -110,7 +110,7 @@ async def test_without_the_file_each_goes_by_itself(tmp_path: Path) -> None:
     leases = Leases(tmp_path / "limits.sqlite", "one")
 
     with anyio.fail_after(10):
-        await Sharing(leases, Clock(), needs=lambda: {"q": HUNGRY}, take=taken.append, say=said.append).keep()
+        await Sharing(Host(leases), Clock(), needs=lambda: {"q": HUNGRY}, take=taken.append, say=said.append).keep()
 
     assert (len(said), taken) == (1, [{}])
     assert "not shared" in said[0]

@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from pipeline import job
+from pipeline import run
 from pipeline.record import Recorder
 from pipeline.simulator import Options, serving
 from pipeline.types import Result
@@ -255,7 +255,7 @@ def _acknowledge_to(fd: int) -> None:
 
             super().__init__(path, on_done=tell, **rest)
 
-    job.Recorder = Telling  # type: ignore[attr-defined]
+    run.Recorder = Telling  # type: ignore[attr-defined]
 
 
 def kill(process: BaseProcess) -> bool:

@@ -1,0 +1,81 @@
+"""The same job on many machines: parts of the input out to workers, their results back into one file.
+
+    spans ─▶ scan ─▶ work ─▶ collect          each worker runs the ordinary job (`pipeline.job`) on its span
+             └── Worker ──┘  Driver           into a file of its own; the driver is the one writer of the results
+
+`driver` deals out and collects, `worker` does one part, `quota` gives out shares of the limits, `claims` sees that ids
+stand once over all parts, `workshop` is where the parts lie. None of these knows Ray: that is `fleet` alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from anyio import to_thread
+
+from pipeline import assemble, read
+from pipeline import config as configuration
+from pipeline.assemble import Options
+from pipeline.books import Books
+from pipeline.cluster.driver import Driver
+from pipeline.cluster.fleet import Fleet
+from pipeline.config import Config
+from pipeline.errors import UsageError
+from pipeline.pricing import LIVE, Prices
+from pipeline.run import Watch
+from pipeline.totals import Summary
+
+
+async def run_batch(
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    output: str | os.PathLike[str],
+    ray: str,
+    config: Config | None = None,
+    options: Options | None = None,
+    watch: Watch | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    handle_signals: bool = False,
+) -> Summary:
+    """Answer every line of the inputs on a Ray cluster: what `pipeline.run_batch` does here, and as resumable.
+
+    `ray` is the address of a cluster (`auto`, `HOST:PORT`, `ray://HOST:10001`) or `local`. Output and inputs must be
+    seen by all its machines under the same names. Raises `UsageError` also where Ray is not installed or of another
+    version than the cluster's, `TryLaterError` where the cluster cannot be reached or has no room.
+    """
+    options = options or Options()
+    config = config or configuration.load()
+    _refuse(config, options, ray)
+    sources, path = _places([os.fspath(item) for item in inputs], Path(output))
+    with assemble.settings_for(config, options) as settings:
+        books = Books(configuration.ledger_path(config))
+        driver = Driver(sources, path, settings, options, Prices(config), books, say)
+        fleet = await to_thread.run_sync(Fleet.connect, ray, settings, driver.run_id)
+        try:
+            return await driver.lead(fleet, watch, handle_signals=handle_signals)
+        finally:
+            await to_thread.run_sync(fleet.close)
+
+
+def _refuse(settings: Config, options: Options, ray: str) -> None:
+    """Refuse what needs one machine."""
+    if settings.lane != LIVE:
+        raise UsageError(f"--ray sends live: --lane {settings.lane} needs no cluster, the provider does the work")
+    if options.dedupe:
+        raise UsageError("--dedupe wants one machine: no worker sees what the others send")
+    if options.simulate and ray != "local":
+        raise UsageError(
+            "--simulate with --ray wants --ray local: machines cannot reach the simulator inside this command",
+            hint="start `pipeline simulate` where they can, and name it as base_url of the providers",
+        )
+
+
+def _places(inputs: Sequence[str], output: Path) -> tuple[list[str], Path]:
+    """Return inputs and output as they are named on every machine."""
+    sources = read.sources(inputs, but=output)
+    for source in sources:
+        if not Path(source).is_file():
+            raise UsageError(f"--ray wants files that all machines see, and {source!r} can be read only once, and here")
+    return [os.path.abspath(source) for source in sources], output.absolute()

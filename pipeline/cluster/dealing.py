@@ -1,0 +1,166 @@
+"""Which part of the input is whose turn: cut, planned, settled in the order of the input, done, or to be done again.
+
+Only a table: what happens to a part is decided here, and done elsewhere.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import anyio
+from anyio import to_thread
+
+from pipeline.cluster.claims import NONE, Register, Scan
+from pipeline.intake import Intake
+from pipeline.plan import Claims
+from pipeline.read import Span
+
+
+@dataclass(slots=True, kw_only=True)
+class Lot:
+    """A part of the input on its way; `number` is its place there.
+
+    `before` is what must be known of the ids of those before it, `known` are the lines with results (`record.key`),
+    `limit` bounds its lines.
+    """
+
+    number: int
+    span: Span
+    before: Claims = NONE
+    known: list[int] = field(default_factory=list)
+    limit: int | None = None
+
+
+class Deal:
+    """The parts of one run; `ahead` of them are planned before their turn to be done. `limit` bounds the lines."""
+
+    def __init__(self, spans: Iterator[Span], intake: Intake, *, ahead: int, limit: int | None) -> None:
+        self._spans = spans
+        self._intake = intake
+        self._ahead = ahead
+        self._limit = limit
+        self._register = Register()
+        self._is_cut = False
+        self._cutting = anyio.Lock()
+        self._count = 0
+        self._to_scan: list[tuple[int, Lot]] = []
+        self._in_scan = 0
+        self._scanned: dict[int, tuple[Lot, Scan]] = {}
+        self._next_settled = 0
+        self._next_line = 1
+        self._to_do: list[tuple[int, Lot]] = []
+        self._in_work = 0
+        self._changed = anyio.Event()
+        self.is_stopped = False
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing is left to be done, or will be done."""
+        if self._in_work:
+            return False
+        return self.is_stopped or (
+            self._is_cut and not (self._to_scan or self._in_scan or self._scanned or self._to_do)
+        )
+
+    async def change(self) -> None:
+        """Wait until it is worth while to look again."""
+        await self._changed.wait()
+
+    def stop(self) -> None:
+        """Deal out nothing more; what is in work is finished."""
+        self.is_stopped = True
+        self._tell()
+
+    # ── planning ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def next_to_scan(self) -> Lot | None:
+        """Return a part to be planned, to be followed by `scanned` or `unscanned`; None if there is none now."""
+        lot = await self._next_to_scan()
+        if lot is not None:
+            self._in_scan += 1
+        return lot
+
+    async def _next_to_scan(self) -> Lot | None:
+        if self.is_stopped:
+            return None
+        if self._to_scan:
+            return heapq.heappop(self._to_scan)[1]
+        async with self._cutting:
+            if self._is_cut or len(self._scanned) + len(self._to_do) + self._in_scan >= self._ahead:
+                return None
+            span = None if self._is_limit_reached() else await to_thread.run_sync(next, self._spans, None)
+            if span is None:
+                self._is_cut = True
+                self._settle()
+                self._tell()
+                return None
+            self._count += 1
+            return Lot(number=self._count - 1, span=span)
+
+    def scanned(self, lot: Lot, scan: Scan) -> None:
+        """Take what planning a part found."""
+        self._in_scan -= 1
+        self._scanned[lot.number] = (lot, scan)
+        self._settle()
+        self._tell()
+
+    def unscanned(self, lot: Lot) -> None:
+        """Take a part back that was not planned."""
+        self._in_scan -= 1
+        heapq.heappush(self._to_scan, (lot.number, lot))
+        self._tell()
+
+    def _settle(self) -> None:
+        """Settle what is planned in the order of the input: ids, line numbers, what has results already."""
+        while self._next_settled in self._scanned:
+            lot, scan = self._scanned.pop(self._next_settled)
+            if before := self._register.settle(scan):
+                heapq.heappush(self._to_scan, (lot.number, replace(lot, before=before)))
+                return
+            self._next_settled += 1
+            self._admit(lot, scan)
+        self._intake.is_all_read = self._is_cut and self._next_settled == self._count
+
+    def _admit(self, lot: Lot, scan: Scan) -> None:
+        """Let a part be done, as far as it is wanted."""
+        keys: Sequence[int] = scan.keys
+        if self._limit is not None:
+            lot.limit = self._limit - self._intake.lines
+            keys = keys[: lot.limit]
+        if lot.span.start == 0:
+            self._next_line = 1
+        lot.span = replace(lot.span, number=self._next_line)
+        self._next_line += scan.lines
+        lot.known = self._intake.recognize(keys)
+        if len(lot.known) < len(keys):
+            heapq.heappush(self._to_do, (lot.number, lot))
+
+    def _is_limit_reached(self) -> bool:
+        return self._limit is not None and self._intake.lines >= self._limit
+
+    # ── doing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def next_to_do(self) -> Lot | None:
+        """Return a part to be done, to be followed by `done` or `undone`; None if there is none now."""
+        if self.is_stopped or not self._to_do:
+            return None
+        self._in_work += 1
+        return heapq.heappop(self._to_do)[1]
+
+    def done(self) -> None:
+        """Note that a part was done, as far as it could be."""
+        self._in_work -= 1
+        self._tell()
+
+    def undone(self, lot: Lot, collected: Sequence[int]) -> None:
+        """Take a part back that was not done; but for some of its lines, given by their keys."""
+        lot.known += collected
+        self._in_work -= 1
+        heapq.heappush(self._to_do, (lot.number, lot))
+        self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()

@@ -1,0 +1,403 @@
+"""The driver of a run on a cluster: has parts of the input done by workers and collects their results.
+
+The driver is the one writer of the results file, of the journal beside it and of the ledger. So a run on a cluster is
+resumed like any other, with --ray or without, and a line that has a result is sent by nobody. A worker that dies costs
+what it had in flight: its part is taken over as it lies there, and another does what is missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+import anyio.abc
+from anyio import to_thread
+
+from pipeline import assemble, read, record
+from pipeline.assemble import Options
+from pipeline.books import Books
+from pipeline.chunks import Chunks
+from pipeline.cluster import merging
+from pipeline.cluster.claims import Scan
+from pipeline.cluster.dealing import Deal, Lot
+from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, own_version
+from pipeline.cluster.workshop import Part, Workshop
+from pipeline.config import Config
+from pipeline.errors import PipelineError, TryLaterError, UsageError
+from pipeline.plan import Claims
+from pipeline.pricing import Prices
+from pipeline.read import Span
+from pipeline.run import SHOWN_FAILURES, Progress, Run, Watch
+from pipeline.send import Statistics
+from pipeline.totals import Summary, Totals
+
+PARTS_AT_ONCE = 2  # of one worker: while one waits for its last answers the other goes on
+_PARTS_PER_WORKER = 8  # so that all workers end at about the same time
+_SMALLEST_PART = 64 * 1024
+_LARGEST_PART = 64 * 1024 * 1024
+_LOOK_SECONDS = 0.5
+_PARTS_OF_MONEY = 4  # so much smaller is what a part may hold than its share of what is left
+
+
+class WorkerLostError(Exception):
+    """A worker died, or its machine cannot be reached any more."""
+
+
+class Hand(Protocol):
+    """A worker as the driver sees it. Every call raises `WorkerLostError` where it is not there any more."""
+
+    async def greet(self, folder: Path, token: str) -> Greeting: ...
+
+    async def scan(self, span: Span, before: Claims) -> Scan: ...
+
+    async def work(self, task: Task) -> Outcome: ...
+
+    async def progress(self) -> list[Snapshot]: ...
+
+    async def grant(self, number: int, amount: int | None) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class Hands(Protocol):
+    """Where workers come from, `size` at a time."""
+
+    size: int
+
+    async def hire(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> Hand:
+        """Return a new worker, once there is room for it.
+
+        It does `at_once` parts at a time; each has `first_share` of the limits in the beginning.
+        """
+        ...
+
+    async def dismiss(self) -> None:
+        """Let all workers go at once, whatever they do."""
+        ...
+
+
+class Driver(Run):
+    """A run whose requests are sent by workers."""
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        output: Path,
+        settings: Config,
+        options: Options,
+        prices: Prices,
+        books: Books,
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(sources, output, settings, options, prices, books, say)
+        self._workshop = Workshop(output)
+        self._token = ""
+        self._left_over: list[Part] = []
+        self._hands_of: Hands
+        self._hands: list[Hand] = []
+        self._deal: Deal
+        self._tasks: anyio.abc.TaskGroup
+        self._parts: dict[int, Snapshot] = {}
+        self._granted: dict[int, int] = {}
+        self._counts: Counter[str] = Counter()
+        self._reasons: dict[str, PipelineError] = {}
+        self._stopped: PipelineError | None = None
+
+    async def lead(self, hands: Hands, watch: Watch | None, *, handle_signals: bool) -> Summary:
+        """Do all of it with these workers."""
+        self._hands_of = hands
+        return await self.execute(watch, handle_signals=handle_signals)
+
+    async def answer(self, watch: Watch | None) -> None:
+        await to_thread.run_sync(self._open)
+        async with anyio.create_task_group() as writing:
+            writing.start_soon(self.recorder.run)
+            try:
+                await self._attend(watch)
+                with anyio.CancelScope(shield=True):
+                    await self._collect_rest()
+            finally:
+                self.recorder.close()
+
+    def release(self) -> None:
+        for part in self._left_over:
+            part.release()
+        super().release()
+
+    # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _open_lanes(self) -> None:
+        """Take in what workers of a run that was killed have done, before the results are read."""
+        self._refuse_open_batches()
+        self._token = self._workshop.open()
+        self._left_over = [Part(path) for path in self._workshop.parts()]
+        done = self.recorder.done(Totals()) if self._left_over else record.Done()
+        for part in self._left_over:
+            for lines, records in part.groups():
+                keys = [record.key(each.custom_id, each.digest) for each in records]
+                self.recorder.take_in([line for line, key in zip(lines, keys, strict=True) if not done.outcome(key)])
+            self.recorder.take_in([], part.unknown())
+
+    def _refuse_open_batches(self) -> None:
+        chunks = Chunks(self.recorder.path)
+        try:
+            chunks.open()
+            if chunks.still_open:
+                raise UsageError(
+                    f"{len(chunks.still_open):,} batch(es) of {str(self.recorder.path)!r} are not collected",
+                    hint="collect them first: run the command once without --ray",
+                )
+        finally:
+            chunks.release()
+
+    def _hold(self) -> None:
+        """Nothing is elsewhere any more."""
+
+    # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _work(self, scope: anyio.CancelScope) -> None:
+        while self._left_over:  # all of it is in the results and in the journal by now
+            await to_thread.run_sync(self._left_over.pop().remove)
+        size = await to_thread.run_sync(_size_of, self.sources)
+        part_bytes = min(max(size // (self._hands_of.size * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
+        self._deal = Deal(
+            (span for source in self.sources for span in read.spans(source, part_bytes)),
+            self.intake,
+            ahead=PARTS_AT_ONCE * self._hands_of.size,
+            limit=self.options.limit,
+        )
+        async with anyio.create_task_group() as self._tasks:
+            if self.is_draining:
+                self._deal.stop()
+            self._tasks.start_soon(self._expect_hands, assemble.patience(self.settings))
+            for _ in range(self._hands_of.size):
+                self._tasks.start_soon(self._man)
+            while not self._deal.is_over:
+                await self._deal.change()
+            self._tasks.cancel_scope.cancel()
+
+    async def _man(self) -> None:
+        """Keep one place manned while there is work."""
+        concurrency = max(1, self.settings.sending.concurrency // PARTS_AT_ONCE)
+        settings = self.settings.with_("sending", concurrency=concurrency)
+        while not self._deal.is_over:
+            first_share = 1 / (self._hands_of.size * PARTS_AT_ONCE)
+            hand = await self._hands_of.hire(settings, self.options, first_share=first_share, at_once=PARTS_AT_ONCE)
+            try:
+                _require_same_version(await hand.greet(self._workshop.folder, self._token))
+            except PipelineError as exc:
+                self._end(exc)
+                return
+            except WorkerLostError:
+                continue
+            self._hands.append(hand)
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(self._look_after, hand)
+                async with anyio.create_task_group() as group:
+                    for _ in range(PARTS_AT_ONCE):
+                        group.start_soon(self._employ, hand)
+                beside.cancel_scope.cancel()
+            self._hands.remove(hand)
+
+    async def _employ(self, hand: Hand) -> None:
+        """Give a worker part after part until nothing is left, or it is lost."""
+        try:
+            while not self._deal.is_over:
+                if lot := self._deal.next_to_do():
+                    await self._have_done(hand, lot)
+                elif lot := await self._deal.next_to_scan():
+                    await self._have_scanned(hand, lot)
+                else:
+                    await self._deal.change()
+        except WorkerLostError as exc:
+            self.say(f"a worker was lost, others do what it left: {exc}")
+
+    async def _expect_hands(self, patience: float) -> None:
+        """End the run when nobody is there to do anything for so many seconds."""
+        since = self.clock.now()
+        while self.clock.now() - since < patience:
+            if self._hands:
+                since = self.clock.now()
+            await anyio.sleep(_LOOK_SECONDS)
+        self._end(
+            TryLaterError(
+                f"no worker could be had within {patience:,.0f} s",
+                hint="the cluster has no room: wait, or add machines to it",
+            )
+        )
+
+    async def _look_after(self, hand: Hand) -> None:
+        """Ask a worker now and then how it is getting on, and give it the money that it needs."""
+        try:
+            while True:
+                await anyio.sleep(_LOOK_SECONDS)
+                for snapshot in await hand.progress():
+                    if snapshot.number in self._granted:
+                        self._parts[snapshot.number] = snapshot
+                        if snapshot.wanted and self.budget:
+                            await hand.grant(snapshot.number, self._grant(snapshot.number, snapshot.wanted))
+        except WorkerLostError:
+            return  # who has parts done by it will hear of it, too
+
+    def _grant(self, number: int, wanted: int) -> int | None:
+        """Set money aside for a part: a fraction of what is left, or all that it wants; None where that is not there.
+
+        Without a budget it is nothing, and not asked for.
+        """
+        if self.budget is None:
+            self._granted[number] = 0
+            return None
+        share = max(0, self.budget.room) // (_PARTS_OF_MONEY * PARTS_AT_ONCE * self._hands_of.size)
+        amount = max(wanted, share)
+        if not self.budget.try_reserve(amount):
+            return None
+        self._granted[number] = self._granted.get(number, 0) + amount
+        return amount
+
+    def _settle(self, number: int, spent: int | None) -> None:
+        """Take what a part spent, and back what it did not; None: all that it held may be spent."""
+        granted = self._granted.pop(number)
+        if self.budget:
+            self.budget.settle(granted, granted if spent is None else spent)
+
+    # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _have_scanned(self, hand: Hand, lot: Lot) -> None:
+        try:
+            scan = await hand.scan(lot.span, lot.before)
+        except PipelineError as exc:
+            self._deal.unscanned(lot)
+            self._end(exc)
+        except BaseException:
+            self._deal.unscanned(lot)
+            raise
+        else:
+            self._deal.scanned(lot, scan)
+
+    async def _have_done(self, hand: Hand, lot: Lot) -> None:
+        output = self._workshop.new_part(lot.number)
+        task = Task(
+            number=lot.number,
+            span=lot.span,
+            output=output,
+            limit=lot.limit,
+            known=lot.known,
+            before=lot.before,
+            grant=self._grant(lot.number, 0),
+        )
+        spent = None
+        try:
+            outcome = await hand.work(task)
+            spent = outcome.spent
+        except WorkerLostError:
+            self._deal.undone(lot, await self._collect(output, is_lost=True))
+            raise
+        finally:
+            self._settle(lot.number, spent)
+            self._parts.pop(lot.number, None)
+        self._heed(outcome)
+        await self._collect(output)
+        self._deal.done()
+
+    def _heed(self, outcome: Outcome) -> None:
+        """Take what a part tells beside its results."""
+        if sender := outcome.sender:
+            self._counts.update(merging.counts(sender))
+        self.failures += outcome.failures[: max(0, SHOWN_FAILURES - len(self.failures))]
+        for each in outcome.reasons:
+            self._reasons.setdefault(each.message, each)
+        if (reason := outcome.error or outcome.stopped) is not None:
+            self._end(reason)
+
+    async def _collect(self, path: Path, *, is_lost: bool = False) -> list[int]:
+        """Take the results of a part into ours, then remove it; return their keys.
+
+        Of a part whose worker was lost, what lies there is all that is known of its calls.
+        """
+        keys: list[int] = []
+        part = await Part.take_over(path, assemble.patience(self.settings))
+        try:
+            groups = part.groups()
+            while group := await to_thread.run_sync(next, groups, None):
+                lines, records = group
+                await self.recorder.append_lines(lines)
+                for each in records:
+                    keys.append(record.key(each.custom_id, each.digest))
+                    self.run_totals.add(each)
+                    self.books.accounts.add(each, each.completed_at[:10])
+                    if is_lost:
+                        self._counts.update(merging.counts_of(each))
+            if unknown := part.unknown():
+                await self.recorder.adopt(unknown)
+            if is_lost:
+                self._counts.update(attempts=len(unknown), unknown=len(unknown))
+            await to_thread.run_sync(part.remove)
+        finally:
+            part.release()
+        return keys
+
+    async def _collect_rest(self) -> None:
+        """Collect what workers have done that were sent away."""
+        await self._hands_of.dismiss()
+        for path in self._workshop.parts():
+            await self._collect(path, is_lost=True)
+        await to_thread.run_sync(self._workshop.close)
+
+    # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def stop(self) -> str:
+        count = self.statistics().in_flight
+        self._end(None)
+        return f"finishing about {count:,} request(s) in flight"
+
+    def _end(self, reason: PipelineError | None) -> None:
+        """Send nothing new; what is in flight is finished."""
+        if reason:
+            self._stopped = self._stopped or reason
+        self._deal.stop()
+        for hand in self._hands:
+            self._tasks.start_soon(self._stop_one, hand)
+
+    async def _stop_one(self, hand: Hand) -> None:
+        try:
+            await hand.stop()
+        except WorkerLostError:
+            return
+
+    def statistics(self) -> Statistics:
+        return merging.statistics(self._counts, [part.sender for part in self._parts.values()])
+
+    def progress(self) -> Progress:
+        run = Totals()
+        run.add_state(self.run_totals.as_state())
+        for part in self._parts.values():
+            run.add_state(part.totals)
+        return replace(super().progress(), run=run)
+
+    def reasons(self, *, is_unfinished: bool) -> list[PipelineError]:
+        stopped = [self._stopped] if self._stopped else []
+        return stopped + [each for each in self._reasons.values() if each not in stopped]
+
+    @property
+    def stopped(self) -> PipelineError | None:
+        return self._stopped
+
+    @property
+    def is_draining(self) -> bool:
+        return self._stopped is not None or self.signal is not None
+
+
+def _size_of(sources: Sequence[str]) -> int:
+    return sum(Path(source).stat().st_size for source in sources)
+
+
+def _require_same_version(greeting: Greeting) -> None:
+    if greeting.version != own_version():
+        raise UsageError(
+            f"{greeting.host} has pipeline {greeting.version}, and this machine {own_version()}",
+            hint="install the same version on all machines of the cluster",
+        )

@@ -1,0 +1,243 @@
+"""Workers as actors of Ray: the only file that knows it.
+
+Actors are told apart in Ray's dashboard by name: `pipeline worker 1 (run-…)`, `pipeline budget (run-…)`. Keys travel in
+the runtime environment of the job, never as arguments, which the dashboard shows.
+https://docs.ray.io/en/latest/ray-core/actors.html
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import sys
+from collections.abc import Awaitable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+
+from pipeline import config as configuration
+from pipeline.assemble import Options
+from pipeline.cluster.claims import Scan
+from pipeline.cluster.driver import WorkerLostError
+from pipeline.cluster.quota import Quota
+from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
+from pipeline.config import Config
+from pipeline.errors import PipelineError, TryLaterError, UsageError
+from pipeline.limits import Need
+from pipeline.plan import Claims
+from pipeline.read import Span
+from pipeline.sharing import Lease
+
+T = TypeVar("T")
+LOCAL = "local"
+_NAMESPACE = "pipeline"
+_CONNECT_SECONDS = 10.0
+_ASK_AGAIN_SECONDS = 0.25
+_DEFAULT_PORTS = {"ray": 10_001, "": 6_379}
+# The head's machine is the one that must not be lost anyway; Ray gives each node such a resource.
+_ON_THE_HEAD = {"node:__internal_head__": 0.001}
+_ADDRESS = re.compile(r"(?:(?P<scheme>ray)://)?(?P<host>\[[^]]+\]|[^:/]+)(?::(?P<port>\d+))?")
+
+
+class Fleet:
+    """The workers of one run, on a cluster that is connected. `size` is how many there should be."""
+
+    def __init__(self, ray: Any, settings: Config, run_id: str) -> None:
+        self._ray = ray
+        self._run_id = run_id
+        self._numbers = count(1)
+        self._actors: list[Any] = []
+        self._quota = (
+            ray.remote(Budget)
+            .options(
+                name=f"pipeline budget ({run_id})",
+                num_cpus=0,
+                resources=_ON_THE_HEAD,
+                max_restarts=-1,
+                max_task_retries=-1,
+            )
+            .remote()
+        )
+        self.size = settings.cluster.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    @classmethod
+    def connect(cls, address: str, settings: Config, run_id: str) -> Fleet:
+        """Join a cluster, or start one on this machine (`local`).
+
+        Raises `UsageError` where Ray is not there or does not fit the cluster's, `TryLaterError` where the cluster
+        cannot be reached.
+        """
+        configuration.default_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
+        try:
+            import ray
+        except ImportError as exc:
+            raise UsageError(
+                f"--ray wants Ray, which is not installed here ({exc})", hint="pip install 'pipeline[ray]'"
+            ) from exc
+        if address != LOCAL:
+            _require_reachable(address)
+        try:
+            ray.init(
+                address=address,
+                namespace=_NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": configuration.variables_of(settings)},
+            )
+        except (ConnectionError, TimeoutError) as exc:
+            raise TryLaterError(f"the Ray cluster at {address!r} cannot be reached: {exc}", hint=_IS_IT_UP) from exc
+        except (RuntimeError, ValueError) as exc:
+            raise UsageError(
+                f"the Ray cluster at {address!r} cannot be used: {exc}",
+                hint=f"all machines must have what is here: Ray {ray.__version__}, Python {sys.version.split()[0]}",
+            ) from exc
+        return cls(ray, settings, run_id)
+
+    async def hire(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> _Hand:
+        number = next(self._numbers)
+        actor = (
+            self._ray.remote(Worker)
+            .options(name=f"pipeline worker {number} ({self._run_id})", num_cpus=1, max_restarts=0)
+            .remote(
+                settings,
+                options,
+                run_id=self._run_id,
+                lessor=_Lessors(self._quota, number),
+                first_share=first_share,
+                at_once=at_once,
+            )
+        )
+        self._actors.append(actor)
+        hand = _Hand(self._ray, actor)
+        await hand.wait_ready()
+        return hand
+
+    async def dismiss(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors.clear()
+
+    def close(self) -> None:
+        """Leave the cluster; a local one ends."""
+        with suppress(Exception):  # what is gone already needs no killing
+            self._ray.kill(self._quota)
+        self._ray.shutdown()
+
+
+class Budget:
+    """The actor that keeps the leases of all workers."""
+
+    def __init__(self) -> None:
+        self._quota = Quota()
+
+    def __repr__(self) -> str:
+        return repr(self._quota)
+
+    async def renew(self, holder: str, needs: Mapping[str, Need]) -> dict[str, Lease]:
+        return self._quota.renew(holder, needs, anyio.current_time())
+
+    async def give_back(self, holder: str) -> None:
+        self._quota.give_back(holder)
+
+
+class _Hand:
+    """A worker behind an actor's handle."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray = ray
+        self._actor = actor
+
+    async def wait_ready(self) -> None:
+        """Wait until the actor has found a place; one that died before is told by the first call."""
+        with suppress(self._ray.exceptions.RayActorError):
+            await self._actor.__ray_ready__.remote()
+
+    async def greet(self, folder: Path, token: str) -> Greeting:
+        return await self._ask(self._actor.greet.remote(folder, token))
+
+    async def scan(self, span: Span, before: Claims) -> Scan:
+        return await self._ask(self._actor.scan.remote(span, before))
+
+    async def work(self, task: Task) -> Outcome:
+        return await self._ask(self._actor.work.remote(task))
+
+    async def progress(self) -> list[Snapshot]:
+        return await self._ask(self._actor.progress.remote())
+
+    async def grant(self, number: int, amount: int | None) -> None:
+        await self._ask(self._actor.grant.remote(number, amount))
+
+    async def stop(self) -> None:
+        await self._ask(self._actor.stop.remote())
+
+    async def _ask(self, answer: Awaitable[T]) -> T:
+        exceptions = self._ray.exceptions
+        try:
+            return await answer
+        except exceptions.RayTaskError as exc:
+            raise (exc.cause if isinstance(exc.cause, PipelineError) else exc) from None
+        except (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.NodeDiedError) as exc:
+            if isinstance(exc, exceptions.ActorUnavailableError):
+                self._ray.kill(self._actor)  # it may come back, when another does its work
+            raise WorkerLostError(str(exc).partition("\n")[0]) from exc
+
+
+class _Lessors:
+    """Makes the lessor of each part of a worker; goes to the worker with it."""
+
+    def __init__(self, quota: Any, worker: int) -> None:
+        self._quota = quota
+        self._worker = worker
+
+    def __call__(self, part: str) -> _Lessor:
+        return _Lessor(self._quota, f"worker {self._worker}, {part}")
+
+
+class _Lessor:
+    """The actor that keeps the leases, as one part of a worker sees it.
+
+    While it is not there all keep what they have: together that is never more than there is.
+    """
+
+    def __init__(self, quota: Any, holder: str) -> None:
+        self._quota = quota
+        self._holder = holder
+
+    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+        from ray.exceptions import RayError
+
+        from_now = {name: replace(need, closed_until=max(0.0, need.closed_until - now)) for name, need in needs.items()}
+        while True:
+            try:
+                leases: Mapping[str, Lease] = await self._quota.renew.remote(self._holder, from_now)
+            except RayError:
+                await anyio.sleep(_ASK_AGAIN_SECONDS)
+            else:
+                now = anyio.current_time()
+                return {
+                    name: replace(lease, closed_until=now + lease.closed_until if lease.closed_until else 0.0)
+                    for name, lease in leases.items()
+                }
+
+    async def give_back(self) -> None:
+        self._quota.give_back.remote(self._holder)
+
+
+_IS_IT_UP = "is the address right, and the cluster up? ray status"
+
+
+def _require_reachable(address: str) -> None:
+    """Try the door before Ray does, which for a closed one takes two minutes and ends the process."""
+    match = _ADDRESS.fullmatch(address)
+    if address == "auto" or match is None:
+        return
+    host, port = match["host"].strip("[]"), int(match["port"] or _DEFAULT_PORTS[match["scheme"] or ""])
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+    except OSError as exc:
+        raise TryLaterError(f"the Ray cluster at {address!r} cannot be reached: {exc}", hint=_IS_IT_UP) from exc

@@ -1,0 +1,167 @@
+"""Workers in this process, which can be lost on demand, in the place of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+
+from pipeline import config as configuration
+from pipeline.assemble import Options
+from pipeline.books import Books
+from pipeline.cluster.claims import Scan
+from pipeline.cluster.driver import Driver, WorkerLostError
+from pipeline.cluster.quota import Quota
+from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
+from pipeline.config import Config
+from pipeline.limits import Need
+from pipeline.plan import Claims
+from pipeline.pricing import Prices
+from pipeline.read import Span
+from pipeline.run import Watch
+from pipeline.sharing import Lease
+from pipeline.totals import Summary
+
+T = TypeVar("T")
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until something is true of what tells nobody."""
+    while not condition():  # noqa: ASYNC110
+        await anyio.sleep(0.001)
+
+
+class Crew:
+    """Up to `size` workers. `lose` says after how many result lines of it a part's worker dies, for some parts."""
+
+    def __init__(
+        self, size: int = 2, *, lose: Mapping[int, int] | None = None, version: str | None = None, has_room: bool = True
+    ) -> None:
+        self.size = size
+        self.quota = Quota()
+        self.tasks: list[Task] = []
+        self.hired: list[CrewHand] = []
+        self.spent: list[int] = []
+        self._lose = dict(lose or {})
+        self._version = version
+        self._has_room = has_room
+
+    async def hire(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> CrewHand:
+        if not self._has_room:
+            await anyio.sleep_forever()
+        worker = Worker(
+            settings, options, run_id="run-x", lessor=self._lessor, first_share=first_share, at_once=at_once
+        )
+        self.hired.append(CrewHand(self, worker))
+        return self.hired[-1]
+
+    async def dismiss(self) -> None:
+        for hand in self.hired:
+            hand.die()
+
+    def version_of(self, greeting: Greeting) -> Greeting:
+        return Greeting(host=greeting.host, process=greeting.process, version=self._version or greeting.version)
+
+    def lines_before_death(self, task: Task) -> int | None:
+        """Return after how many lines the worker of a task dies: the first time that the part is done."""
+        return self._lose.pop(task.number, None)
+
+    def _lessor(self, holder: str) -> _Lessor:
+        return _Lessor(self.quota, holder)
+
+
+class CrewHand:
+    """A worker of the crew; `die` cuts off all that it does."""
+
+    def __init__(self, crew: Crew, worker: Worker) -> None:
+        self._crew = crew
+        self._worker = worker
+        self._life = anyio.Event()
+
+    def die(self) -> None:
+        self._life.set()
+
+    async def greet(self, folder: Path, token: str) -> Greeting:
+        return self._crew.version_of(await self._living(self._worker.greet(folder, token)))
+
+    async def scan(self, span: Span, before: Claims) -> Scan:
+        return await self._living(self._worker.scan(span, before))
+
+    async def work(self, task: Task) -> Outcome:
+        self._crew.tasks.append(task)
+        lines = self._crew.lines_before_death(task)
+        outcome = await self._living(self._worker.work(task), until=(task.output, lines))
+        self._crew.spent.append(outcome.spent)
+        return outcome
+
+    async def progress(self) -> list[Snapshot]:
+        return await self._living(self._worker.progress())
+
+    async def grant(self, number: int, amount: int | None) -> None:
+        await self._living(self._worker.grant(number, amount))
+
+    async def stop(self) -> None:
+        await self._living(self._worker.stop())
+
+    async def _die_after(self, output: Path, lines: int | None) -> None:
+        assert lines is not None
+        await until(lambda: output.exists() and output.read_bytes().count(b"\n") >= lines)
+        self.die()
+
+    async def _living(self, doing: Awaitable[T], until: tuple[Path, int | None] = (Path(), None)) -> T:
+        """Return what is done, unless the worker dies before: when a file has so many lines, or by another's hand."""
+        answer: list[T] = []
+        errors: list[Exception] = []
+
+        async def do() -> None:
+            try:
+                answer.append(await doing)
+            except Exception as exc:
+                errors.append(exc)
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(do)
+            if until[1] is not None:
+                tasks.start_soon(self._die_after, *until)
+            await self._life.wait()
+            tasks.cancel_scope.cancel()
+        if self._life.is_set():
+            raise WorkerLostError("killed by the test")
+        if errors:
+            raise errors[0]
+        return answer[0]
+
+
+class _Lessor:
+    """The quota of the crew, in this process."""
+
+    def __init__(self, quota: Quota, holder: str) -> None:
+        self._quota = quota
+        self._holder = holder
+
+    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+        return self._quota.renew(self._holder, needs, now)
+
+    async def give_back(self) -> None:
+        self._quota.give_back(self._holder)
+
+
+async def drive(
+    sources: Sequence[Path],
+    output: Path,
+    settings: Config,
+    crew: Crew,
+    *,
+    watch: Watch | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    handle_signals: bool = False,
+    **options: Any,
+) -> Summary:
+    """Have a job done by the crew."""
+    books = Books(configuration.ledger_path(settings))
+    names = [str(source) for source in sources]
+    driver = Driver(names, output, settings, Options(**options), Prices(settings), books, say)
+    return await driver.lead(crew, watch, handle_signals=handle_signals)
