@@ -456,9 +456,14 @@ def variables_of(settings: Config, environ: Mapping[str, str] | None = None) -> 
     return {name: environ[name] for name in sorted(names) if name in environ}
 
 
-def default_variable(name: str, value: str) -> None:
-    """Set an environment variable that a library heeds, unless the user has."""
-    os.environ.setdefault(name, value)
+def default_variable(name: str, value: str) -> str:
+    """Set an environment variable unless it is set; return what it is."""
+    return os.environ.setdefault(name, value)
+
+
+def take_variables(values: Mapping[str, str]) -> None:
+    """Set environment variables that `variables_of` told on another machine."""
+    os.environ.update(values)
 
 
 def simulated(settings: Config, url: str) -> Config:

@@ -1,7 +1,7 @@
 """Workers as actors of Ray: the only file that knows it.
 
 Actors are told apart in Ray's dashboard by name: `pipeline worker 1 (run-…)`, `pipeline budget (run-…)`. Keys travel in
-the runtime environment of the job, never as arguments, which the dashboard shows.
+the runtime environment of the job, sealed (`sealing`), never as arguments.
 https://docs.ray.io/en/latest/ray-core/actors.html
 """
 
@@ -22,6 +22,7 @@ import anyio
 
 from pipeline import config as configuration
 from pipeline.assemble import Options
+from pipeline.cluster import sealing
 from pipeline.cluster.claims import Scan
 from pipeline.cluster.driver import WorkerLostError
 from pipeline.cluster.quota import Quota
@@ -47,8 +48,9 @@ _ADDRESS = re.compile(r"(?:(?P<scheme>ray)://)?(?P<host>\[[^]]+\]|[^:/]+)(?::(?P
 class Fleet:
     """The workers of one run, on a cluster that is connected. `size` is how many there should be."""
 
-    def __init__(self, ray: Any, settings: Config, run_id: str) -> None:
+    def __init__(self, ray: Any, settings: Config, run_id: str, pad: bytes) -> None:
         self._ray = ray
+        self._pad = pad
         self._run_id = run_id
         self._numbers = count(1)
         self._actors: list[Any] = []
@@ -81,13 +83,14 @@ class Fleet:
             ) from exc
         if address != LOCAL:
             _require_reachable(address)
+        sealed, pad = sealing.seal(configuration.variables_of(settings))
         try:
             ray.init(
                 address=address,
                 namespace=_NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": configuration.variables_of(settings)},
+                runtime_env={"env_vars": {sealing.VARIABLE: sealed}},
             )
         except (ConnectionError, TimeoutError) as exc:
             raise TryLaterError(f"the Ray cluster at {address!r} cannot be reached: {exc}", hint=_IS_IT_UP) from exc
@@ -96,14 +99,15 @@ class Fleet:
                 f"the Ray cluster at {address!r} cannot be used: {exc}",
                 hint=f"all machines must have what is here: Ray {ray.__version__}, Python {sys.version.split()[0]}",
             ) from exc
-        return cls(ray, settings, run_id)
+        return cls(ray, settings, run_id, pad)
 
     async def hire(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> _Hand:
         number = next(self._numbers)
         actor = (
-            self._ray.remote(Worker)
+            self._ray.remote(RemoteWorker)
             .options(name=f"pipeline worker {number} ({self._run_id})", num_cpus=1, max_restarts=0)
             .remote(
+                self._pad,
                 settings,
                 options,
                 run_id=self._run_id,
@@ -127,6 +131,14 @@ class Fleet:
         with suppress(Exception):  # what is gone already needs no killing
             self._ray.kill(self._quota)
         self._ray.shutdown()
+
+
+class RemoteWorker(Worker):
+    """A worker as an actor: it opens what was sealed on its way."""
+
+    def __init__(self, pad: bytes, *words: Any, **named: Any) -> None:
+        configuration.take_variables(sealing.unseal(configuration.default_variable(sealing.VARIABLE, ""), pad))
+        super().__init__(*words, **named)
 
 
 class Budget:

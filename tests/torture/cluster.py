@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -26,6 +26,7 @@ from pipeline.simulator import Options, serving
 from tests.torture import jobs
 from tests.torture.jobs import Job, Provider, Verdict
 
+Harm = tuple[str, Callable[[], None]]
 HANG_SECONDS = 300
 # A node that is gone is missed after 1.5 s and not after 15: the default is for machines, not for a test.
 _HEALTH_CHECKS = {
@@ -118,30 +119,27 @@ def _kill_one(kind: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What came of a job: the judge's verdict, how much of the limit was used until the last answer, refusals."""
+    """What came of a job: the judge's verdict, the share of the limit that was used between the first answers and the
+    last, the calls that were refused."""
 
-    harm: str
+    harms: tuple[str, ...]
     verdict: Verdict
     used: float
     refused: int
     seconds: float
-    exit_code: int
-
-    @property
-    def is_good(self) -> bool:
-        return self.verdict.is_good and self.exit_code == 0
 
 
 class ClusterJob(Job):
     """A job whose runs are sent to a cluster."""
 
-    def run_on(self, address: str, *words: str) -> subprocess.Popen[bytes]:
+    def run_on(self, address: str, *, key: str = "any") -> subprocess.Popen[bytes]:
         """Start the command, in an interpreter of its own."""
+        keys = dict.fromkeys(("ANTHROPIC_API_KEY", "OPENAI_API_KEY"), key)
         with (self.folder / "stderr").open("ab") as errors:
             return subprocess.Popen(
-                [*self.cold, "--ray", address, *words],
+                [*self.cold, "--ray", address],
                 cwd=self.folder,
-                env={**self.environ, **_QUIET, "HOME": str(self.folder)},
+                env={**self.environ, **_QUIET, **keys, "HOME": str(self.folder)},
                 stdout=errors,
                 stderr=errors,
             )
@@ -151,39 +149,29 @@ class ClusterJob(Job):
         return [line for path in self.folder.glob("*.parts/part-*[0-9].jsonl") for line in jobs.whole_lines(path)]
 
 
-def harm(cluster: Cluster, job: ClusterJob, name: str, do: Callable[[], None] | None, *, rpm: int) -> Trial:
-    """Run a job; once a fifth of it is answered do it harm; let it come to its end by itself; judge."""
+def torture(cluster: Cluster, job: ClusterJob, harms: Sequence[Harm], *, rpm: int) -> Trial:
+    """Run a job and do it harm, one after the other at even distances; let it come to its end by itself; judge."""
     began = time.monotonic()
     process = job.run_on(cluster.address)
     durable: list[bytes] = []
     answered: list[tuple[float, int]] = []
-    harmed = 0.0
+    done: list[str] = []
     while process.poll() is None:
         assert time.monotonic() < began + HANG_SECONDS, f"the run hangs\n{job.errors()}"
         answered.append((time.monotonic(), job.provider.statistics()["answered"]))
-        if do and not durable and answered[-1][1] >= job.count // 5:
-            durable = [*job.parts(), *jobs.whole_lines(job.output)]
+        if len(done) < len(harms) and answered[-1][1] >= job.count * (len(done) + 1) // (len(harms) + 1):
+            durable += [*job.parts(), *jobs.whole_lines(job.output)]
+            name, do = harms[len(done)]
             do()
-            harmed = time.monotonic()
+            done.append(name)
         time.sleep(0.05)
-    seconds = time.monotonic() - began
-    if os.environ.get("CLUSTER_DEBUG"):
-        last = (began, 0)
-        for at, number in answered:
-            if at >= last[0] + 1:
-                print(
-                    f"{at - began:5.1f} {at - harmed if harmed else 0:6.1f} {(number - last[1]) / (at - last[0]):8.1f}"
-                )
-                last = (at, number)
     job.note()
-    verdict = jobs.judge(job, stops=int(do is not None), durable=durable, exit_code=process.returncode)
     return Trial(
-        harm=name,
-        verdict=verdict,
+        harms=tuple(done),
+        verdict=jobs.judge(job, stops=len(done), durable=durable, exit_code=process.returncode),
         used=_rate(answered, job.count) / (len(jobs.MODELS) * rpm / 60),
         refused=job.provider.statistics()["rejected"],
-        seconds=seconds,
-        exit_code=process.returncode,
+        seconds=time.monotonic() - began,
     )
 
 
@@ -194,40 +182,42 @@ def _rate(answered: Sequence[tuple[float, int]], count: int) -> float:
     return (last - first) / (end - start)
 
 
+@contextmanager
+def job_of(folder: Path, lines: int, rpm: int) -> Iterator[ClusterJob]:
+    """Yield a job whose provider allows so many requests a minute for each model, a second's worth at once."""
+    with providing(Options(latency=0.05, rpm=rpm, burst=rpm // 60, journal=True)) as provider:
+        yield ClusterJob(folder=folder, output=folder / "out.jsonl", provider=provider, count=lines, concurrency=200)
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lines", type=int, default=20_000)
-    parser.add_argument("--rpm", type=int, default=30_000)
+    parser.add_argument("--lines", type=int, default=20_000, help="of each job")
+    parser.add_argument("--rpm", type=int, default=18_000, help="requests per minute of each of two models")
     options = parser.parse_args()
     cluster = Cluster()
-    harms: Mapping[str, Callable[[], None] | None] = {
-        "none": None,
-        "worker killed": kill_worker,
-        "budget killed": kill_budget,
-        "node killed": cluster.kill_node,
-    }
-    trials = []
-    for name, do in harms.items():
+    harms: Sequence[Sequence[Harm]] = (
+        [],
+        [("worker killed", kill_worker)],
+        [("budget killed", kill_budget)],
+        [("node killed", cluster.kill_node)],
+    )
+    is_good = True
+    print(f"{'harm':16}{'used':>7}{'refused':>9}{'repeated':>10}{'listed':>8}{'lost':>6}{'twice':>7}{'seconds':>9}")
+    for each in harms:
         cluster.mend()
-        with tempfile.TemporaryDirectory() as folder, providing(_limited(options.rpm)) as provider:
-            job = ClusterJob(
-                folder=Path(folder),
-                output=Path(folder) / "out.jsonl",
-                provider=provider,
-                count=options.lines,
-                concurrency=200,
+        with tempfile.TemporaryDirectory() as folder, job_of(Path(folder), options.lines, options.rpm) as job:
+            trial = torture(cluster, job, each, rpm=options.rpm)
+            verdict = trial.verdict
+            print(
+                f"{', '.join(trial.harms) or 'none':16}{trial.used:7.1%}{trial.refused:9,}{verdict.repeated:10,}"
+                f"{verdict.listed:8,}{verdict.lost:6,}{verdict.duplicates:7,}{trial.seconds:9.1f}",
+                flush=True,
             )
-            trial = harm(cluster, job, name, do, rpm=options.rpm)
-            trials.append(trial)
-            print(trial, flush=True)
-            if not trial.is_good:
-                print(job.errors()[-3000:])
+            if not verdict.is_good:
+                is_good = False
+                print(verdict, job.errors()[-3000:], sep="\n")
     cluster.stop()
-    return 0 if all(trial.is_good for trial in trials) else 1
-
-
-def _limited(rpm: int) -> Options:
-    return Options(latency=0.05, rpm=rpm, burst=rpm // 60, journal=True)
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":
