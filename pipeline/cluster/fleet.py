@@ -245,11 +245,18 @@ _IS_IT_UP = "is the address right, and the cluster up? ray status"
 
 def _require_reachable(address: str) -> None:
     """Try the door before Ray does, which for a closed one takes two minutes and ends the process."""
-    match = _ADDRESS.fullmatch(address)
-    if address == "auto" or match is None:
+    place = place_of(address)
+    if place is None:
         return
-    host, port = match["host"].strip("[]"), int(match["port"] or _DEFAULT_PORTS[match["scheme"] or ""])
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+        socket.create_connection(place, timeout=_CONNECT_SECONDS).close()
     except OSError as exc:
         raise TryLaterError(f"the Ray cluster at {address!r} cannot be reached: {exc}", hint=_IS_IT_UP) from exc
+
+
+def place_of(address: str) -> tuple[str, int] | None:
+    """Return host and port of a cluster's address; None where Ray finds it by itself."""
+    match = _ADDRESS.fullmatch(address)
+    if address == "auto" or match is None:
+        return None
+    return match["host"].strip("[]"), int(match["port"] or _DEFAULT_PORTS[match["scheme"] or ""])
