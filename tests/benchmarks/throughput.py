@@ -57,9 +57,9 @@ def main(folder: Path, *, short: bool) -> None:
     divisor = SHORT if short else 1
     rounds = 1 if short else ROUNDS
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, _server(Path(scratch)) as (server, url):
+    with tempfile.TemporaryDirectory() as scratch, serving(Path(scratch)) as (server, url):
         source = Path(scratch) / "in.jsonl"
-        _write_input(source, max(REQUESTS.values()))
+        write_input(source, max(REQUESTS.values()))
         rows = [
             _measure(name, in_flight, url, source, requests=REQUESTS[name] // divisor, rounds=rounds)
             for in_flight in IN_FLIGHT[: 1 if short else None]
@@ -88,7 +88,7 @@ def _timed(command: list[str]) -> tuple[float, float, float]:
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
-def _write_input(path: Path, count: int) -> None:
+def write_input(path: Path, count: int) -> None:
     text = "lorem ipsum " * 70
     with path.open("wb") as file:
         for n in range(count):
@@ -97,7 +97,7 @@ def _write_input(path: Path, count: int) -> None:
 
 
 @contextmanager
-def _server(scratch: Path) -> Iterator[tuple[str, str]]:
+def serving(scratch: Path) -> Iterator[tuple[str, str]]:
     """Start the server in its own process; yield what it is and its address."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if nginx := shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin"):
