@@ -13,7 +13,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from pipeline import assemble, read, record
+from pipeline import assemble, read, record, stores
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
@@ -288,4 +288,4 @@ class Intake:
 
 def _is_file(source: str) -> bool:
     """Tell what can be read again from what is gone when it was read."""
-    return source != read.STDIN and Path(source).is_file()
+    return stores.is_url(source) or (source != read.STDIN and Path(source).is_file())

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "pipeline"
 LAYERS = (
     ("errors",),
     ("files", "money", "safe", "types"),
-    ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl", "stopping"),
+    ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl", "stopping", "stores"),
     (
         "formats",
         "journal",
@@ -63,6 +63,7 @@ OWNERS = {
     "sqlite3": {"ledger", "sharing"},
     "click": {"cli"},
     "genai_prices": {"pricing"},
+    "obstore": {"stores"},
     "starlette": {"simulator"},
     "uvicorn": {"simulator"},
     "requests": set[str](),
