@@ -20,7 +20,7 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, files, ledger, providers, read, record, results, transport
+from pipeline import assemble, disk, errors, files, ledger, parts, providers, read, record, results, stores, transport
 from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.batch import BatchLane
@@ -71,17 +71,18 @@ async def run_batch(
 ) -> Summary:
     """Answer every line of the inputs into one results file and return the summary.
 
-    Repeating a call finishes what is missing. `watch` runs beside the work and may ask for the progress at any time;
-    `say` gets sentences for people. Raises `UsageError` before anything is sent, `TryLaterError` when another run
-    holds the output, `StorageError` when results or ledger cannot be stored. What providers answer raises nothing: it
-    is in the results and the summary.
+    An output at an object store is a folder (`parts`). Repeating a call finishes what is missing. `watch` runs beside
+    the work and may ask for the progress at any time; `say` gets sentences for people. Raises `UsageError` before
+    anything is sent, `TryLaterError` when another run holds the output, `StorageError` when results or ledger cannot
+    be stored. What providers answer raises nothing: it is in the results and the summary. So is what keeps results
+    from an object store, as they are safe on this machine.
     """
     options = options or Options()
     config = config or configuration.load()
     prices = Prices(config)
     with assemble.settings_for(config, options) as settings:
         books = Books(configuration.ledger_path(config))
-        run = _Run([os.fspath(item) for item in inputs], Path(output), settings, options, prices, books, say)
+        run = _Run([os.fspath(item) for item in inputs], os.fspath(output), settings, options, prices, books, say)
         try:
             return await run.execute(watch, handle_signals=handle_signals)
         except BaseExceptionGroup as group:
@@ -99,7 +100,7 @@ class _Run:
     def __init__(
         self,
         inputs: Sequence[str],
-        output: Path,
+        output: str,
         settings: Config,
         options: Options,
         prices: Prices,
@@ -117,17 +118,7 @@ class _Run:
         self.run_id = f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}"
         self.pricing = assemble.Pricing(prices, self.clock)
         self.budget = assemble.budget(settings)
-        self.sources = read.sources(inputs, but=output)
-        _refuse_overwriting_input(output, self.sources)
-        self.recorder = Recorder(
-            output,
-            run_id=self.run_id,
-            form=configuration.output_format(settings),
-            echo_request=settings.output.echo_request,
-            is_simulated=options.simulate,
-            sync=settings.output.durability == "full",
-            on_done=self._count,
-        )
+        self.recorder = self._recorder(inputs, output)
         self.intake = Intake(self.sources, self.settings, options, self.recorder, self.clock)
         self.warnings = self._preview()
         if room < wanted:
@@ -143,9 +134,29 @@ class _Run:
         self.work: anyio.CancelScope | None = None
         self.is_working = False
         self.sender: Sender
-        self.chunks = Chunks(output)
+        self.chunks = Chunks(self.recorder.path)
         self.batches: BatchLane | None = None
         self.batches_done = anyio.Event()
+
+    def _recorder(self, inputs: Sequence[str], output: str) -> Recorder:
+        """Make the recorder of the output; refuse one that is an input."""
+        options: dict[str, Any] = {
+            "run_id": self.run_id,
+            "form": configuration.output_format(self.settings),
+            "echo_request": self.settings.output.echo_request,
+            "is_simulated": self.options.simulate,
+            "sync": self.settings.output.durability == "full",
+            "on_done": self._count,
+        }
+        if not stores.is_url(output):
+            self.sources = read.sources(inputs, but=Path(output))
+            _refuse_overwriting_input(Path(output), self.sources)
+            return Recorder(Path(output), **options)
+        folder = parts.folder_of(output)
+        self.sources = read.sources(inputs, but=folder)
+        _refuse_parts(folder, self.sources, self.settings)
+        spool = configuration.spool_path(self.settings, folder)
+        return parts.RemoteRecorder(folder, spool, on_trouble=self._heed_trouble, **options)
 
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
         async with anyio.create_task_group() as beside:
@@ -171,9 +182,7 @@ class _Run:
                     self.recorder.close()
         self.all_totals.add_state(self.run_totals.as_state())
         superseded = await to_thread.run_sync(self._tidy)
-        summary = self._summary(superseded)
-        totals = orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        disk.write_file(self.recorder.beside(".usage.json"), totals)
+        summary = await to_thread.run_sync(self._publish, self._summary(superseded))
         await to_thread.run_sync(self._close_books, summary)
         self.recorder.end()
         return summary
@@ -200,7 +209,7 @@ class _Run:
         done = self.recorder.done(self.all_totals)
         self.damaged = done.damaged
         if done.damaged:
-            self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
+            self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.name}; they are done again",)
         self.intake.learn(done)
         self._hold_what_is_in_batches()
         if notice := self.intake.notice():
@@ -223,7 +232,7 @@ class _Run:
         left = self.chunks.still_open
         if left and self.options.fresh:
             raise UsageError(
-                f"{len(left):,} batch(es) of {str(self.recorder.path)!r} are not collected, and --fresh would pay for "
+                f"{len(left):,} batch(es) of {self.recorder.name!r} are not collected, and --fresh would pay for "
                 "their requests again",
                 hint="run without --fresh to collect them, or cancel them first: pipeline batches cancel ID",
             )
@@ -358,14 +367,24 @@ class _Run:
 
     def _drain(self) -> None:
         """Send nothing new; before the work begins there is nothing to stop yet, after it nothing any more."""
-        if self.is_working and self.work and self.signal:
+        if self.is_working and self.signal:
+            text = f"finishing {self.sender.statistics().in_flight} request(s) in flight"
+            text += ", leaving batches to go on at their providers" if self.batches else ""
+            self._stop_sending()
+            self.say(f"{self.signal.name}: {text}; once more to stop now")
+
+    def _stop_sending(self) -> None:
+        if self.is_working and self.work:
             self.work.deadline = anyio.current_time() + self.settings.sending.drain_timeout
             self.sender.stop()
-            text = f"finishing {self.sender.statistics().in_flight} request(s) in flight"
             if self.batches:
                 self.batches.stop()
-                text += ", leaving batches to go on at their providers"
-            self.say(f"{self.signal.name}: {text}; once more to stop now")
+
+    def _heed_trouble(self, trouble: PipelineError) -> None:
+        """Tell what keeps results from their store; where somebody else writes there, pay for nothing more."""
+        self.say(trouble.message)
+        if isinstance(trouble, TryLaterError):
+            self._stop_sending()
 
     def _count(self, result: Result) -> None:
         self.run_totals.add(result)
@@ -400,6 +419,16 @@ class _Run:
             self.recorder.done(self.all_totals)
         return superseded
 
+    def _publish(self, summary: Summary) -> Summary:
+        """Write the totals; a run whose results did not get to their store is stopped, whatever else it did."""
+        trouble = self.recorder.publish(_as_json(summary))
+        if trouble is None:
+            return summary
+        reason = f"{trouble.message} ({trouble.hint})" if trouble.hint else trouble.message
+        summary = replace(summary, status="stopped", stop_reason=reason, exit_code=trouble.exit_code)
+        disk.write_file(self.recorder.beside(".usage.json"), _as_json(summary))
+        return summary
+
     def _summary(self, superseded: int) -> Summary:
         pending = self.intake.lines - self.intake.reused - self.run_totals.finished + self.intake.extra
         is_unfinished = pending > 0 or not self.intake.is_all_read
@@ -416,7 +445,7 @@ class _Run:
             simulated=self.options.simulate,
             tags=self.settings.tags,
             inputs=self.sources,
-            results_file=str(self.recorder.path),
+            results_file=self.recorder.name,
             total=self.intake.lines,
             reused=self.intake.reused,
             pending=pending,
@@ -454,7 +483,7 @@ class _Run:
             started_at=self.clock.started_at,
             status=RUNNING,
             simulated=self.options.simulate,
-            results_file=str(self.recorder.path.absolute()),
+            results_file=self.recorder.address,
             inputs=tuple(self.sources),
             tags=self.settings.tags,
             price_source=self.prices.source,
@@ -510,6 +539,21 @@ def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
     for name in (output, *(disk.beside(output, suffix) for suffix in record.SIDE_FILES)):
         if name.exists() and any(read.is_file_of(source, name) for source in sources):
             raise UsageError(f"the output {str(name)!r} is also an input; results would overwrite requests")
+
+
+def _refuse_parts(folder: str, sources: Sequence[str], settings: Config) -> None:
+    """Refuse an output at a store that cannot be: one that is an input, or that is to be in the order of the input."""
+    if part := next((source for source in sources if read.is_part_of(source, folder)), None):
+        raise UsageError(f"the output {folder!r} holds the input {part!r}; choose another -o")
+    if settings.output.ordered:
+        raise UsageError(
+            "--ordered wants a file: an object store gets results while they come, and cannot put them in order later",
+            hint="leave it out, or write to a file, -o answers.jsonl --ordered, and copy that to the store",
+        )
+
+
+def _as_json(summary: Summary) -> bytes:
+    return orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def _retirement(settings: Config, provider: str, model: str) -> str | None:

@@ -25,7 +25,7 @@ import orjson
 from anyio import to_thread
 
 from pipeline import disk, index, journal, results
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import PipelineError, StorageError, UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.index import Index, Segment, Stretch
 from pipeline.journal import Journal, Sent
@@ -313,9 +313,10 @@ class Recorder:
         self._arrival.set()
         self._full.set()
 
-    def publish(self, totals: bytes) -> None:
-        """Put the totals of the run beside the results."""
+    def publish(self, totals: bytes) -> PipelineError | None:
+        """Put the totals of the run beside the results; return what keeps results from where they belong: nothing."""
         disk.write_file(self.beside(".usage.json"), totals)
+        return None
 
     def end(self) -> None:
         """Close the journal, once the totals that list what is `unknown` are on the disk."""

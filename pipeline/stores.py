@@ -32,7 +32,6 @@ _ROOT = re.compile(r"(?:s3|gs|az)://[^/]+(?:/|$)|file:///|memory://")
 _MAGIC = re.compile(r"[*?\[]")
 _BLOCK_BYTES = 4 * 1024 * 1024
 _RETRIES = 6  # with waits that double from 0.1 s: a wrong endpoint is told after some 10 s, a hiccup is not noticed
-_TIMEOUT = "120s"  # of one request: it carries 8 MiB
 
 # What a store says: its code and its sentence, and nothing else of the body, which may repeat keys and signatures.
 _STATUS = re.compile(r"status code: (\d{3}[A-Za-z -]*)")
@@ -64,6 +63,15 @@ class Found:
 def is_url(text: object) -> bool:
     """Tell whether this names something at an object store, and not a file."""
     return isinstance(text, str) and _URL.match(text) is not None
+
+
+def parted(url: str) -> tuple[str, str]:
+    """Return the store's own URL, which ends with a slash, and the key in it."""
+    match = _ROOT.match(url)
+    if match is None:
+        raise UsageError(f"{url!r} names no bucket", hint="s3://bucket/key, gs://bucket/key or az://container/key")
+    root = match.group()
+    return (root if root.endswith("/") else f"{root}/"), url[match.end() :]
 
 
 @contextmanager
@@ -113,7 +121,7 @@ def listed_deep(folder: str) -> list[Found]:
 
 def matching(pattern: str) -> list[Found]:
     """Return the objects that match a glob, by name: `*` stays within a folder, `**` is any folders, as for files."""
-    root, key = _parted(pattern)
+    root, key = parted(pattern)
     segments = key.split("/")
     fixed = next(n for n, each in enumerate([*segments, "*"]) if _MAGIC.search(each))
     folder = root + "".join(f"{each}/" for each in segments[:fixed])
@@ -270,17 +278,8 @@ def _conditional_put(url: str, data: bytes, mode: Any) -> str | None:
 # ── the library ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _parted(url: str) -> tuple[str, str]:
-    """Return the store's own URL, which ends with a slash, and the key in it."""
-    match = _ROOT.match(url)
-    if match is None:
-        raise UsageError(f"{url!r} names no bucket", hint="s3://bucket/key, gs://bucket/key or az://container/key")
-    root = match.group()
-    return (root if root.endswith("/") else f"{root}/"), url[match.end() :]
-
-
 def _at(url: str) -> tuple[ObjectStore, str]:
-    root, key = _parted(url)
+    root, key = parted(url)
     if any(each in ("", ".", "..") for each in key.removesuffix("/").split("/")) and key:
         raise UsageError(f"{url!r} has an empty segment, '.' or '..', which no object here can have in its name")
     return _store(root), key
@@ -298,7 +297,9 @@ def _store(root: str) -> ObjectStore:
     if root.startswith("file"):
         return from_url(root, mkdir=True)
     try:
-        return from_url(root, client_options={"timeout": _TIMEOUT}, retry_config={"max_retries": _RETRIES})
+        # Options of the client come from the environment only (AWS_ALLOW_HTTP, AWS_TIMEOUT, …): given here, they would
+        # take the place of all of those.
+        return from_url(root, retry_config={"max_retries": _RETRIES})
     except Exception as exc:  # obstore's own and ValueError, for settings in the environment that make no sense
         raise UsageError(f"{root!r} cannot be used: {_told(exc)}", hint=_CREDENTIALS) from exc
 

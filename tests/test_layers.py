@@ -42,7 +42,7 @@ LAYERS = (
     ("accounts", "chunks", "discreet", "lane", "plan", "reserves", "sharing", "totals"),
     ("copies", "courier", "index", "rebuilding", "send", "verdict"),
     ("harvest", "loading", "passage", "record"),
-    ("batch", "books", "checking", "estimating", "report", "verifying"),
+    ("batch", "books", "checking", "estimating", "parts", "report", "verifying"),
     ("assemble",),
     ("intake", "overseeing"),
     ("job", "streaming"),

@@ -148,7 +148,7 @@ SABOTEURS = (
     Saboteur(
         name="lines that were replaced are deleted",
         file="record.py",
-        old="disk.append_lines(superseded, (_line_at(old, offset) for offset in leaving))",
+        old="disk.append_lines(superseded, (line_at(old, offset) for offset in leaving))",
         new="pass",
         test="tests/torture/test_damage.py::test_damage_in_the_middle_costs_its_own_line_only",
     ),
