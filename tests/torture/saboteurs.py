@@ -225,8 +225,8 @@ SABOTEURS = (
     Saboteur(
         name="the first signal drops what is in flight",
         file="job.py",
-        old="            self.sender.stop()\n            text",
-        new="            self.sender.stop()\n            self.work.cancel()\n            text",
+        old="            self.sender.stop()\n            if",
+        new="            self.sender.stop()\n            self.work.cancel()\n            if",
         test="tests/torture/test_signals.py::test_one_signal_finishes_what_is_in_flight",
     ),
     Saboteur(
