@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _URL = re.compile(r"(s3|gs|az|file|memory)://")
-_ROOT = re.compile(r"(?:s3|gs|az)://[^/]+(?:/|$)|file:///|memory://")
+_ROOT = re.compile(r"(?:s3|gs|az)://[\w.-]+(?:/|$)|file:///|memory://", re.ASCII)
 _MAGIC = re.compile(r"[*?\[]")
 _BLOCK_BYTES = 4 * 1024 * 1024
 _RETRIES = 6  # with waits that double from 0.1 s: a wrong endpoint is told after some 10 s, a hiccup is not noticed
@@ -68,6 +68,8 @@ def is_url(text: object) -> bool:
 def parted(url: str) -> tuple[str, str]:
     """Return the store's own URL, which ends with a slash, and the key in it."""
     match = _ROOT.match(url)
+    if not url.isascii() and url != url.encode(errors="replace").decode():
+        raise UsageError(f"the URL {url!a} is not UTF-8")
     if match is None:
         raise UsageError(f"{url!r} names no bucket", hint="s3://bucket/key, gs://bucket/key or az://container/key")
     root = match.group()

@@ -76,7 +76,7 @@ def verify(
     ids = _results(path, name, report, totals)
     _totals(path, name, report, totals)
     if ledger and ledger.exists() and report.results:
-        _ledger(path, ledger, report)
+        _ledger(path, name, ledger, report)
     if inputs:
         _inputs(name, inputs, settings, report, ids)
     return report
@@ -143,18 +143,19 @@ def _totals(path: Path, of: str | Path, report: Report, totals: Totals) -> None:
             report.add("totals", f"{name}: results.{key} is {stated.get(key)}, and the lines add up to {found}")
 
 
-def _ledger(path: Path, ledger: Path, report: Report) -> None:
+def _ledger(path: Path, name: str | Path, ledger: Path, report: Report) -> None:
     """Compare what the ledger says of each run with what the lines say; calls that no line tells of do not count."""
     with Ledger.open(ledger) as book:
         recorded = book.entries(include_simulated=True)
     for run, entries in rebuilding.entries_of(path).items():
         if run not in recorded:
-            report.notes.append(f"the ledger knows nothing of {run}; pipeline report --rebuild {path} tells it")
+            way_out = f"; pipeline report --rebuild {path} tells it" if name == path else ""
+            report.notes.append(f"the ledger knows nothing of {run}{way_out}")
             continue
-        for name in _LEDGER_SUMS:
-            said, found = (sum(getattr(entry, name) for entry in each) for each in (recorded[run], entries))
+        for field_name in _LEDGER_SUMS:
+            said, found = (sum(getattr(entry, field_name) for entry in each) for each in (recorded[run], entries))
             if said != found:
-                report.add("ledger", f"{ledger}: {name} of {run} is {said:,}, and the lines add up to {found:,}")
+                report.add("ledger", f"{ledger}: {field_name} of {run} is {said:,}, and the lines add up to {found:,}")
 
 
 def _inputs(name: str | Path, inputs: Sequence[str], settings: Config, report: Report, ids: FingerprintMap) -> None:

@@ -80,17 +80,19 @@ class Bucket:
 
 
 class Barrier:
-    """Holds what comes to the gate until it is let go; the test waits until something came."""
+    """Holds what comes to the gate until it is let go; the test waits until something came. Also a refusal, then."""
 
     def __init__(self, wanted: Callable[[str, str], bool]) -> None:
         self._wanted = wanted
         self._came = threading.Event()
         self._may_go = threading.Event()
 
-    def __call__(self, method: str, key: str) -> None:
-        if self._wanted(method, key):
+    def __call__(self, method: str, key: str) -> bool:
+        is_wanted = self._wanted(method, key)
+        if is_wanted:
             self._came.set()
             self._may_go.wait(HANG_SECONDS)
+        return is_wanted
 
     def wait(self) -> None:
         assert self._came.wait(HANG_SECONDS), "nothing came"
@@ -102,7 +104,7 @@ class Barrier:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[tuple[Gate, str]]:
     """One server for all tests: its start takes half a second."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -311,7 +311,7 @@ def test_a_bucket_that_does_not_exist_is_told(bucket: Bucket) -> None:
         read.sources(["s3://no-such-bucket/folder/"])
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:///key", "gs://"])
+@pytest.mark.parametrize("url", ["s3://", "s3:///key", "gs://", "s3://key:secret@bucket/q.jsonl"])
 def test_a_url_without_a_bucket_is_refused(url: str) -> None:
     """What names no bucket is a usage error, not a request to somebody."""
     with pytest.raises(UsageError, match="names no bucket"):
