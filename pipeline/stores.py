@@ -38,6 +38,7 @@ _STATUS = re.compile(r"status code: (\d{3}[A-Za-z -]*)")
 _CODE = re.compile(r"<Code>([^<]{1,100})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})")
 _HTTP_ERROR = re.compile(r"HTTP error: ([a-z ]+)")
+_SYSTEM_ERROR = re.compile(r'(?:message|error): "([A-Za-z][^"\n]{1,100})"')  # of the connection, in obstore's details
 _ADDRESS = re.compile(r"\b\w+://\S+")
 
 _CREDENTIALS = (
@@ -333,13 +334,17 @@ def _hint(exc: Exception) -> str | None:
         return f"give the key these rights, or use another; {_CREDENTIALS}"
     if "builder error" in text:
         return "an endpoint without TLS wants AWS_ALLOW_HTTP=true"
+    if "HTTP error" in text:
+        return "is the store in reach, and AWS_ENDPOINT_URL or the like its address?"
     return None
 
 
 def _told(exc: Exception) -> str:
     """Return what the store said, without what may be secret: addresses may bear signatures, bodies keys."""
-    text = str(exc).partition("\n\nDebug source")[0]
+    text, _, details = str(exc).partition("\n\nDebug source")
     found = [pattern.search(text) for pattern in (_STATUS, _CODE, _MESSAGE, _HTTP_ERROR)]
+    if found[-1]:
+        found.append(_SYSTEM_ERROR.search(details))
     said = [match[1].strip() for match in found if match]
     if said:
         return ": ".join(said)
