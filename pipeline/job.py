@@ -182,7 +182,11 @@ class _Run:
                     self.recorder.close()
         self.all_totals.add_state(self.run_totals.as_state())
         superseded = await to_thread.run_sync(self._tidy)
-        summary = await to_thread.run_sync(self._publish, self._summary(superseded))
+        summary = self._summary(superseded)
+        self._write_totals(summary)
+        if trouble := await to_thread.run_sync(self.recorder.publish, _as_json(summary)):
+            summary = _stopped(summary, trouble)
+            self._write_totals(summary)
         await to_thread.run_sync(self._close_books, summary)
         self.recorder.end()
         return summary
@@ -419,15 +423,8 @@ class _Run:
             self.recorder.done(self.all_totals)
         return superseded
 
-    def _publish(self, summary: Summary) -> Summary:
-        """Write the totals; a run whose results did not get to their store is stopped, whatever else it did."""
-        trouble = self.recorder.publish(_as_json(summary))
-        if trouble is None:
-            return summary
-        reason = f"{trouble.message} ({trouble.hint})" if trouble.hint else trouble.message
-        summary = replace(summary, status="stopped", stop_reason=reason, exit_code=trouble.exit_code)
+    def _write_totals(self, summary: Summary) -> None:
         disk.write_file(self.recorder.beside(".usage.json"), _as_json(summary))
-        return summary
 
     def _summary(self, superseded: int) -> Summary:
         pending = self.intake.lines - self.intake.reused - self.run_totals.finished + self.intake.extra
@@ -550,6 +547,12 @@ def _refuse_parts(folder: str, sources: Sequence[str], settings: Config) -> None
             "--ordered wants a file: an object store gets results while they come, and cannot put them in order later",
             hint="leave it out, or write to a file, -o answers.jsonl --ordered, and copy that to the store",
         )
+
+
+def _stopped(summary: Summary, trouble: PipelineError) -> Summary:
+    """Return the summary of a run whose results did not get to their store, whatever else it did."""
+    reason = f"{trouble.message} ({trouble.hint})" if trouble.hint else trouble.message
+    return replace(summary, status="stopped", stop_reason=reason, exit_code=trouble.exit_code)
 
 
 def _as_json(summary: Summary) -> bytes:

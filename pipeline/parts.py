@@ -331,7 +331,6 @@ class RemoteRecorder(Recorder):
 
     def publish(self, totals: bytes) -> PipelineError | None:
         """Upload the rest of the results, and the totals; return what kept any of it from the store."""
-        super().publish(totals)
         return (
             self._untidied or self._upload() or self._trouble_of(lambda: stores.put(f"{self.name}usage.json", totals))
         )

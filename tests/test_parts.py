@@ -686,6 +686,7 @@ def test_the_spool_is_its_owners_only(output: str, tmp_path: Path) -> None:
     """What lies on this machine for a while holds conversations: nobody else may read it."""
     recorder = _recorder(output, tmp_path)
     recorder.open()
+    recorder.begin()
     recorder.publish(b"{}")
     recorder.release()
 
