@@ -177,7 +177,7 @@ def test_the_clock_is_the_event_loops() -> None:
 
 def test_importing_the_package_is_cheap() -> None:
     """`import pipeline` loads no HTTP client and no schema library: `--help` is quick."""
-    heavy = ["anyio", "httpx", "orjson", "pydantic", "pyreqwest", "rich", "yaml"]
+    heavy = ["anyio", "httpx", "obstore", "orjson", "pydantic", "pyreqwest", "rich", "yaml"]
     script = f"import sys, pipeline; print([name for name in {heavy} if name in sys.modules])"
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
