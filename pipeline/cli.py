@@ -9,8 +9,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -87,7 +88,12 @@ _model_option = click.option("--model", help="Model for lines that name none.")
 
 @main.command(epilog="Example: pipeline run questions.jsonl -o answers.jsonl --max-tokens 500")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("-o", "output", metavar="RESULTS", help="Results file [default, for one file: NAME.results.jsonl].")
+@click.option(
+    "-o",
+    "output",
+    metavar="RESULTS",
+    help="Results file, or s3://BUCKET/FOLDER/ [default, for one file: NAME.results.jsonl].",
+)
 @click.option("-d", "directory", metavar="DIR", help="Directory for one results file per input.")
 @_config_option
 @_provider_option
@@ -136,7 +142,7 @@ _model_option = click.option("--model", help="Model for lines that name none.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
 def run(log_format: str, quiet: bool, **options: Any) -> None:
-    """Answer every line of INPUT: files, globs, directories, or - for stdin.
+    """Answer every line of INPUT: files, globs, directories, s3://BUCKET/KEY (gs://, az://), or - for stdin.
 
     Running the same command again finishes what is missing and costs nothing for what is done.
 
@@ -298,7 +304,7 @@ class _Job:
     """One results file and its inputs."""
 
     inputs: Sequence[str]
-    output: Path
+    output: str
 
 
 def _run(
@@ -460,28 +466,50 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
 
 def _jobs(inputs: Sequence[str], output: str | None, directory: str | None) -> list[_Job]:
     """Tell which results go where."""
-    from pipeline import read
+    from pipeline import read, stores
 
     if output and directory:
         raise UsageError("-o and -d exclude each other: one results file, or one for each input")
-    sources = read.sources(inputs, may_be_empty=directory is not None, but=Path(output) if output else None)
+    sources = read.sources(inputs, may_be_empty=directory is not None, but=_target(output))
     if output:
-        return [_Job(inputs=sources, output=Path(output))]
+        return [_Job(inputs=sources, output=output)]
     if directory:
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as exc:
-            raise UsageError(f"-d {directory!r} cannot be made a directory: {exc.strerror}") from exc
-        jobs = [
-            _Job(inputs=[source], output=Path(directory) / f"{read.stem(source)}.results.jsonl") for source in sources
-        ]
+        jobs = [_Job(inputs=[source], output=_output_in(directory, read.stem(source))) for source in sources]
         names = [each.output for each in jobs]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UsageError(f"two inputs would write {str(twice)!r}: their names differ only in directory or suffix")
+            raise UsageError(f"two inputs would write {twice!r}: their names differ only in directory or suffix")
+        if not stores.is_url(directory):
+            _make_directory(directory)
         return jobs
     if len(sources) > 1 or sources == [read.STDIN]:
         raise UsageError("say where results go: -o FILE for one file, or -d DIR for one file per input")
-    return [_Job(inputs=sources, output=Path(sources[0]).with_name(f"{read.stem(sources[0])}.results.jsonl"))]
+    [source] = sources
+    beside = source.rpartition("/")[0] if stores.is_url(source) else str(Path(source).parent)
+    return [_Job(inputs=sources, output=_output_in(beside, read.stem(source)))]
+
+
+def _target(output: str | None) -> str | Path | None:
+    """Return what an output means: a file, or the folder at a store."""
+    from pipeline import parts, stores
+
+    if not output:
+        return None
+    return parts.folder_of(output) if stores.is_url(output) else Path(output)
+
+
+def _output_in(directory: str, stem: str) -> str:
+    from pipeline import stores
+
+    if stores.is_url(directory):
+        return f"{directory.removesuffix('/')}/{stem}.results/"
+    return str(Path(directory) / f"{stem}.results.jsonl")
+
+
+def _make_directory(directory: str) -> None:
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise UsageError(f"-d {directory!r} cannot be made a directory: {exc.strerror}") from exc
 
 
 def _again(summary: Summary) -> str | None:
@@ -520,32 +548,46 @@ def _estimate(
     settings = config.load(config_file).replace(provider=provider, lane="live")
     settings = settings.with_("request", max_tokens=max_tokens, temperature=temperature, system=system)
     settings = settings.with_("limits", **caps)
-    sources = read.sources(inputs, but=Path(output) if output else None)
+    sources = read.sources(inputs, but=_target(output))
     has_default = len(sources) == 1 and read.STDIN not in sources
-    path = _jobs(sources, output, None)[0].output if output or sample or has_default else None
+    results = _jobs(sources, output, None)[0].output if output or sample or has_default else None
     learned: dict[tuple[str, str], Sequence[Allowance]] = {}
-    if sample and path:
+    if sample and results:
         if read.STDIN in sources:
             raise UsageError("--sample wants files: stdin can be read only once")
         options = assemble.Options(provider=provider, model=model, limit=sample)
-        summary, learned = _send_sample(_Job(inputs=sources, output=path), settings, options)
+        summary, learned = _send_sample(_Job(inputs=sources, output=results), settings, options)
         if summary.exit_code not in (0, 1, 6):
             return summary.exit_code
-    estimate = estimating.estimate(
-        sources,
-        settings,
-        provider=provider,
-        model=model,
-        path=path,
-        ledger=config.ledger_path(settings),
-        learned=learned,
-        at=clock.utc_now(),
-    )
+    with _as_file(results) as path:
+        estimate = estimating.estimate(
+            sources,
+            settings,
+            provider=provider,
+            model=model,
+            path=path,
+            called=results,
+            ledger=config.ledger_path(settings),
+            learned=learned,
+            at=clock.utc_now(),
+        )
     if as_json:
         _print_json([estimate.as_dict()])
     else:
         estimates.show(_page(), estimate)
     return estimate.exit_code
+
+
+@contextmanager
+def _as_file(results: str | None) -> Iterator[Path | None]:
+    """Give results as a file: a temporary copy, where they are at an object store."""
+    from pipeline import parts, stores
+
+    if not results or not stores.is_url(results):
+        yield Path(results) if results else None
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield parts.fetch(parts.folder_of(results), Path(directory))
 
 
 def _send_sample(
@@ -613,7 +655,10 @@ def _verify(*, results: str, inputs: tuple[str, ...], config_file: str | None, a
     from pipeline import config, safe, verifying
 
     settings = config.load(config_file)
-    report = verifying.verify(Path(results), inputs, settings, ledger=config.ledger_path(settings))
+    name = _target(results)
+    with _as_file(results) as path:
+        assert path is not None
+        report = verifying.verify(path, inputs, settings, ledger=config.ledger_path(settings), name=name)
     if as_json:
         _print_json([report.as_dict()])
         return report.exit_code
@@ -667,11 +712,14 @@ def _report(
     output: str | None,
     **options: Any,
 ) -> int:
-    from pipeline import clock, config, report
+    from pipeline import clock, config, report, stores
 
     ledger = Path(ledger_file) if ledger_file else config.ledger_path(config.load(config_file))
     if rebuild != bool(files):
         raise UsageError("--rebuild wants result files, and they want --rebuild: pipeline report --rebuild RESULTS...")
+    if url := next((file for file in files if stores.is_url(file)), None):
+        hint = "copy its parts into one file, and give that"
+        raise UsageError(f"--rebuild wants files, and {url!r} is at an object store", hint=hint)
     if rebuild:
         rebuilt = report.rebuild(ledger, [Path(file) for file in files])
         _screen().tell("message", f"{rebuilt} recorded in {str(ledger)!r}")
@@ -737,7 +785,7 @@ def _batches(config_file: str | None, ledger_file: str | None, files: Sequence[s
 
     settings = config.load(config_file)
     ledger = Path(ledger_file) if ledger_file else config.ledger_path(settings)
-    return settings, overseeing.listed(ledger, [Path(file) for file in files])
+    return settings, overseeing.listed(ledger, settings, files)
 
 
 def _show_batches(found: Sequence[Listed], *, as_json: bool) -> None:

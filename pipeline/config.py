@@ -15,6 +15,7 @@ import pwd
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -301,6 +302,11 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
 }
 _DEFAULT_PATH = {"anthropic": "/v1/messages", "openai": "/chat/completions"}
 _SIMULATED_KEY_ENV = "(simulated)"  # no variable can be called so
+# What else than its URL says where an object is; the names are those of obstore.
+_STORES = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"),
+    *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+)
 _BASE_URL_VARIABLES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}
 
 
@@ -497,6 +503,16 @@ def ledger_path(settings: Config, environ: Mapping[str, str] | None = None) -> P
         raise UsageError("there is no home directory for the ledger", hint=hint) from exc
     base = Path(data) if os.path.isabs(data) else Path(home) / ".local" / "share"
     return base / "pipeline" / "ledger.sqlite"
+
+
+def spool_path(settings: Config, url: str, environ: Mapping[str, str] | None = None) -> Path:
+    """Return the directory of the spool of an output at an object store: beside the ledger, a name for each URL.
+
+    Which store a URL means, its endpoint or account in the environment tells.
+    """
+    environ = os.environ if environ is None else environ
+    store = [environ.get(name, "") for name in _STORES]
+    return ledger_path(settings, environ).parent / "spool" / sha256("\n".join([url, *store]).encode()).hexdigest()[:32]
 
 
 def output_format(config: Config) -> OutputFormat:

@@ -147,7 +147,7 @@ def replace(path: Path, lines: Iterable[bytes], *, mode: int = MODE) -> int:
         os.fsync(fd)
         os.rename(temporary, path)
         sync_directory(path.parent)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             os.close(fd)
             temporary.unlink()

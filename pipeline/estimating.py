@@ -226,13 +226,15 @@ def estimate(
     provider: str | None = None,
     model: str | None = None,
     path: Path | None = None,
+    called: str | None = None,
     ledger: Path,
     learned: Mapping[Model, Sequence[Allowance]] | None = None,
     at: datetime,
 ) -> Estimate:
     """Reckon what a run of the inputs would send now, at the prices of a moment (with its zone).
 
-    What the results at `path` hold is left out, and learned from. `learned` are the allowances that a sample met.
+    What the results at `path` hold is left out, and learned from; `called` is their name, where that is another.
+    `learned` are the allowances that a sample met.
     """
     sources = read.sources(inputs)
     earlier = _Earlier.read(path) if path and path.is_file() else _Earlier()
@@ -263,7 +265,7 @@ def estimate(
         lines=lines,
         invalid=invalid,
         done=done,
-        results_file=str(path) if path else None,
+        results_file=called or (str(path) if path else None),
         total=total,
         rows=sorted(rows, key=lambda row: (-row.figures.live.expected.known, -row.figures.requests, row.model)),
         price_source=prices.source,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from pipeline import assemble, read, record
+from pipeline import assemble, read, record, stores
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
@@ -304,4 +304,4 @@ class Intake:
 
 def _is_file(source: str | Span) -> bool:
     """Tell what can be read again from what is gone when it was read."""
-    return str(source) != read.STDIN and Path(str(source)).is_file()
+    return stores.is_url(str(source)) or (str(source) != read.STDIN and Path(str(source)).is_file())

@@ -30,7 +30,7 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError, StorageError, UsageError
 from pipeline.pricing import BATCH, LIVE, Prices
 from pipeline.read import Span
-from pipeline.run import Run, Watch
+from pipeline.run import Run, Watch, place_of
 from pipeline.send import Sender, Statistics
 from pipeline.sharing import Lessor, Sharing
 from pipeline.totals import Attempts, Summary
@@ -51,17 +51,19 @@ async def run_batch(
 ) -> Summary:
     """Answer every line of the inputs into one results file and return the summary.
 
-    Repeating a call finishes what is missing. `watch` runs beside the work and may ask for the progress at any time;
-    `say` gets sentences for people. Raises `UsageError` before anything is sent, `TryLaterError` when another run
-    holds the output, `StorageError` when results or ledger cannot be stored. What providers answer raises nothing: it
-    is in the results and the summary.
+    An output at an object store is a folder (`parts`). Repeating a call finishes what is missing. `watch` runs beside
+    the work and may ask for the progress at any time; `say` gets sentences for people. Raises `UsageError` before
+    anything is sent, `TryLaterError` when another run holds the output, `StorageError` when results or ledger cannot
+    be stored. What providers answer raises nothing: it is in the results and the summary. So is what keeps results
+    from an object store, as they are safe on this machine.
     """
     options = options or Options()
     config = config or configuration.load()
     with assemble.settings_for(config, options) as settings:
-        sources = read.sources([os.fspath(item) for item in inputs], but=Path(output))
+        place = place_of(output)
+        sources = read.sources([os.fspath(item) for item in inputs], but=place)
         books = Books(configuration.ledger_path(config))
-        job = Job(sources, Path(output), settings, options, Prices(config), books, say)
+        job = Job(sources, place, settings, options, Prices(config), books, say)
         return await job.execute(watch, handle_signals=handle_signals)
 
 
@@ -74,7 +76,7 @@ class Job(Run):
     def __init__(
         self,
         sources: Sequence[str | Span],
-        output: Path,
+        output: str | Path,
         settings: Config,
         options: Options,
         prices: Prices,
@@ -92,7 +94,7 @@ class Job(Run):
                 f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
             )
         self.sender: Sender
-        self.chunks = Chunks(output)
+        self.chunks = Chunks(self.recorder.path)
         self.batches: BatchLane | None = None
         self.batches_done = anyio.Event()
 
@@ -135,7 +137,7 @@ class Job(Run):
         left = self.chunks.still_open
         if left and self.options.fresh:
             raise UsageError(
-                f"{len(left):,} batch(es) of {str(self.recorder.path)!r} are not collected, and --fresh would pay for "
+                f"{len(left):,} batch(es) of {self.recorder.name!r} are not collected, and --fresh would pay for "
                 "their requests again",
                 hint="run without --fresh to collect them, or cancel them first: pipeline batches cancel ID",
             )

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import assemble, chunks, disk, transport
+from pipeline import assemble, chunks, disk, parts, stores, transport
+from pipeline import config as configuration
 from pipeline.chunks import Chunk, Chunks, Step
 from pipeline.config import Config
 from pipeline.courier import Courier
@@ -31,12 +32,15 @@ class Listed:
         return self.chunk.as_dict() | {"results_file": str(self.results_file)}
 
 
-def listed(ledger: Path, files: Iterable[Path] = ()) -> list[Listed]:
-    """Return the batches of these results files, else of all that the ledger knows; the oldest first."""
+def listed(ledger: Path, settings: Config, files: Iterable[str] = ()) -> list[Listed]:
+    """Return the batches of these results, else of all that the ledger knows; the oldest first.
+
+    Those of results at a store are told by the spool, which is on this machine.
+    """
     known = dict.fromkeys(files) or dict.fromkeys(_results_files(ledger))
     found = [
         Listed(chunk=chunk, results_file=file)
-        for file in known
+        for file in (_file_of(each, settings) for each in known)
         for chunk in chunks.read(disk.beside(file, chunks.SUFFIX))
         if not chunk.simulated and (chunk.batch_id or chunk.is_open)
     ]
@@ -111,11 +115,17 @@ def _courier(settings: Config, client: transport.Client, chunk: Chunk) -> Courie
     return assemble.courier(settings, client, lambda message: None, chunk.provider)
 
 
-def _results_files(ledger: Path) -> list[Path]:
+def _file_of(results: str, settings: Config) -> Path:
+    if not stores.is_url(results):
+        return Path(results)
+    return configuration.spool_path(settings, parts.folder_of(results)) / parts.SPOOL
+
+
+def _results_files(ledger: Path) -> list[str]:
     if not ledger.exists():
         return []
     with Ledger.open(ledger) as book:
-        return [Path(run.results_file) for run in book.runs() if run.results_file]
+        return [run.results_file for run in book.runs() if run.results_file]
 
 
 def _with(each: Listed, batch: Batch) -> Listed:

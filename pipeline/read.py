@@ -1,8 +1,8 @@
-"""Inputs -> lines: files, globs, directories, stdin; plain, .gz or .zst; streaming, split on `\\n` only.
+"""Inputs -> lines: files, objects at stores, globs, directories, stdin; plain, .gz or .zst; split on `\\n` only.
 
 Memory does not follow the size of a file: a block and one line are held at a time, and of a line beyond the limit
 only the beginning; a line that never ends (a device, a bomb) ends its input. What kind of compression a file has is
-told by its first bytes, not by its name.
+told by its first bytes, not by its name. Objects (`stores`) are named and read as files are.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import jsonl
-from pipeline.errors import LineError, UsageError
+from pipeline import jsonl, stores
+from pipeline.errors import LineError, StorageError, UsageError
 from pipeline.fingerprints import checksum
 
 if sys.version_info >= (3, 14):
@@ -34,6 +34,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # What this program writes: x.results.jsonl and what comes to lie beside it, compressed by somebody or not.
 _OURS = re.compile(r"\.(results(\.old-[0-9]+|\.tmp)?|superseded|attempts)\.jsonl(\.gz|\.zst)?$")
 _BESIDE = re.compile(r"(\.old-[0-9]+\.jsonl|\.(superseded|attempts)\.jsonl|\.(usage\.json|torn|index)|\.jsonl)(\.tmp)?")
+# The same of results at an object store, which are a folder.
+_PART_OF = re.compile(r"(part-[0-9]{5,}|superseded-[0-9a-f]+)\.jsonl|usage\.json|old-[0-9]+/.*")
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 _BOM = b"\xef\xbb\xbf"
@@ -106,17 +108,18 @@ class Batch:
         return self.content.partition(b"\n")[0]
 
 
-def sources(inputs: Sequence[str], *, may_be_empty: bool = False, but: Path | None = None) -> list[str]:
+def sources(inputs: Sequence[str], *, may_be_empty: bool = False, but: str | Path | None = None) -> list[str]:
     """Expand files, globs and directories into a list of readable inputs, each once, in order.
 
     A directory stands for its `*.jsonl`, `*.jsonl.gz` and `*.jsonl.zst`. It and a glob hold no files that this program
-    writes: `but` is the results file, so that it may lie among the inputs and the command be repeated.
+    writes: `but` is the results file, so that it may lie among the inputs and the command be repeated. URLs of stores
+    are expanded likewise, a prefix as a directory; there `but` is the folder of the results.
     Raises `UsageError` for what does not exist or cannot be read, and for a directory without any input, unless that
     may be (a drop folder in which nothing was dropped).
     """
     found: dict[str, str] = {}
     for path in (path for item in inputs for path in _expand(item, may_be_empty, but)):
-        found.setdefault(path if path == STDIN else os.path.realpath(path), path)
+        found.setdefault(path if path == STDIN or stores.is_url(path) else os.path.realpath(path), path)
     for path in found.values():
         _require_readable(path)
     return list(found.values())
@@ -252,9 +255,16 @@ class _Ahead:
 
 def is_file_of(source: str, path: Path) -> bool:
     """Tell whether an input is a file that exists, under whatever name."""
+    if stores.is_url(source):
+        return False
     if source == STDIN:
         return sys.stdin is not None and os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat())
     return os.path.samefile(source, path)
+
+
+def is_part_of(source: str, folder: str) -> bool:
+    """Tell whether an input is an object that this program writes into a folder of results."""
+    return source.startswith(folder) and _PART_OF.fullmatch(source, len(folder)) is not None
 
 
 def stem(source: str) -> str:
@@ -265,7 +275,10 @@ def stem(source: str) -> str:
     return name
 
 
-def _expand(item: str, may_be_empty: bool, output: Path | None) -> list[str]:
+def _expand(item: str, may_be_empty: bool, output: str | Path | None) -> list[str]:
+    if stores.is_url(item):
+        with stores.before_sending():
+            return _expand_url(item, may_be_empty, output if isinstance(output, str) else None)
     path = Path(item)
     if item == STDIN or (os.path.exists(item) and not os.path.isdir(item)):
         return [item]
@@ -286,9 +299,35 @@ def _expand(item: str, may_be_empty: bool, output: Path | None) -> list[str]:
     )
 
 
-def _is_ours(name: str, output: Path | None) -> bool:
+def _expand_url(url: str, may_be_empty: bool, folder: str | None) -> list[str]:
+    """Return the objects that a URL stands for: one, those of a prefix, or those that match."""
+    if not url.endswith("/") and stores.head(url):
+        return [url]
+    is_glob = not url.endswith("/") and stores.has_magic(url)
+    prefix = url if url.endswith("/") else f"{url}/"
+    found = (
+        stores.matching(url) if is_glob else [each for each in stores.listed(prefix) if each.name.endswith(SUFFIXES)]
+    )
+    names = [each.url for each in found if not _is_part(each.url, folder)]
+    if names or (may_be_empty and url.endswith("/")):
+        return names
+    if is_glob:
+        raise UsageError(f"no object matches {url!r}")
+    if url.endswith("/"):
+        raise UsageError(f"under {url!r} there is no *.jsonl, *.jsonl.gz or *.jsonl.zst")
+    raise UsageError(f"the input {url!r} does not exist", hint="look at the bucket and the name in the URL")
+
+
+def _is_part(url: str, folder: str | None) -> bool:
+    """Tell whether an object belongs to results: to those in this folder, or to any of the usual name."""
+    default = url.rfind(".results/")
+    of_default = default >= 0 and is_part_of(url, url[: default + len(".results/")])
+    return of_default or (folder is not None and is_part_of(url, folder))
+
+
+def _is_ours(name: str, output: str | Path | None) -> bool:
     """Tell whether a file is one that this program writes: by its name, or because it belongs to the output."""
-    if _OURS.search(name) or output is None:
+    if _OURS.search(name) or output is None or stores.is_url(output):
         return _OURS.search(name) is not None
     own, real = os.path.realpath(output), os.path.realpath(name)
     begin = own.removesuffix(".jsonl")
@@ -300,6 +339,8 @@ def _require_readable(path: str) -> None:
         if sys.stdin is None:
             raise UsageError("the input '-' cannot be read: standard input is closed")
         return
+    if stores.is_url(path):
+        return  # it was looked at when it was found
     if not path.isascii() and path != os.fsencode(path).decode("utf-8", "replace"):
         raise UsageError(f"the name of the input {path!r} is not UTF-8, so no result could name it; rename the file")
     if not os.path.exists(path):
@@ -310,6 +351,11 @@ def _require_readable(path: str) -> None:
 
 
 def _open(source: str) -> BufferedReader:
+    if stores.is_url(source):
+        try:
+            return stores.open_reader(source)
+        except StorageError as exc:
+            raise OSError(exc.message) from exc
     return open(sys.stdin.fileno() if source == STDIN else source, "rb", closefd=source != STDIN)
 
 

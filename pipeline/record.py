@@ -25,7 +25,7 @@ import orjson
 from anyio import to_thread
 
 from pipeline import disk, index, journal, results
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import PipelineError, StorageError, UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.index import Index, Segment, Stretch
 from pipeline.journal import Journal, Sent
@@ -88,6 +88,7 @@ class Done:
 class Recorder:
     """Appends results to one file; `on_done` hears of each result once it is safe on the disk.
 
+    `name` is what people call the output, `safe_bytes` how much of the file is on the disk.
     `open` locks and repairs the file, `done` reads it, `begin` starts the journal, `run` writes until `close`.
     One thread writes; it is never the one that slow name look-ups may fill.
     """
@@ -104,6 +105,8 @@ class Recorder:
         on_done: Callable[[Result], None],
     ) -> None:
         self.path = path
+        self.name = str(path)
+        self.safe_bytes = 0
         self._run_id = run_id
         self._form = form
         self._echo_request = echo_request
@@ -140,9 +143,15 @@ class Recorder:
             disk.make_private(self._file.fd)
             _repair_tail(self._file.fd, self.beside(".torn"))
             disk.sync_directory(self._target.parent)
+            self.safe_bytes = os.fstat(self._file.fd).st_size
         except OSError as exc:
             raise StorageError(f"cannot repair {str(self.path)!r} or a file beside it: {exc.strerror}") from exc
         self._journal.read()
+
+    @property
+    def address(self) -> str:
+        """Where the results are, told so that it holds in any directory."""
+        return str(self.path.absolute())
 
     def beside(self, suffix: str) -> Path:
         """Return the name of a file that belongs to the results and lies beside them."""
@@ -190,8 +199,8 @@ class Recorder:
         """Return what is known of a stretch of an input: by its checksum, and by that of its first line."""
         return self._index.find(mark, start)
 
-    def set_aside(self) -> Path | None:
-        """Move the file's content to a free name beside it and start empty; None if there is none.
+    def set_aside(self) -> str | None:
+        """Move the file's content to a free name beside it and start empty; return the name, None if there is none.
 
         The journal stays: calls that may be billed without an answer are still to be told. It is begun anew before
         the results go, as without them it would accuse calls that they answer.
@@ -209,7 +218,7 @@ class Recorder:
         self._index.drop()
         self.release()
         self.open()
-        return aside
+        return str(aside)
 
     def begin(self) -> None:
         """Start the journal of this run, after `done`."""
@@ -239,8 +248,10 @@ class Recorder:
 
     def take_in(self, lines: Sequence[bytes], calls: Sequence[Sent] = ()) -> None:
         """Take what was written and left in flight elsewhere before this run; to be called before `done`."""
-        if lines:
-            self._open_file().append(b"".join(lines))
+        data = b"".join(lines)
+        if data:
+            self._open_file().append(data)
+            self.safe_bytes += len(data)
         self._journal.adopt(calls)
 
     async def adopt(self, calls: Sequence[Sent]) -> None:
@@ -315,6 +326,10 @@ class Recorder:
         self._arrival.set()
         self._full.set()
 
+    def publish(self, totals: bytes) -> PipelineError | None:
+        """Bring results and totals to where others read them; return what kept any from there. Files are there."""
+        return None
+
     def end(self) -> None:
         """Close the journal, once the totals that list what is `unknown` are on the disk."""
         self._journal.end()
@@ -334,6 +349,7 @@ class Recorder:
         try:
             if data:
                 self._open_file().append(data)
+                self.safe_bytes += len(data)
             self._journal.write(calls)
         except StorageError:
             self._has_failed = True
@@ -366,17 +382,20 @@ class Recorder:
         an answer whose id is gone is kept, as it was paid for.
         """
         staying, leaving = self._sort_out(positions, ids, ordered=ordered)
-        if not leaving and not ordered:
-            return 0
+        if leaving or ordered:
+            self._rewrite(staying, leaving)
+        return len(leaving)
+
+    def _rewrite(self, staying: Sequence[int], leaving: Sequence[int]) -> None:
+        """Make the file anew of the lines that begin at some offsets, once those that leave are kept elsewhere."""
         with self._reading() as old:
             if leaving:
                 superseded = self.beside(".superseded.jsonl")
                 try:
-                    disk.append_lines(superseded, (_line_at(old, offset) for offset in leaving))
+                    disk.append_lines(superseded, (line_at(old, offset) for offset in leaving))
                 except OSError as exc:
                     raise StorageError(f"cannot write {str(superseded)!r}: {exc.strerror}") from exc
-            self._replace(_line_at(old, offset) for offset in staying)
-        return len(leaving)
+            self._replace(line_at(old, offset) for offset in staying)
 
     def _sort_out(
         self, positions: FingerprintMap, ids: FingerprintSet, *, ordered: bool
@@ -410,6 +429,7 @@ class Recorder:
             raise StorageError(f"cannot rewrite {str(self.path)!r}: {exc.strerror}; it is as it was") from exc
         self._open_file().close()
         self._file = disk.Appender(fd, self.path, sync=self._sync)
+        self.safe_bytes = os.fstat(fd).st_size
         self._index.drop()
 
 
@@ -449,6 +469,7 @@ def _repair_tail(fd: int, torn: Path) -> None:
     os.fsync(fd)
 
 
-def _line_at(file: BinaryIO, offset: int) -> bytes:
+def line_at(file: BinaryIO, offset: int) -> bytes:
+    """Return the line of a file that begins at an offset, with its end."""
     file.seek(offset)
     return file.readline()

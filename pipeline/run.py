@@ -5,6 +5,7 @@ What happens in between is not said here: `job` answers the requests on this mac
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, ledger, providers, read, record
+from pipeline import assemble, disk, errors, ledger, parts, providers, read, record, stores
 from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.books import RUNNING, Books, NoBooks
@@ -56,13 +57,22 @@ class Progress:
 Watch = Callable[[Callable[[], Progress]], Coroutine[Any, Any, None]]
 
 
+def place_of(output: str | os.PathLike[str]) -> str | Path:
+    """Return where results go: a file, or the folder at an object store that a URL means."""
+    text = os.fspath(output)
+    return parts.folder_of(text) if stores.is_url(text) else Path(text)
+
+
 class Run(ABC):
-    """One run, from inputs to summary. `answer` is the work; the rest is the same wherever that is done."""
+    """One run, from inputs to summary. `answer` is the work; the rest is the same wherever that is done.
+
+    An output that is a text is the URL of a folder at an object store.
+    """
 
     def __init__(
         self,
         sources: Sequence[str | Span],
-        output: Path,
+        output: str | Path,
         settings: Config,
         options: Options,
         prices: Prices,
@@ -81,16 +91,7 @@ class Run(ABC):
         self.pricing = assemble.Pricing(prices, self.clock)
         self.budget = assemble.budget(settings)
         self.sources = [str(source) for source in sources]
-        _refuse_overwriting_input(output, self.sources)
-        self.recorder = Recorder(
-            output,
-            run_id=self.run_id,
-            form=configuration.output_format(settings),
-            echo_request=settings.output.echo_request,
-            is_simulated=options.simulate,
-            sync=settings.output.durability == "full",
-            on_done=self._count,
-        )
+        self.recorder = self._recorder(output)
         self.intake = Intake(sources, self.settings, options, self.recorder, self.clock)
         self.warnings = self._preview()
         self.run_totals = Totals()
@@ -101,6 +102,23 @@ class Run(ABC):
         self.signal: signal.Signals | None = None
         self.scope: anyio.CancelScope | None = None
         self.is_working = False
+
+    def _recorder(self, output: str | Path) -> Recorder:
+        """Make the recorder of the output; refuse one that is an input."""
+        options: dict[str, Any] = {
+            "run_id": self.run_id,
+            "form": configuration.output_format(self.settings),
+            "echo_request": self.settings.output.echo_request,
+            "is_simulated": self.options.simulate,
+            "sync": self.settings.output.durability == "full",
+            "on_done": self._count,
+        }
+        if isinstance(output, Path):
+            _refuse_overwriting_input(output, self.sources)
+            return Recorder(output, **options)
+        _refuse_parts(output, self.sources, self.settings)
+        spool = configuration.spool_path(self.settings, output)
+        return parts.RemoteRecorder(output, spool, on_trouble=self._heed_trouble, **options)
 
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
         """Do all of it, and give files and locks back in the end."""
@@ -185,7 +203,7 @@ class Run(ABC):
         done = self.recorder.done(self.all_totals)
         self.damaged = done.damaged
         if done.damaged:
-            self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.path}; they are done again",)
+            self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.name}; they are done again",)
         self.intake.learn(done)
         self._hold()
         if notice := self.intake.notice():
@@ -249,9 +267,19 @@ class Run(ABC):
 
     def _drain(self) -> None:
         """Send nothing new; before the work begins there is nothing to stop yet, after it nothing any more."""
-        if self.is_working and self.scope and self.signal:
-            self.scope.deadline = anyio.current_time() + self.settings.sending.drain_timeout
-            self.say(f"{self.signal.name}: {self.stop()}; once more to stop now")
+        if self.is_working and self.signal:
+            self.say(f"{self.signal.name}: {self._stop_sending()}; once more to stop now")
+
+    def _stop_sending(self) -> str:
+        assert self.scope is not None
+        self.scope.deadline = anyio.current_time() + self.settings.sending.drain_timeout
+        return self.stop()
+
+    def _heed_trouble(self, trouble: PipelineError) -> None:
+        """Tell what keeps results from their store; where somebody else writes there, pay for nothing more."""
+        self.say(trouble.message)
+        if isinstance(trouble, TryLaterError) and self.is_working:
+            self._stop_sending()
 
     def _count(self, result: Result) -> None:
         self.run_totals.add(result)
@@ -280,8 +308,10 @@ class Run(ABC):
         self.all_totals.add_state(self.run_totals.as_state())
         superseded = await to_thread.run_sync(self._tidy)
         summary = self._summary(superseded)
-        totals = orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        disk.write_file(self.recorder.beside(".usage.json"), totals)
+        self._write_totals(summary)
+        if trouble := await to_thread.run_sync(self.recorder.publish, _as_json(summary)):
+            summary = _stopped(summary, trouble)
+            self._write_totals(summary)
         await to_thread.run_sync(self._close_books, summary)
         self.recorder.end()
         return summary
@@ -295,6 +325,9 @@ class Run(ABC):
             self.all_totals = Totals()
             self.recorder.done(self.all_totals)
         return superseded
+
+    def _write_totals(self, summary: Summary) -> None:
+        disk.write_file(self.recorder.beside(".usage.json"), _as_json(summary))
 
     def _summary(self, superseded: int) -> Summary:
         pending = self.intake.lines - self.intake.reused - self.run_totals.finished + self.intake.extra
@@ -312,7 +345,7 @@ class Run(ABC):
             simulated=self.options.simulate,
             tags=self.settings.tags,
             inputs=self.sources,
-            results_file=str(self.recorder.path),
+            results_file=self.recorder.name,
             total=self.intake.lines,
             reused=self.intake.reused,
             pending=pending,
@@ -349,7 +382,7 @@ class Run(ABC):
             started_at=self.clock.started_at,
             status=RUNNING,
             simulated=self.options.simulate,
-            results_file=str(self.recorder.path.absolute()),
+            results_file=self.recorder.address,
             inputs=tuple(self.sources),
             tags=self.settings.tags,
             price_source=self.prices.source,
@@ -404,6 +437,27 @@ def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
     for name in (output, *(disk.beside(output, suffix) for suffix in record.SIDE_FILES)):
         if name.exists() and any(read.is_file_of(source, name) for source in sources):
             raise UsageError(f"the output {str(name)!r} is also an input; results would overwrite requests")
+
+
+def _refuse_parts(folder: str, sources: Sequence[str], settings: Config) -> None:
+    """Refuse an output at a store that cannot be: one that is an input, or that is to be in the order of the input."""
+    if part := next((source for source in sources if read.is_part_of(source, folder)), None):
+        raise UsageError(f"the output {folder!r} holds the input {part!r}; choose another -o")
+    if settings.output.ordered:
+        raise UsageError(
+            "--ordered wants a file: an object store gets results while they come, and cannot put them in order later",
+            hint="leave it out, or write to a file, -o answers.jsonl --ordered, and copy that to the store",
+        )
+
+
+def _stopped(summary: Summary, trouble: PipelineError) -> Summary:
+    """Return the summary of a run whose results did not get to their store, whatever else it did."""
+    reason = f"{trouble.message} ({trouble.hint})" if trouble.hint else trouble.message
+    return replace(summary, status="stopped", stop_reason=reason, exit_code=trouble.exit_code)
+
+
+def _as_json(summary: Summary) -> bytes:
+    return orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def _retirement(settings: Config, provider: str, model: str) -> str | None:

@@ -56,22 +56,33 @@ class Report:
         }
 
 
-def verify(path: Path, inputs: Sequence[str], settings: Config, *, ledger: Path | None = None) -> Report:
-    """Look at a results file, its totals, what a ledger says of its runs, and whether each line of `inputs` has one."""
+def verify(
+    path: Path,
+    inputs: Sequence[str],
+    settings: Config,
+    *,
+    ledger: Path | None = None,
+    name: str | Path | None = None,
+) -> Report:
+    """Look at a results file, its totals, what a ledger says of its runs, and whether each line of `inputs` has one.
+
+    `name` is what the results are called: the folder at a store where the file is a copy of that.
+    """
+    name = name or path
     if not path.is_file():
-        raise UsageError(f"the results {str(path)!r} are not a file")
+        raise UsageError(f"the results {str(name)!r} are not a file" if name == path else f"{name!r} holds no results")
     report = Report()
     totals = Totals()
-    ids = _results(path, report, totals)
-    _totals(path, report, totals)
+    ids = _results(path, name, report, totals)
+    _totals(path, name, report, totals)
     if ledger and ledger.exists() and report.results:
-        _ledger(path, ledger, report)
+        _ledger(path, name, ledger, report)
     if inputs:
-        _inputs(path, inputs, settings, report, ids)
+        _inputs(name, inputs, settings, report, ids)
     return report
 
 
-def _results(path: Path, report: Report, totals: Totals) -> FingerprintMap:
+def _results(path: Path, name: str | Path, report: Report, totals: Totals) -> FingerprintMap:
     """Read every result line; return how many lines each id has.
 
     An id stands once among the requests, but a line that could not be sent may bear any: it may well have been given
@@ -79,22 +90,22 @@ def _results(path: Path, report: Report, totals: Totals) -> FingerprintMap:
     """
     ids = FingerprintMap()
     seen = FingerprintSet()
-    for number, line in _lines(path, report):
+    for number, line in _lines(path, name, report):
         try:
             record = results.decode(line)
         except LineError as exc:
-            report.add("damaged", f"{path}:{number}: {exc.message}")
+            report.add("damaged", f"{name}:{number}: {exc.message}")
             continue
         report.results += 1
         totals.add(record)
         mark = fingerprint(record.custom_id)
         ids.put(mark, (ids.get(mark) or 0) + 1)
         if not seen.add(fingerprint(record.custom_id, record.digest) if record.is_invalid else mark):
-            report.add("twice", f"{path}:{number}: {record.custom_id!r} has a result before; a finished run keeps one")
+            report.add("twice", f"{name}:{number}: {record.custom_id!r} has a result before; a finished run keeps one")
     return ids
 
 
-def _lines(path: Path, report: Report) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, name: str | Path, report: Report) -> Iterator[tuple[int, bytes]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         for number, (line, length) in enumerate(jsonl.lines(file, results.MAX_LINE_BYTES), start=1):
@@ -102,16 +113,17 @@ def _lines(path: Path, report: Report) -> Iterator[tuple[int, bytes]]:
                 yield number, line
         file.seek(max(0, size - 1))
         if size and file.read(1) != b"\n":
-            report.add("damaged", f"{path}: the last line has no end: the run was killed, repeat it")
+            report.add("damaged", f"{name}: the last line has no end: the run was killed, repeat it")
 
 
-def _totals(path: Path, report: Report, totals: Totals) -> None:
+def _totals(path: Path, of: str | Path, report: Report, totals: Totals) -> None:
     """Compare the totals file with the sum over the lines."""
-    name = disk.beside(path, ".usage.json")
+    file = disk.beside(path, ".usage.json")
+    name = file if of == path else f"{of}usage.json"
     try:
-        told = orjson.loads(name.read_bytes())
+        told = orjson.loads(file.read_bytes())
     except FileNotFoundError:
-        report.add("totals", f"{name}: is not there: no run of {path} has ended yet, repeat it")
+        report.add("totals", f"{name}: is not there: no run of {of} has ended yet, repeat it")
         return
     except (OSError, orjson.JSONDecodeError) as exc:
         report.add("totals", f"{name}: cannot be read: {exc}")
@@ -131,25 +143,26 @@ def _totals(path: Path, report: Report, totals: Totals) -> None:
             report.add("totals", f"{name}: results.{key} is {stated.get(key)}, and the lines add up to {found}")
 
 
-def _ledger(path: Path, ledger: Path, report: Report) -> None:
+def _ledger(path: Path, name: str | Path, ledger: Path, report: Report) -> None:
     """Compare what the ledger says of each run with what the lines say; calls that no line tells of do not count."""
     with Ledger.open(ledger) as book:
         recorded = book.entries(include_simulated=True)
     for run, entries in rebuilding.entries_of(path).items():
         if run not in recorded:
-            report.notes.append(f"the ledger knows nothing of {run}; pipeline report --rebuild {path} tells it")
+            way_out = f"; pipeline report --rebuild {path} tells it" if name == path else ""
+            report.notes.append(f"the ledger knows nothing of {run}{way_out}")
             continue
-        for name in _LEDGER_SUMS:
-            said, found = (sum(getattr(entry, name) for entry in each) for each in (recorded[run], entries))
+        for field_name in _LEDGER_SUMS:
+            said, found = (sum(getattr(entry, field_name) for entry in each) for each in (recorded[run], entries))
             if said != found:
-                report.add("ledger", f"{ledger}: {name} of {run} is {said:,}, and the lines add up to {found:,}")
+                report.add("ledger", f"{ledger}: {field_name} of {run} is {said:,}, and the lines add up to {found:,}")
 
 
-def _inputs(path: Path, inputs: Sequence[str], settings: Config, report: Report, ids: FingerprintMap) -> None:
+def _inputs(name: str | Path, inputs: Sequence[str], settings: Config, report: Report, ids: FingerprintMap) -> None:
     """Look for the result of every line; ids do not depend on settings."""
     planner = Planner(settings)
     found = 0
-    for source in read.sources(inputs, but=path):
+    for source in read.sources(inputs, but=name):
         for line in read.lines(source, settings.input.max_line_bytes):
             report.inputs += 1
             custom_id = planner.plan(line).custom_id

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.bucket import bucket, s3_server
 from tests.virtual import creeping_clock, no_threads
 
-__all__ = ["creeping_clock", "no_threads"]
+__all__ = ["bucket", "creeping_clock", "no_threads", "s3_server"]
 
 # Else pytest-asyncio makes a loop of its own on Python < 3.12 and never closes it: a warning, so an error.
 asyncio.set_event_loop(None)

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "pipeline"
 LAYERS = (
     ("errors",),
     ("files", "money", "safe", "types"),
-    ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl", "stopping"),
+    ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl", "stopping", "stores"),
     (
         "formats",
         "journal",
@@ -42,7 +42,7 @@ LAYERS = (
     ("accounts", "chunks", "discreet", "lane", "plan", "reserves", "sharing", "totals"),
     ("copies", "courier", "index", "rebuilding", "send", "verdict"),
     ("harvest", "loading", "passage", "record"),
-    ("batch", "books", "checking", "estimating", "report", "verifying"),
+    ("batch", "books", "checking", "estimating", "parts", "report", "verifying"),
     ("assemble",),
     ("intake", "overseeing"),
     ("run",),
@@ -65,6 +65,7 @@ OWNERS = {
     "sqlite3": {"ledger", "sharing"},
     "click": {"cli"},
     "genai_prices": {"pricing"},
+    "obstore": {"stores"},
     "starlette": {"simulator"},
     "uvicorn": {"simulator"},
     "ray": {"cluster"},
@@ -179,7 +180,7 @@ def test_the_clock_is_the_event_loops() -> None:
 
 def test_importing_the_package_is_cheap() -> None:
     """`import pipeline` loads no HTTP client and no schema library: `--help` is quick."""
-    heavy = ["anyio", "httpx", "orjson", "pydantic", "pyreqwest", "rich", "yaml"]
+    heavy = ["anyio", "httpx", "obstore", "orjson", "pydantic", "pyreqwest", "rich", "yaml"]
     script = f"import sys, pipeline; print([name for name in {heavy} if name in sys.modules])"
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)

@@ -106,7 +106,7 @@ class Desk:
         return chunk
 
     def listed(self, *files: Path) -> list[Listed]:
-        return overseeing.listed(self.ledger, files)
+        return overseeing.listed(self.ledger, self.settings, [str(file) for file in files])
 
     def state(self) -> dict[str, bytes]:
         """Return all files but the ledger."""

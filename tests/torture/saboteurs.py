@@ -148,7 +148,7 @@ SABOTEURS = (
     Saboteur(
         name="lines that were replaced are deleted",
         file="record.py",
-        old="disk.append_lines(superseded, (_line_at(old, offset) for offset in leaving))",
+        old="disk.append_lines(superseded, (line_at(old, offset) for offset in leaving))",
         new="pass",
         test="tests/torture/test_damage.py::test_damage_in_the_middle_costs_its_own_line_only",
     ),
@@ -279,6 +279,41 @@ SABOTEURS = (
         "            last, self._last = getattr(self, '_last', result), result\n"
         "            line = results.encode(\n                dataclasses.replace(result, reply=last.reply),",
         test="tests/test_job.py::test_every_line_is_answered_with_its_own_answer",
+    ),
+    Saboteur(
+        name="a part of somebody else is taken for ours",
+        file="parts.py",
+        old="        if content != data:",
+        new="        if False:",
+        test="tests/test_parts.py::test_somebody_elses_part_stops_the_run",
+    ),
+    Saboteur(
+        name="what no part holds is forgotten when the spool is made anew",
+        file="parts.py",
+        old="                yield from (line for line in _lines(old, gaps) if checksum(line) in missing)",
+        new="                yield from ()",
+        test="tests/test_parts.py::test_a_start_brings_spool_and_parts_together",
+    ),
+    Saboteur(
+        name="a part that is there already is uploaded once more",
+        file="parts.py",
+        old="                    if missing:\n",
+        new="                    if False:\n",
+        test="tests/test_parts.py::test_a_start_brings_spool_and_parts_together",
+    ),
+    Saboteur(
+        name="superseded lines leave their parts and are kept nowhere",
+        file="parts.py",
+        old='stores.create(f"{self.url}superseded-{checksum(data).hex()}.jsonl", data)',
+        new="pass",
+        test="tests/test_parts.py::test_changed_lines_take_the_place_of_old_ones",
+    ),
+    Saboteur(
+        name="an object is read on whatever was put in its place",
+        file="stores.py",
+        old='options={"range": wanted, "if_match": self._etag}',
+        new='options={"range": wanted}',
+        test="tests/test_stores.py::test_an_object_that_is_replaced_while_it_is_read_is_an_error",
     ),
 )
 
