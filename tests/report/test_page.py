@@ -12,6 +12,7 @@ from pipeline.report import html
 from tests.report.browser import Page, browsing
 from tests.report.examples import HOSTILE, entry, report, run, two_months
 
+pytestmark = pytest.mark.xdist_group("one browser")
 CHARTS = ["cost", "tokens", "cached", "trouble", "per1000"]
 ROW_KEYS = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent)"
 ROW_COSTS = "[...document.querySelectorAll('tbody tr')].map(row => Number(row.cells[1].dataset.value))"

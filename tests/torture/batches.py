@@ -29,7 +29,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pipeline import Config
+from pipeline import Config, TryLaterError
 from pipeline.simulator import Options, serving
 from pipeline.verifying import verify
 from tests.torture import jobs
@@ -266,13 +266,16 @@ Trial = Callable[[Path], Verdict]
 def kill_at(protocol: str, operation: str, faults: Sequence[str], folder: Path) -> Verdict:
     """Kill a run when calls of an operation were carried out, of which some `hang`, and finish the job.
 
-    A batch is cancelled since it will not have ended by its deadline; the rest of it goes live.
+    A batch is cancelled since it will not have ended by its deadline; the rest of it goes live. It is made by a run
+    before, so that it is there by the deadline however slow the machine is.
     """
     is_late = operation == "cancel"
     with providing(batch_seconds=_FOREVER if is_late else 0.5, faults={operation: faults}) as provider:
         job = BatchJob(folder=folder, provider=provider, protocols=[protocol])
         if is_late:
             job = BatchJob(folder=folder, provider=provider, protocols=[protocol], lane="auto", timeout=20)
+            job.words = ["--no-wait"]
+            assert job.finish() == TryLaterError.exit_code, job.errors()
             job.words = ["--deadline", "3s"]
         process = job.begin()
         assert job.wait(process, partial(_was_done, operation, len(faults))), f"the run ended early:\n{job.errors()}"

@@ -240,9 +240,22 @@ async def _wait(ready: asyncio.Future[None]) -> None:
 def _run(loop: asyncio.AbstractEventLoop, running: asyncio.Task[None]) -> None:
     try:
         loop.run_until_complete(asyncio.gather(running, return_exceptions=True))
-        loop.run_until_complete(asyncio.sleep(0))  # what was aborted is closed in the next turn
+        loop.run_until_complete(_end_handshakes())
     finally:
         loop.close()
+
+
+async def _end_handshakes() -> None:
+    """End the connections that nobody serves yet: while TLS begins they belong to tasks of the loop.
+
+    On a busy machine a client that does not trust us is gone before its refusal is read here.
+    """
+    await asyncio.sleep(0)  # what was accepted is begun
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await asyncio.sleep(0)  # what was aborted is closed in the next turn
 
 
 def bound(port: int = 0) -> socket.socket:

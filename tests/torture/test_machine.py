@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import socket
+import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -79,6 +84,24 @@ def test_a_certificate_that_is_not_trusted_stops_the_run(
     assert "certificate" in (done.summary.stop_reason or "")
     assert done.calls == []
     assert done.summary.attempts.total <= 2
+
+
+def test_a_server_ends_with_a_handshake_under_way(
+    tmp_path: Path, authority: Authority, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Nothing of it stays open, which would be a warning, and so fail whatever test comes next."""
+    hello = ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname=chaos.HOST).do_handshake()
+    with chaos.serving(tmp_path / "journal.jsonl", Plan()) as server:
+        port = urlsplit(server.open(tls=authority.context("begun", HOST, "20200101", "21200101"))).port
+        client = socket.create_connection((chaos.HOST, port or 0))
+        client.sendall(hello.read())
+        assert client.recv(1)
+    client.close()
+    gc.collect()
+
+    assert recwarn.list == []
 
 
 # ── out of reach ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -26,6 +26,12 @@ def _wait_until(process: BaseProcess, is_so: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def _is_told(job: Job, *texts: str) -> bool:
+    """Tell whether all these stand in one line that a run wrote on stderr."""
+    lines = job.errors().splitlines() if (job.folder / "stderr").exists() else []
+    return any(all(text in line for text in texts) for line in lines)
+
+
 def _ended(process: BaseProcess) -> int:
     process.join(HANG_SECONDS)
     assert process.exitcode is not None, "the run hangs"
@@ -98,9 +104,9 @@ def test_a_signal_ends_the_wait_for_a_retry(number: signal.Signals, exit_code: i
     with providing(faults={"500": 1.0}) as provider:
         job = Job(folder=tmp_path, output=tmp_path / "out.jsonl", provider=provider, count=2)
         (tmp_path / "config.yaml").write_text("sending: {backoff_initial: 3600, backoff_max: 3600}\n")
+        job.words = ["--progress", "log"]
         process = job.start()
-        _wait_until(process, lambda: provider.statistics()["by_status"] == {"500": 2})
-        time.sleep(0.1)  # the answers arrive
+        _wait_until(process, lambda: _is_told(job, "2 retrying", "· 0 in flight"))
         os.kill(process.pid or 0, number)
 
         assert _ended(process) == exit_code

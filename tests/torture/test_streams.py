@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -57,6 +58,13 @@ def test_ctrl_c_before_the_work_is_an_interruption(job: Job) -> None:
     os.mkfifo(job.folder / "slow")  # opening it for reading takes until somebody writes: the run stays in its start
     command = [sys.executable, "-m", "pipeline", "run", str(job.folder / "slow"), "-o", str(job.output)]
     with subprocess.Popen(command, env=job.environ, cwd=job.folder, stderr=subprocess.PIPE) as run:
-        time.sleep(1.0)
+        while not _heeds_signals(run):
+            time.sleep(0.005)
         run.send_signal(signal.SIGINT)
         assert run.wait(HANG_SECONDS) == 130
+
+
+def _heeds_signals(run: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a run catches the last of the signals that it heeds; before, Ctrl-C kills it."""
+    caught = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{run.pid}/status").read_text())
+    return bool(caught) and bool(int(caught[0], 16) >> (signal.SIGHUP - 1) & 1)
