@@ -467,6 +467,7 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
 def _jobs(inputs: Sequence[str], output: str | None, directory: str | None) -> list[_Job]:
     """Tell which results go where."""
     from pipeline import read, stores
+    from pipeline.sources import STDIN
 
     if output and directory:
         raise UsageError("-o and -d exclude each other: one results file, or one for each input")
@@ -481,7 +482,7 @@ def _jobs(inputs: Sequence[str], output: str | None, directory: str | None) -> l
         if not stores.is_url(directory):
             _make_directory(directory)
         return jobs
-    if len(sources) > 1 or sources == [read.STDIN]:
+    if len(sources) > 1 or sources == [STDIN]:
         raise UsageError("say where results go: -o FILE for one file, or -d DIR for one file per input")
     [source] = sources
     beside = source.rpartition("/")[0] if stores.is_url(source) else str(Path(source).parent)
@@ -544,16 +545,17 @@ def _estimate(
 ) -> int:
     from pipeline import assemble, clock, config, estimating, read
     from pipeline.screen import estimates
+    from pipeline.sources import STDIN
 
     settings = config.load(config_file).replace(provider=provider, lane="live")
     settings = settings.with_("request", max_tokens=max_tokens, temperature=temperature, system=system)
     settings = settings.with_("limits", **caps)
     sources = read.sources(inputs, but=_target(output))
-    has_default = len(sources) == 1 and read.STDIN not in sources
+    has_default = len(sources) == 1 and STDIN not in sources
     results = _jobs(sources, output, None)[0].output if output or sample or has_default else None
     learned: dict[tuple[str, str], Sequence[Allowance]] = {}
     if sample and results:
-        if read.STDIN in sources:
+        if STDIN in sources:
             raise UsageError("--sample wants files: stdin can be read only once")
         options = assemble.Options(provider=provider, model=model, limit=sample)
         summary, learned = _send_sample(_Job(inputs=sources, output=results), settings, options)

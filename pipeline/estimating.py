@@ -24,6 +24,7 @@ from pipeline.limits import Allowance
 from pipeline.plan import Invalid, Planner
 from pipeline.pricing import BATCH, Prices, asked_tier
 from pipeline.record import Done
+from pipeline.sources import STDIN
 from pipeline.types import Request, Usage
 
 LIVE = "live"
@@ -244,7 +245,7 @@ def estimate(
         for source in sources:
             yield from map(planner.plan, read.lines(source, settings.input.max_line_bytes))
 
-    answers = earlier.answers(items()) if earlier.usages and read.STDIN not in sources else {}
+    answers = earlier.answers(items()) if earlier.usages and STDIN not in sources else {}
     prices = Prices(settings)
     tallies: dict[Model, _Tally] = {}
     total = Figures()

@@ -9,11 +9,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 
 from anyio import to_thread
 
-from pipeline import assemble, read, record, stores
+from pipeline import assemble, read, record
 from pipeline.assemble import Options
 from pipeline.clock import Clock
 from pipeline.config import Config
@@ -22,8 +21,9 @@ from pipeline.errors import UsageError
 from pipeline.fingerprints import FingerprintMap, FingerprintSet, checksum
 from pipeline.index import Awaited, Stretch
 from pipeline.plan import Claims, Invalid
-from pipeline.read import Batch, Line, Span
+from pipeline.read import Batch, Line
 from pipeline.record import Done, Recorder
+from pipeline.sources import Span, can_be_read_again
 from pipeline.types import Request, Result
 
 PREVIEW_LINES = 2_000
@@ -303,5 +303,4 @@ class Intake:
 
 
 def _is_file(source: str | Span) -> bool:
-    """Tell what can be read again from what is gone when it was read."""
-    return stores.is_url(str(source)) or (str(source) != read.STDIN and Path(str(source)).is_file())
+    return can_be_read_again(str(source))

@@ -29,10 +29,10 @@ from pipeline.chunks import Chunk, Chunks, Member, Step
 from pipeline.config import Config
 from pipeline.errors import PipelineError, StorageError, UsageError
 from pipeline.pricing import BATCH, LIVE, Prices
-from pipeline.read import Span
 from pipeline.run import Run, Watch, place_of
 from pipeline.send import Sender, Statistics
 from pipeline.sharing import Lessor, Sharing
+from pipeline.sources import Span
 from pipeline.totals import Attempts, Summary
 from pipeline.types import Request
 

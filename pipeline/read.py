@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import os
 import re
 import sys
@@ -18,29 +17,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline import jsonl, stores
-from pipeline.errors import LineError, StorageError, UsageError
+from pipeline.errors import LineError, UsageError
 from pipeline.fingerprints import checksum
+from pipeline.sources import GZIP, STDIN, ZSTD, Span, opened
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
 
-STDIN = "-"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # What this program writes: x.results.jsonl and what comes to lie beside it, compressed by somebody or not.
 _OURS = re.compile(r"\.(results(\.old-[0-9]+|\.tmp)?|superseded|attempts)\.jsonl(\.gz|\.zst)?$")
 _BESIDE = re.compile(r"(\.old-[0-9]+\.jsonl|\.(superseded|attempts)\.jsonl|\.(usage\.json|torn|index)|\.jsonl)(\.tmp)?")
 # The same of results at an object store, which are a folder.
 _PART_OF = re.compile(r"(part-[0-9]{5,}|superseded-[0-9a-f]+)\.jsonl|usage\.json|old-[0-9]+/.*")
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 _BOM = b"\xef\xbb\xbf"
-_GZIP = b"\x1f\x8b"
-_ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to skip: pzstd begins with that
 _ENDLESS_BYTES = 2**30  # nobody's line, and soon read
 _BATCH_LINES = 256
 _BATCH_BYTES = 1024 * 1024
@@ -59,23 +53,6 @@ class Line:
     number: int
     data: bytes
     problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A part of an input: the bytes from `start` to `end` (None: to its end), the first line of this number.
-
-    It is cut at line ends. `stamp` tells whether the input is still what it was when it was cut (`stamp_of`).
-    """
-
-    source: str
-    start: int = 0
-    end: int | None = None
-    number: int = 1
-    stamp: str = ""
-
-    def __str__(self) -> str:
-        return self.source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +124,7 @@ def batches(inputs: Iterable[str | Span], max_line_bytes: int, size_of: _SizeOf 
 def _batches_of(span: Span, max_line_bytes: int, size_of: _SizeOf) -> Iterator[Batch]:
     source, number = span.source, span.number
     try:
-        with _open(source) as raw, _part_of(raw, span) as file:
+        with opened(span) as raw, _decompressed(raw) if span.is_whole else raw as file:
             ahead = _Ahead(file)
             if not span.start:
                 ahead.skip(_BOM)
@@ -350,82 +327,11 @@ def _require_readable(path: str) -> None:
         raise UsageError(f"the input {path!r} cannot be read: {reason}")
 
 
-def _open(source: str) -> BufferedReader:
-    if stores.is_url(source):
-        try:
-            return stores.open_reader(source)
-        except StorageError as exc:
-            raise OSError(exc.message) from exc
-    return open(sys.stdin.fileno() if source == STDIN else source, "rb", closefd=source != STDIN)
-
-
-def spans(source: str, size: int) -> Iterator[Span]:
-    """Cut an input into spans of about so many bytes, at line ends, without reading more than these; numbers are 1.
-
-    What is compressed is one span. Raises `UsageError` where it cannot be read.
-    """
-    stamp = stamp_of(source)
-    try:
-        with _open(source) as raw:
-            end = os.fstat(raw.fileno()).st_size
-            if _is_compressed(raw):
-                yield Span(source=source, stamp=stamp)
-                return
-            start = 0
-            while start < end:
-                raw.seek(min(start + size, end) - 1)
-                while (block := raw.readline(_BLOCK_BYTES)) and not block.endswith(b"\n"):
-                    pass
-                yield Span(source=source, start=start, end=raw.tell(), stamp=stamp)
-                start = raw.tell()
-    except OSError as exc:
-        raise UsageError(f"the input {source!r} cannot be read: {exc.strerror}") from exc
-
-
-def stamp_of(source: str) -> str:
-    """Return what is another text when an input was changed: its size and the time of its last change."""
-    try:
-        status = os.stat(source)
-    except OSError as exc:
-        raise UsageError(f"the input {source!r} cannot be read: {exc.strerror}") from exc
-    return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-class _Limited(io.RawIOBase):
-    """The bytes of a file from where it stands, up to an end."""
-
-    def __init__(self, file: BufferedReader, end: int) -> None:
-        self._file = file
-        self._left = end - file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer)[: max(0, self._left)]
-        count = self._file.readinto1(view)
-        self._left -= count
-        return count
-
-
-def _part_of(raw: BufferedReader, span: Span) -> _File:
-    """Return a file to read the lines of a span from; closing it does not close `raw`."""
-    if not span.start and span.end is None:
-        return _decompressed(raw)
-    raw.seek(span.start)
-    return BufferedReader(_Limited(raw, span.end)) if span.end is not None else raw
-
-
-def _is_compressed(raw: BufferedReader) -> bool:
-    magic = raw.peek(4)[:4]
-    return magic.startswith(_GZIP) or _ZSTD.match(magic) is not None
-
-
 def _decompressed(raw: BufferedReader) -> _File:
     """Return a file to read lines from; closing it does not close `raw`."""
     magic = raw.peek(4)[:4]
-    if magic.startswith(_GZIP):
+    if magic.startswith(GZIP):
         return gzip.GzipFile(fileobj=raw)
-    if _ZSTD.match(magic):
+    if ZSTD.match(magic):
         return zstd.ZstdFile(raw)
     return raw

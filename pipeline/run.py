@@ -30,9 +30,9 @@ from pipeline.errors import BudgetReachedError, PipelineError, ProviderError, Tr
 from pipeline.intake import Intake
 from pipeline.journal import Sent
 from pipeline.pricing import Prices
-from pipeline.read import Span
 from pipeline.record import Recorder
 from pipeline.send import Statistics
+from pipeline.sources import Span
 from pipeline.totals import Attempts, Summary, Totals
 from pipeline.types import Result
 

@@ -26,6 +26,7 @@ LAYERS = (
     ("errors",),
     ("files", "money", "safe", "types"),
     ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl", "stopping", "stores"),
+    ("sources",),
     (
         "formats",
         "journal",

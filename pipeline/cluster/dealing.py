@@ -15,7 +15,7 @@ from anyio import to_thread
 from pipeline.cluster.claims import NONE, Register, Scan
 from pipeline.intake import Intake
 from pipeline.plan import Claims
-from pipeline.read import Span
+from pipeline.sources import Span
 
 
 @dataclass(slots=True, kw_only=True)

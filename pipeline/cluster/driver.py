@@ -17,7 +17,7 @@ import anyio
 import anyio.abc
 from anyio import to_thread
 
-from pipeline import assemble, read, record
+from pipeline import assemble, record
 from pipeline.assemble import Options
 from pipeline.books import Books
 from pipeline.chunks import Chunks
@@ -30,9 +30,9 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError, UsageError
 from pipeline.plan import Claims
 from pipeline.pricing import Prices
-from pipeline.read import Span
 from pipeline.run import SHOWN_FAILURES, Progress, Run, Watch
 from pipeline.send import Statistics
+from pipeline.sources import Span, cut, size_of
 from pipeline.totals import Summary, Totals
 
 PARTS_AT_ONCE = 2  # of one worker: while one waits for its last answers the other goes on
@@ -165,7 +165,7 @@ class Driver(Run):
         size = await to_thread.run_sync(_size_of, self.sources)
         part_bytes = min(max(size // (self._hands_of.size * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
         self._deal = Deal(
-            (span for source in self.sources for span in read.spans(source, part_bytes)),
+            (span for source in self.sources for span in cut(source, part_bytes)),
             self.intake,
             ahead=PARTS_AT_ONCE * self._hands_of.size,
             limit=self.options.limit,
@@ -392,7 +392,7 @@ class Driver(Run):
 
 
 def _size_of(sources: Sequence[str]) -> int:
-    return sum(Path(source).stat().st_size for source in sources)
+    return sum(map(size_of, sources))
 
 
 def _require_same_version(greeting: Greeting) -> None:

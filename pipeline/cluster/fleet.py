@@ -31,8 +31,8 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError, UsageError
 from pipeline.limits import Need
 from pipeline.plan import Claims
-from pipeline.read import Span
 from pipeline.sharing import Lease
+from pipeline.sources import Span
 
 T = TypeVar("T")
 LOCAL = "local"

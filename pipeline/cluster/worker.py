@@ -25,9 +25,9 @@ from pipeline.errors import PipelineError, TryLaterError
 from pipeline.job import Job
 from pipeline.plan import Claims
 from pipeline.pricing import Prices
-from pipeline.read import Span
 from pipeline.send import Statistics
 from pipeline.sharing import Lessor
+from pipeline.sources import Span, stamp_of
 from pipeline.types import Limit
 
 _SMALLEST_SHARE = 0.01  # of limits, where no part has left one
@@ -273,7 +273,7 @@ def own_version() -> str:
 
 
 def _require_unchanged(span: Span) -> None:
-    if read.stamp_of(span.source) != span.stamp:
+    if stamp_of(span.source) != span.stamp:
         raise TryLaterError(f"the input {span.source!r} was changed while it was being read", hint="repeat the command")
 
 

@@ -19,9 +19,9 @@ from pipeline.config import Config
 from pipeline.limits import Need
 from pipeline.plan import Claims
 from pipeline.pricing import Prices
-from pipeline.read import Span
 from pipeline.run import Watch
 from pipeline.sharing import Lease
+from pipeline.sources import Span
 from pipeline.totals import Summary
 
 T = TypeVar("T")

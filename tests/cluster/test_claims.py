@@ -17,7 +17,8 @@ from pipeline.cluster.worker import Worker
 from pipeline.config import Config
 from pipeline.errors import TryLaterError
 from pipeline.plan import Claims, Planner
-from pipeline.read import Line, Span
+from pipeline.read import Line
+from pipeline.sources import Span, cut
 
 # Few ids and few texts, so that they meet again; and an id that looks like one that is made up.
 _IDS = st.sampled_from([None, None, "a", "b", "line-made-up-2"])
@@ -76,7 +77,7 @@ def test_spans_are_the_input_cut_at_line_ends(
         return
     path.write_bytes(content)
 
-    spans = list(read.spans(str(path), size))
+    spans = list(cut(str(path), size))
 
     assert [(span.start, span.end) for span in spans] == list(pairwise([0, *(span.end or 0 for span in spans)]))
     assert b"".join(content[span.start : span.end] for span in spans) == content
@@ -93,7 +94,7 @@ def test_what_is_compressed_is_one_span(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(b'{"n":%d}\n' % n for n in range(100_000))))
 
-    (span,) = read.spans(str(path), 1_000)
+    (span,) = cut(str(path), 1_000)
 
     assert sum(1 for _ in read.lines(span, 100)) == 100_000
 
@@ -102,7 +103,7 @@ async def test_a_changed_input_is_not_planned(tmp_path: Path) -> None:
     """A span is of the file that was cut, not of what is in its place now."""
     path = tmp_path / "in.jsonl"
     path.write_bytes(_bytes((None, "same")) + b"\n")
-    (span,) = read.spans(str(path), 1_000)
+    (span,) = cut(str(path), 1_000)
     worker = Worker(Config(), Options(), run_id="r", lessor=lambda holder: None, first_share=1.0, at_once=1)  # type: ignore[arg-type,return-value]
     assert (await worker.scan(span, NONE)).lines == 1
 
