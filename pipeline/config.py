@@ -455,10 +455,11 @@ def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = N
 
 
 def variables_of(settings: Config, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment variables that the same work needs on another machine: keys, and whom to trust."""
+    """Return the environment variables that the same work needs elsewhere: keys, whom to trust, the way to stores."""
     environ = os.environ if environ is None else environ
     names = {endpoint.api_key_env for endpoint in settings.providers.values() if endpoint.api_key_env}
     names |= {name.lower() for name in names} | {"SSL_CERT_FILE", "SSL_CERT_DIR"}
+    names |= {name for name in environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))}
     return {name: environ[name] for name in sorted(names) if name in environ}
 
 

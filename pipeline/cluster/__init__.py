@@ -15,7 +15,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from pipeline import assemble, read
+from pipeline import assemble, read, stores
 from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.books import Books
@@ -24,7 +24,8 @@ from pipeline.cluster.fleet import Fleet
 from pipeline.config import Config
 from pipeline.errors import UsageError
 from pipeline.pricing import LIVE, Prices
-from pipeline.run import Watch
+from pipeline.run import Watch, place_of
+from pipeline.sources import can_be_read_again
 from pipeline.totals import Summary
 
 
@@ -42,16 +43,19 @@ async def run_batch(
     """Answer every line of the inputs on a Ray cluster: what `pipeline.run_batch` does here, and as resumable.
 
     `ray` is the address of a cluster (`auto`, `HOST:PORT`, `ray://HOST:10001`) or `local`. Output and inputs must be
-    seen by all its machines under the same names. Raises `UsageError` also where Ray is not installed or of another
-    version than the cluster's, `TryLaterError` where the cluster cannot be reached or has no room.
+    seen by all its machines under the same names: on a shared file system, or at an object store. Raises `UsageError`
+    also where Ray is not installed or of another version than the cluster's, `TryLaterError` where the cluster cannot
+    be reached.
     """
     options = options or Options()
     config = config or configuration.load()
     _refuse(config, options, ray)
-    sources, path = _places([os.fspath(item) for item in inputs], Path(output))
+    place = place_of(output)
+    place = place if isinstance(place, str) else place.absolute()
+    sources = _sources([os.fspath(item) for item in inputs], place)
     with assemble.settings_for(config, options) as settings:
         books = Books(configuration.ledger_path(config))
-        driver = Driver(sources, path, settings, options, Prices(config), books, say)
+        driver = Driver(sources, place, settings, options, Prices(config), books, say)
         fleet = await to_thread.run_sync(Fleet.connect, ray, settings, driver.run_id)
         try:
             return await driver.lead(fleet, watch, handle_signals=handle_signals)
@@ -72,10 +76,10 @@ def _refuse(settings: Config, options: Options, ray: str) -> None:
         )
 
 
-def _places(inputs: Sequence[str], output: Path) -> tuple[list[str], Path]:
-    """Return inputs and output as they are named on every machine."""
+def _sources(inputs: Sequence[str], output: str | Path) -> list[str]:
+    """Return the inputs as they are named on every machine."""
     sources = read.sources(inputs, but=output)
     for source in sources:
-        if not Path(source).is_file():
+        if not can_be_read_again(source):
             raise UsageError(f"--ray wants files that all machines see, and {source!r} can be read only once, and here")
-    return [os.path.abspath(source) for source in sources], output.absolute()
+    return [source if stores.is_url(source) else os.path.abspath(source) for source in sources]

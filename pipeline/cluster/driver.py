@@ -25,7 +25,7 @@ from pipeline.cluster import merging
 from pipeline.cluster.claims import Scan
 from pipeline.cluster.dealing import Deal, Lot
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, own_version
-from pipeline.cluster.workshop import Part, Workshop
+from pipeline.cluster.workshop import Name, Part, taken_over, workshop_of
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError, UsageError
 from pipeline.plan import Claims
@@ -50,7 +50,7 @@ class WorkerLostError(Exception):
 class Hand(Protocol):
     """A worker as the driver sees it. Every call raises `WorkerLostError` where it is not there any more."""
 
-    async def greet(self, folder: Path, token: str) -> Greeting: ...
+    async def greet(self, place: Name, token: str) -> Greeting: ...
 
     async def scan(self, span: Span, before: Claims) -> Scan: ...
 
@@ -86,7 +86,7 @@ class Driver(Run):
     def __init__(
         self,
         sources: Sequence[str],
-        output: Path,
+        output: str | Path,
         settings: Config,
         options: Options,
         prices: Prices,
@@ -94,14 +94,14 @@ class Driver(Run):
         say: Callable[[str], None],
     ) -> None:
         super().__init__(sources, output, settings, options, prices, books, say)
-        self._workshop = Workshop(output)
+        self._workshop = workshop_of(output)
         self._token = ""
         self._left_over: list[Part] = []
         self._hands_of: Hands
         self._hands: list[Hand] = []
         self._deal: Deal
         self._tasks: anyio.abc.TaskGroup
-        self._parts: dict[int, Snapshot] = {}
+        self._parts: dict[Name, Snapshot] = {}
         self._granted: dict[int, int] = {}
         self._counts: Counter[str] = Counter()
         self._reasons: dict[str, PipelineError] = {}
@@ -134,7 +134,7 @@ class Driver(Run):
         """Take in what workers of a run that was killed have done, before the results are read."""
         self._refuse_open_batches()
         self._token = self._workshop.open()
-        self._left_over = [Part(path) for path in self._workshop.parts()]
+        self._left_over = [self._workshop.taken_over(name) for name in self._workshop.parts()]
         done = self.recorder.done(Totals()) if self._left_over else record.Done()
         for part in self._left_over:
             for lines, records in part.groups():
@@ -188,7 +188,7 @@ class Driver(Run):
             first_share = 1 / (self._hands_of.size * PARTS_AT_ONCE)
             hand = await self._hands_of.hire(settings, self.options, first_share=first_share, at_once=PARTS_AT_ONCE)
             try:
-                _require_same_version(await hand.greet(self._workshop.folder, self._token))
+                _require_same_version(await hand.greet(self._workshop.place, self._token))
             except PipelineError as exc:
                 self._end(exc)
                 return
@@ -237,7 +237,7 @@ class Driver(Run):
                 await anyio.sleep(_LOOK_SECONDS)
                 for snapshot in await hand.progress():
                     if snapshot.number in self._granted:
-                        self._parts[snapshot.number] = snapshot
+                        self._parts[snapshot.output] = snapshot
                         if snapshot.wanted and self.budget:
                             await hand.grant(snapshot.number, self._grant(snapshot.number, snapshot.wanted))
         except WorkerLostError:
@@ -298,7 +298,7 @@ class Driver(Run):
             raise
         finally:
             self._settle(lot.number, spent)
-            self._parts.pop(lot.number, None)
+            self._parts.pop(output, None)
         self._heed(outcome)
         await self._collect(output)
         self._deal.done()
@@ -313,13 +313,15 @@ class Driver(Run):
         if (reason := outcome.error or outcome.stopped) is not None:
             self._end(reason)
 
-    async def _collect(self, path: Path, *, is_lost: bool = False) -> list[int]:
+    async def _collect(self, name: Name, *, is_lost: bool = False) -> list[int]:
         """Take the results of a part into ours, then remove it; return their keys.
 
-        Of a part whose worker was lost, what lies there is all that is known of its calls.
+        Of a part whose worker was lost, what lies there is what is known of its calls; where that is not all, what it
+        was seen to do.
         """
         keys: list[int] = []
-        part = await Part.take_over(path, assemble.patience(self.settings))
+        counts: Counter[str] = Counter()
+        part = await taken_over(self._workshop, name, assemble.patience(self.settings))
         try:
             groups = part.groups()
             while group := await to_thread.run_sync(next, groups, None):
@@ -329,22 +331,25 @@ class Driver(Run):
                     keys.append(record.key(each.custom_id, each.digest))
                     self.run_totals.add(each)
                     self.books.accounts.add(each, each.completed_at[:10])
-                    if is_lost:
-                        self._counts.update(merging.counts_of(each))
+                    counts.update(merging.counts_of(each))
             if unknown := part.unknown():
                 await self.recorder.adopt(unknown)
-            if is_lost:
-                self._counts.update(attempts=len(unknown), unknown=len(unknown))
             await to_thread.run_sync(part.remove)
         finally:
             part.release()
+        if is_lost:
+            untold = len(unknown)
+            if not part.tells_calls and (seen := self._parts.get(name)):
+                untold = max(0, seen.sender.attempts - counts["attempts"])
+            self._counts.update(counts)
+            self._counts.update(attempts=untold, unknown=untold)
         return keys
 
     async def _collect_rest(self) -> None:
         """Collect what workers have done that were sent away."""
         await self._hands_of.dismiss()
-        for path in self._workshop.parts():
-            await self._collect(path, is_lost=True)
+        for name in await to_thread.run_sync(self._workshop.parts):
+            await self._collect(name, is_lost=True)
         await to_thread.run_sync(self._workshop.close)
 
     # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -27,6 +26,7 @@ from pipeline.cluster.claims import Scan
 from pipeline.cluster.driver import WorkerLostError
 from pipeline.cluster.quota import Quota
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
+from pipeline.cluster.workshop import Name
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError, UsageError
 from pipeline.limits import Need
@@ -169,8 +169,8 @@ class _Hand:
         with suppress(self._ray.exceptions.RayActorError):
             await self._actor.__ray_ready__.remote()
 
-    async def greet(self, folder: Path, token: str) -> Greeting:
-        return await self._ask(self._actor.greet.remote(folder, token))
+    async def greet(self, place: Name, token: str) -> Greeting:
+        return await self._ask(self._actor.greet.remote(place, token))
 
     async def scan(self, span: Span, before: Claims) -> Scan:
         return await self._ask(self._actor.scan.remote(span, before))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -20,6 +20,7 @@ from pipeline.books import NoBooks
 from pipeline.budget import Budget
 from pipeline.cluster import workshop
 from pipeline.cluster.claims import Scan
+from pipeline.cluster.workshop import Name
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError
 from pipeline.job import Job
@@ -43,7 +44,7 @@ class Task:
 
     number: int
     span: Span
-    output: Path
+    output: Name
     limit: int | None
     known: Sequence[int]
     before: Claims
@@ -55,6 +56,7 @@ class Snapshot:
     """A part at a moment: its results so far (`Totals.as_state`), what is sent, the money that it waits for."""
 
     number: int
+    output: Name
     totals: dict[str, Any]
     sender: Statistics
     wanted: int
@@ -64,8 +66,8 @@ class Snapshot:
 class Outcome:
     """How a part ended. Its results lie in its file; `sender` counts its calls, `spent` is its money.
 
-    `error` is why it could not be done at all, `stopped` why nothing more may be sent, `reasons` why some of it was
-    not. `failures` tells the first few lines that failed.
+    `error` is why it could not be done, or its results not be brought to their store; `stopped` why nothing more may be
+    sent, `reasons` why some of it was not. `failures` tells the first few lines that failed.
     """
 
     sender: Statistics | None = None
@@ -117,9 +119,9 @@ class Worker:
         doing = ", ".join(f"part {number}" for number in self._parts) or "idle"
         return f"pipeline worker ({doing})"
 
-    async def greet(self, folder: Path, token: str) -> Greeting:
+    async def greet(self, place: Name, token: str) -> Greeting:
         """Say who this is. Raises `UsageError` where the workshop is not seen from here."""
-        await to_thread.run_sync(workshop.see, folder, token)
+        await to_thread.run_sync(workshop.see, place, token)
         return Greeting(host=socket.gethostname(), process=os.getpid(), version=own_version())
 
     async def scan(self, span: Span, before: Claims) -> Scan:
@@ -209,22 +211,27 @@ class _Part(Job):
         """Do the part and tell how it ended; its file is left to the driver."""
         try:
             await self.answer(None)
+            trouble = await to_thread.run_sync(self.recorder.publish, b"{}")
         except BaseExceptionGroup as group:
             raise errors.only_one(group) or group from group
         finally:
             self.release()
+        if isinstance(self._task.output, str) and trouble is None:  # what is at the store needs no spool any more
+            await to_thread.run_sync(shutil.rmtree, self.recorder.path.parent)
         return Outcome(
             sender=self.statistics(),
             spent=self.budget.used if self.budget else 0,
             failures=tuple(self.failures),
             reasons=tuple(self.reasons(is_unfinished=True)),
             stopped=self.stopped,
+            error=trouble,
         )
 
     def snapshot(self) -> Snapshot:
         """Return how it is getting on."""
         return Snapshot(
             number=self._task.number,
+            output=self._task.output,
             totals=self.run_totals.as_state(),
             sender=self.statistics(),
             wanted=self._wanted(),

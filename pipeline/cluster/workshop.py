@@ -1,21 +1,26 @@
-"""Where parts lie while they are worked on: a folder beside the results that all machines see.
+"""Where parts lie while they are worked on: in a folder that all machines see, beside the results or in theirs.
 
-Each part is an ordinary results file with its journal, written and locked by one worker. Whoever died gave his lock
-back, so the driver can take what is whole out of it, with what was in flight, and nothing of it is paid twice.
+On a file system each part is an ordinary results file with its journal, written and locked by one worker. Who died gave
+his lock back, so the driver can take what is whole out of it, with what was in flight, and nothing of it is paid twice.
+At an object store a part is a folder of objects (`parts`), fed by a spool on its worker's machine: of a machine that is
+lost, what was not uploaded yet is lost, too.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import anyio
 from anyio import to_thread
 
-from pipeline import disk, results
+from pipeline import disk, parts, results, stores
 from pipeline.disk import beside
 from pipeline.errors import StorageError, TryLaterError, UsageError
 from pipeline.journal import Sent
@@ -23,65 +28,26 @@ from pipeline.record import SIDE_FILES, Recorder
 from pipeline.results import Record
 from pipeline.totals import Totals
 
-SUFFIX = ".parts"
+Name = str | Path
+"""A part: a file, or the URL of a folder."""
+
 _TOKEN = "workshop"
 _GROUP_LINES = 256
 _LOCK_SECONDS = 0.5
 
 
-class Workshop:
-    """The folder of the parts of one results file."""
-
-    def __init__(self, output: Path) -> None:
-        self.folder = beside(output, SUFFIX)
-        self._count = 0
-
-    def open(self) -> str:
-        """Make the folder if need be, and put a token there by which a worker can tell that it sees the same one."""
-        token = secrets.token_hex(8)
-        try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError as exc:
-            raise StorageError(f"cannot make the folder {str(self.folder)!r}: {exc.strerror}") from exc
-        disk.write_file(self.folder / _TOKEN, token.encode())
-        return token
-
-    def new_part(self, number: int) -> Path:
-        """Return a name that no part had; `number` is the place of its lines in the input."""
-        self._count += 1
-        return self.folder / f"part-{number:05}-{self._count:05}.jsonl"
-
-    def parts(self) -> list[Path]:
-        """Return the parts that are there."""
-        return sorted(path for path in self.folder.glob("part-*.jsonl") if not path.name.endswith(SIDE_FILES))
-
-    def close(self) -> None:
-        """Remove the folder if no part is in it."""
-        with suppress(OSError):
-            if not self.parts():
-                (self.folder / _TOKEN).unlink(missing_ok=True)
-                self.folder.rmdir()
-
-
-def see(folder: Path, token: str) -> None:
-    """Make sure that the workshop is seen from here. Raises `UsageError`."""
-    try:
-        is_same = (folder / _TOKEN).read_text() == token
-    except OSError:
-        is_same = False
-    if not is_same:
-        raise UsageError(
-            f"the folder {str(folder)!r} is not seen from all machines of the cluster",
-            hint="put the results (-o) on a file system that all share",
-        )
-
-
 class Part:
-    """A part whose worker has ended or died, taken over: nobody else writes it any more."""
+    """A part whose worker has ended or died: nobody else writes it any more.
 
-    def __init__(self, path: Path) -> None:
-        """Lock it and repair its tail. Raises `TryLaterError` while somebody writes it."""
+    `tells_calls` is true where a journal tells of the calls that no result tells of.
+    """
+
+    def __init__(self, path: Path, name: str, *, remove: Callable[[], None], tells_calls: bool) -> None:
+        """Lock the file and repair its tail. Raises `TryLaterError` while somebody writes it."""
+        self.tells_calls = tells_calls
         self._path = path
+        self._name = name
+        self._remove = remove
         self._recorder = Recorder(path, run_id="", on_done=lambda result: None)
         try:
             self._recorder.open()
@@ -89,18 +55,6 @@ class Part:
         except BaseException:
             self._recorder.release()
             raise
-
-    @classmethod
-    async def take_over(cls, path: Path, patience: float) -> Part:
-        """Take a part over as soon as its lock is free; raises `TryLaterError` when it is not after so many seconds."""
-        last = anyio.current_time() + patience
-        while True:
-            try:
-                return await to_thread.run_sync(cls, path)
-            except TryLaterError:
-                if anyio.current_time() >= last:
-                    raise
-            await anyio.sleep(_LOCK_SECONDS)
 
     def groups(self) -> Iterator[tuple[list[bytes], list[Record]]]:
         """Yield its results, some at a time: the lines with their ends, and what they say."""
@@ -122,15 +76,156 @@ class Part:
         Their requests are answered in the same run, by other workers; so that this does not settle them, they are of
         a run of their own.
         """
-        return [replace(call, run=f"{call.run}/{self._path.stem}") for call in self._recorder.unknown()]
+        return [replace(call, run=f"{call.run}/{self._name}") for call in self._recorder.unknown()]
 
     def remove(self) -> None:
         """Remove it, once all of it is safe elsewhere."""
-        for suffix in SIDE_FILES:
-            beside(self._path, suffix).unlink(missing_ok=True)
-        self._path.unlink(missing_ok=True)
+        self._remove()
         self._recorder.release()
 
     def release(self) -> None:
         """Leave it for later."""
         self._recorder.release()
+
+
+class Workshop(Protocol):
+    """The parts of one results file."""
+
+    @property
+    def place(self) -> Name:
+        """The folder."""
+        ...
+
+    def open(self) -> str:
+        """Make the place if need be, and put a token there by which a worker can tell that it sees the same one."""
+        ...
+
+    def new_part(self, number: int) -> Name:
+        """Return a name that no part had; `number` is the place of its lines in the input."""
+        ...
+
+    def parts(self) -> Sequence[Name]:
+        """Return the parts that are there."""
+        ...
+
+    def taken_over(self, name: Name) -> Part:
+        """Take a part over; raises `TryLaterError` while somebody writes it."""
+        ...
+
+    def close(self) -> None:
+        """Remove the place if no part is in it."""
+        ...
+
+
+def workshop_of(output: Name) -> Workshop:
+    """Return the workshop of an output: a file, or the URL of a folder at an object store."""
+    return _Folder(output) if isinstance(output, Path) else _RemoteFolder(output)
+
+
+def see(place: Name, token: str) -> None:
+    """Make sure that a workshop is seen from here. Raises `UsageError`."""
+    try:
+        found = stores.read(f"{place}{_TOKEN}")[0] if isinstance(place, str) else (place / _TOKEN).read_bytes()
+    except (OSError, StorageError) as exc:
+        reason: object = exc
+    else:
+        if found == token.encode():
+            return
+        reason = "another one is seen"
+    raise UsageError(
+        f"{str(place)!r} is not seen from all machines of the cluster: {reason}",
+        hint="put the results (-o) where all machines see them: on a shared file system, or at an object store",
+    )
+
+
+async def taken_over(shop: Workshop, name: Name, patience: float) -> Part:
+    """Take a part over as soon as nobody writes it; raises `TryLaterError` when that takes more than some seconds."""
+    last = anyio.current_time() + patience
+    while True:
+        try:
+            return await to_thread.run_sync(shop.taken_over, name)
+        except TryLaterError:
+            if anyio.current_time() >= last:
+                raise
+        await anyio.sleep(_LOCK_SECONDS)
+
+
+class _Folder:
+    """A workshop on a file system: `answers.parts/` beside `answers.jsonl`."""
+
+    def __init__(self, output: Path) -> None:
+        self.place = beside(output, ".parts")
+        self._count = 0
+
+    def open(self) -> str:
+        token = secrets.token_hex(8)
+        try:
+            self.place.mkdir(mode=0o700, exist_ok=True)
+        except OSError as exc:
+            raise StorageError(f"cannot make the folder {str(self.place)!r}: {exc.strerror}") from exc
+        disk.write_file(self.place / _TOKEN, token.encode())
+        return token
+
+    def new_part(self, number: int) -> Path:
+        self._count += 1
+        return self.place / f"part-{number:05}-{self._count:05}.jsonl"
+
+    def parts(self) -> list[Path]:
+        return sorted(path for path in self.place.glob("part-*.jsonl") if not path.name.endswith(SIDE_FILES))
+
+    def taken_over(self, name: Name) -> Part:
+        path = Path(name)
+
+        def remove() -> None:
+            for suffix in SIDE_FILES:
+                beside(path, suffix).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+        return Part(path, path.stem, remove=remove, tells_calls=True)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            if not self.parts():
+                (self.place / _TOKEN).unlink(missing_ok=True)
+                self.place.rmdir()
+
+
+class _RemoteFolder:
+    """A workshop at an object store: `answers/work/` in the folder of the results.
+
+    No name is used twice, by any run: on a machine of the cluster there may be a spool of it.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.place = f"{output}work/"
+        self._token = secrets.token_hex(8)
+        self._count = 0
+
+    def open(self) -> str:
+        with stores.before_sending():
+            stores.put(self.place + _TOKEN, self._token.encode())
+        return self._token
+
+    def new_part(self, number: int) -> str:
+        self._count += 1
+        return f"{self.place}part-{number:05}-{self._count:05}-{self._token}/"
+
+    def parts(self) -> list[str]:
+        found = (each.url[len(self.place) :].partition("/") for each in stores.listed_deep(self.place))
+        return sorted({f"{self.place}{name}/" for name, slash, _ in found if slash})
+
+    def taken_over(self, name: Name) -> Part:
+        url = str(name)
+        copy = Path(tempfile.mkdtemp(prefix="pipeline-"))
+
+        def remove() -> None:
+            for found in stores.listed_deep(url):
+                stores.delete(found.url)
+            shutil.rmtree(copy, ignore_errors=True)
+
+        return Part(parts.fetch(url, copy), url.split("/")[-2], remove=remove, tells_calls=False)
+
+    def close(self) -> None:
+        with suppress(StorageError):
+            if not self.parts():
+                stores.delete(self.place + _TOKEN)

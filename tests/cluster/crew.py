@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from pipeline.cluster.claims import Scan
 from pipeline.cluster.driver import Driver, WorkerLostError
 from pipeline.cluster.quota import Quota
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
+from pipeline.cluster.workshop import Name
 from pipeline.config import Config
 from pipeline.limits import Need
 from pipeline.plan import Claims
@@ -34,10 +35,19 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 class Crew:
-    """Up to `size` workers. `lose` says after how many result lines of it a part's worker dies, for some parts."""
+    """Up to `size` workers. `lose` says after how many result lines of it a part's worker dies, for some parts.
+
+    `lose_first` are parts whose worker dies as soon as something is being sent.
+    """
 
     def __init__(
-        self, size: int = 2, *, lose: Mapping[int, int] | None = None, version: str | None = None, has_room: bool = True
+        self,
+        size: int = 2,
+        *,
+        lose: Mapping[int, int] | None = None,
+        version: str | None = None,
+        has_room: bool = True,
+        lose_first: Collection[int] = (),
     ) -> None:
         self.size = size
         self.quota = Quota()
@@ -45,6 +55,7 @@ class Crew:
         self.hired: list[CrewHand] = []
         self.spent: list[int] = []
         self._lose = dict(lose or {})
+        self.lose_first = set(lose_first)
         self._version = version
         self._has_room = has_room
 
@@ -83,8 +94,8 @@ class CrewHand:
     def die(self) -> None:
         self._life.set()
 
-    async def greet(self, folder: Path, token: str) -> Greeting:
-        return self._crew.version_of(await self._living(self._worker.greet(folder, token)))
+    async def greet(self, place: Name, token: str) -> Greeting:
+        return self._crew.version_of(await self._living(self._worker.greet(place, token)))
 
     async def scan(self, span: Span, before: Claims) -> Scan:
         return await self._living(self._worker.scan(span, before))
@@ -92,12 +103,16 @@ class CrewHand:
     async def work(self, task: Task) -> Outcome:
         self._crew.tasks.append(task)
         lines = self._crew.lines_before_death(task)
-        outcome = await self._living(self._worker.work(task), until=(task.output, lines))
+        outcome = await self._living(self._worker.work(task), until=(Path(task.output), lines))
         self._crew.spent.append(outcome.spent)
         return outcome
 
     async def progress(self) -> list[Snapshot]:
-        return await self._living(self._worker.progress())
+        snapshots = await self._living(self._worker.progress())
+        if any(each.number in self._crew.lose_first and each.sender.attempts for each in snapshots):
+            self._crew.lose_first.clear()
+            self._life.set()
+        return snapshots
 
     async def grant(self, number: int, amount: int | None) -> None:
         await self._living(self._worker.grant(number, amount))
@@ -150,8 +165,8 @@ class _Lessor:
 
 
 async def drive(
-    sources: Sequence[Path],
-    output: Path,
+    sources: Sequence[Name],
+    output: Name,
     settings: Config,
     crew: Crew,
     *,

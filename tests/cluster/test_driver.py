@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,16 +13,20 @@ from typing import Any
 import anyio
 import orjson
 import pytest
+from anyio import to_thread
 
 import pipeline
 from pipeline import config as configuration
+from pipeline import stores
 from pipeline.cluster import driver
 from pipeline.config import Config
 from pipeline.errors import TryLaterError, UsageError
+from pipeline.parts import parts_at
 from pipeline.run import Progress
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, serving
 from pipeline.verifying import verify
+from tests.bucket import Bucket
 from tests.cluster.crew import Crew, drive, until
 
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-6-luna"}
@@ -288,13 +293,13 @@ async def test_a_workshop_that_is_not_shared_is_told(tmp_path: Path) -> None:
     """A worker that does not see the folder of the parts says so before anything is sent."""
     from pipeline.cluster import workshop
 
-    shop = workshop.Workshop(tmp_path / "out.jsonl")
+    shop = workshop.workshop_of(tmp_path / "out.jsonl")
     token = shop.open()
-    workshop.see(shop.folder, token)
+    workshop.see(shop.place, token)
 
-    for folder, other in ((shop.folder, "another"), (tmp_path / "elsewhere", token)):
+    for place, other in ((shop.place, "another"), (tmp_path / "elsewhere", token)):
         with pytest.raises(UsageError, match="not seen from all machines"):
-            workshop.see(folder, other)
+            workshop.see(place, other)
 
 
 async def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
@@ -328,3 +333,48 @@ async def test_progress_is_that_of_all(tmp_path: Path) -> None:
     assert any(progress.sender.in_flight > 4 for progress in seen)
     assert all(len({(lane.provider, lane.model) for lane in p.sender.lanes}) == len(p.sender.lanes) for p in seen)
     assert seen[-1].total == COUNT
+
+
+# ── at an object store ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_input_and_results_at_a_store(bucket: Bucket, tmp_path: Path) -> None:
+    """Parts of an object, done by workers into a folder at the store; one is lost, and its machine's spool with it."""
+    source, output = f"{bucket.url}in.jsonl", f"{bucket.url}answers/"
+    await to_thread.run_sync(stores.put, source, _write(tmp_path / "in.jsonl", _lines(12)).read_bytes())
+
+    with _world(latency=0.7) as (config, server):
+        config = config.with_("sending", concurrency=8)
+        crew = Crew(2, lose_first={0})
+        summary = await drive([source], output, config, crew)
+        again = await drive([source], output, config, Crew(2))
+        answered = server.statistics()["answered"]
+
+    ids = [
+        orjson.loads(line)["custom_id"]
+        for part in await to_thread.run_sync(parts_at, output)
+        for line in (await to_thread.run_sync(stores.read, part.url))[0].splitlines()
+    ]
+    assert sorted(ids) == sorted(f"q-{n}" for n in range(12))
+    assert (summary.exit_code, summary.results_file) == (0, output)
+    assert (again.exit_code, again.reused) == (0, 12)
+    assert len(crew.hired) == 3
+    assert answered - 12 <= summary.attempts.unknown
+    names = [found.url.removeprefix(output) for found in await to_thread.run_sync(stores.listed_deep, output)]
+    assert not [name for name in names if name.startswith("work/")]
+
+
+async def test_what_a_killed_driver_left_at_a_store_is_taken_in(bucket: Bucket, tmp_path: Path) -> None:
+    """What was uploaded of parts is not sent again."""
+    source, output = f"{bucket.url}in.jsonl", f"{bucket.url}answers/"
+    await to_thread.run_sync(stores.put, source, _write(tmp_path / "in.jsonl", _lines(10)).read_bytes())
+
+    with _world() as (config, server):
+        await drive([source], output, config, Crew(1), limit=5)
+        (part,) = await to_thread.run_sync(parts_at, output)
+        await to_thread.run_sync(stores.move, part.url, f"{output}work/part-00000-00001-x/part-00000.jsonl")
+        await to_thread.run_sync(shutil.rmtree, configuration.spool_path(config, output))
+        summary = await drive([source], output, config, Crew(1))
+        assert server.statistics()["answered"] == 10
+
+    assert (summary.exit_code, summary.reused, summary.run.succeeded) == (0, 5, 5)
