@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ from tests.benchmarks.contenders import CONTENDERS
 
 IN_FLIGHT = (64, 1_000, 8_000)
 SHORT = 20  # how many times fewer calls
-REQUESTS = {"ours": 40_000, "transport": 40_000, "aiohttp": 40_000, "openai": 2_000}
+REQUESTS = {"ours": 40_000, "floor": 40_000, "transport": 40_000, "aiohttp": 40_000, "openai": 2_000}
 ROUNDS = 3
 PORT = 8_719
 
@@ -60,10 +60,11 @@ def main(folder: Path, *, short: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch, _server(Path(scratch)) as (server, url):
         source = Path(scratch) / "in.jsonl"
         _write_input(source, max(REQUESTS.values()))
+        counts = {name: requests // divisor for name, requests in REQUESTS.items()}
         rows = [
-            _measure(name, in_flight, url, source, requests=REQUESTS[name] // divisor, rounds=rounds)
+            row
             for in_flight in IN_FLIGHT[: 1 if short else None]
-            for name in CONTENDERS
+            for row in _measure(in_flight, url, source, counts, rounds)
         ]
     table = _table(rows, server, rounds)
     print(table)
@@ -71,11 +72,17 @@ def main(folder: Path, *, short: bool) -> None:
     _plot(rows, folder / "throughput.svg")
 
 
-def _measure(name: str, in_flight: int, url: str, source: Path, *, requests: int, rounds: int) -> Row:
-    words = [name, url, str(source), str(requests), str(in_flight)]
-    runs = [_timed([sys.executable, "-m", "tests.benchmarks.contenders", *words]) for _ in range(rounds)]
-    seconds, cpu, memory = (statistics.median(values) for values in zip(*runs, strict=True))
-    return Row(name=name, in_flight=in_flight, rate=requests / seconds, cpu=cpu / requests, memory=memory)
+def _measure(in_flight: int, url: str, source: Path, counts: Mapping[str, int], rounds: int) -> Iterator[Row]:
+    """Yield a row for each contender. They take turns, so that a machine that is busy for a while is so for all."""
+    runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(rounds):
+        for name, measured in runs.items():
+            words = [name, url, str(source), str(counts[name]), str(in_flight)]
+            measured.append(_timed([sys.executable, "-m", "tests.benchmarks.contenders", *words]))
+    for name, measured in runs.items():
+        seconds, cpu, memory = (statistics.median(values) for values in zip(*measured, strict=True))
+        count = counts[name]
+        yield Row(name=name, in_flight=in_flight, rate=count / seconds, cpu=cpu / count, memory=memory)
 
 
 def _timed(command: list[str]) -> tuple[float, float, float]:
@@ -138,15 +145,16 @@ def _table(rows: list[Row], server: str, rounds: int) -> str:
     day = f"{datetime.now(UTC):%Y-%m-%d}"
     lines = [
         f"{day}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, server: {server}; "
-        f"whole processes, medians of {rounds}",
+        f"whole processes, medians of {rounds}; load of the machine in the last 15 minutes: {os.getloadavg()[2]:.1f}",
         "",
-        "| contender | in flight | requests/s | µs CPU a request | × aiohttp | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| contender | in flight | requests/s | µs CPU a request | × aiohttp | × floor | peak memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     bare = {row.in_flight: row.rate for row in rows if row.name == "aiohttp"}
+    floor = {row.in_flight: row.rate for row in rows if row.name == "floor"}
     lines += [
         f"| {row.name} | {row.in_flight:,} | {row.rate:,.0f} | {row.cpu * 1e6:,.0f} | "
-        f"{row.rate / bare[row.in_flight]:.2f} | {row.memory / 1e6:,.0f} MB |"
+        f"{row.rate / bare[row.in_flight]:.2f} | {row.rate / floor[row.in_flight]:.2f} | {row.memory / 1e6:,.0f} MB |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
