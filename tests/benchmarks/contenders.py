@@ -130,7 +130,8 @@ def openai(url: str, source: str, requests: int, in_flight: int) -> None:
     from openai import AsyncOpenAI
 
     async def work() -> None:
-        async with AsyncOpenAI(base_url=url, api_key="k", max_retries=0) as client:
+        # Its own 5 seconds for a connection are too few for it where it opens thousands at once.
+        async with AsyncOpenAI(base_url=url, api_key="k", max_retries=0, timeout=600) as client:
 
             async def post(body: bytes) -> object:
                 return await client.chat.completions.create(**orjson.loads(body))
