@@ -28,23 +28,17 @@ class Accounts:
         if record.is_invalid:
             return
         sums = self._sums[day, record.provider or "", record.model or "", record.lane]
-        rate_limited = sum(attempt.status == 429 for attempt in record.failed_attempts)
         sums["requests"] += 1
         sums["succeeded" if record.success else "failed"] += 1
         sums["attempts"] += record.attempts
-        sums["rate_limited"] += rate_limited
-        sums["failed_attempts"] += len(record.failed_attempts) - rate_limited
-        sums["unknown"] += sum(attempt.is_unknown for attempt in record.failed_attempts)
         if record.success:
             sums["cost_nano"] += record.cost.nanos or 0
             sums["unpriced"] += record.cost.nanos is None
             sums["saved_nano"] += record.cost.saved
-        if record.usage is not None:
-            _add_tokens(sums, record.usage)
-        for usage, nanos in record.wasted:
+        if usage := record.usage:
             _add_tokens(sums, usage)
-            sums["wasted_nano"] += nanos or 0
-            sums["unpriced"] += nanos is None
+        if record.failed_attempts:
+            _add_failures(sums, record)
 
     def entries(self, unknown: Sequence[Sent] = ()) -> list[Entry]:
         """Return the entries; `unknown` are calls that may be billed and that no result tells of."""
@@ -58,6 +52,18 @@ class Accounts:
         ]
 
 
+def _add_failures(sums: Counter[str], record: Record | Result) -> None:
+    rate_limited = sum(attempt.status == 429 for attempt in record.failed_attempts)
+    sums["rate_limited"] += rate_limited
+    sums["failed_attempts"] += len(record.failed_attempts) - rate_limited
+    sums["unknown"] += sum(attempt.is_unknown for attempt in record.failed_attempts)
+    for usage, nanos in record.wasted:
+        _add_tokens(sums, usage)
+        sums["wasted_nano"] += nanos or 0
+        sums["unpriced"] += nanos is None
+
+
 def _add_tokens(sums: Counter[str], usage: Usage) -> None:
     for name in _TOKENS:
-        sums[name] += getattr(usage, name)
+        if tokens := getattr(usage, name):  # most are 0 most of the time
+            sums[name] += tokens

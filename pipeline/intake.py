@@ -194,7 +194,7 @@ class Intake:
             stretch = self._recorder.stretch(mark, checksum(batch.first_line()))
             known.append((batch, mark, stretch))
             size += len(batch.content)
-            lines += 0 if stretch else len(batch)
+            lines += 0 if stretch else batch.count
         return known
 
     def _is_limit_reached(self) -> bool:
@@ -275,7 +275,7 @@ class Intake:
         start = checksum(batch.first_line())
         stretch = Stretch(mark=mark, start=start, size=len(batch.content), lines=lines, claims=claims, failed=failed)
         if waiting:
-            self._awaited.add(stretch, batch.source, range(batch.number, batch.number + len(batch)), waiting)
+            self._awaited.add(stretch, batch.source, range(batch.number, batch.number + batch.count), waiting)
         else:
             self._recorder.keep(stretch)
 

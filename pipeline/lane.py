@@ -177,6 +177,8 @@ class Lane:
 
     def refusal(self, request: Request) -> str | None:
         """Say why no waiting would ever let a request through; None where it may pass."""
+        if not self.gate.is_limited:
+            return None
         return self.gate.never_fits(
             self.codec.charge(request.estimated_input_tokens / _MARGIN, 0.0, request.max_output_tokens)
         )
@@ -188,7 +190,7 @@ class Lane:
             return None
         if self.refusal(job.request):
             return job, self.gate.pass_free()
-        ticket = self.gate.try_pass(self.charge(job.request))
+        ticket = self.gate.try_pass(self.charge(job.request) if self.gate.is_limited else {})
         if ticket is None:
             self._fresh.appendleft(job)
             return None

@@ -150,11 +150,16 @@ class Gate:
         self._waiting_for: str | None = None
         self._now = asyncio.get_running_loop().time  # what anyio.current_time() looks up at every call
 
+    @property
+    def is_limited(self) -> bool:
+        """Tell whether there are limits that a call is charged to; without any it is charged nothing."""
+        return bool(self._told or self._caps)
+
     # ── passing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def try_pass(self, charge: Charge) -> Ticket | None:
         """Let a call through if it may go now; None if it would have to wait."""
-        if not self._told and not self._caps and self._found.bucket is None:
+        if not self.is_limited and self._found.bucket is None:
             return self._ticket(charge) if self.is_open() else None
         taken = self._taken(charge)
         if not self.is_open() or not all(bucket.has_capacity(amount) for bucket, amount, _ in taken):
@@ -193,8 +198,6 @@ class Gate:
 
     def never_fits(self, charge: Charge) -> str | None:
         """Say why a call can never pass, as the least it takes is more than a minute's allowance; None if it can."""
-        if not self._told and not self._caps:
-            return None
         for kind, amount in charge.items():
             if (told := self._told.get(kind)) and amount > (most := told.max_rate / self._share):
                 return f"needs about {amount:,.0f} {_words(kind)}, and {most:,.0f} per minute are allowed"

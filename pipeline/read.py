@@ -59,17 +59,14 @@ class Line:
 class Batch:
     """Some lines of an input that follow on each other, the first of this number, as they stand there, with their ends.
 
-    With a `problem` it is one line that cannot be used, or what is left of it.
+    `count` is how many, the blank ones too. With a `problem` it is one line that cannot be used, or what is left of it.
     """
 
     source: str
     number: int
+    count: int
     content: bytes
     problem: str | None = None
-
-    def __len__(self) -> int:
-        """How many lines, the blank ones too."""
-        return 1 if self.problem else self.content.count(b"\n")
 
     def lines(self) -> list[Line]:
         """Return the lines that are not blank."""
@@ -130,7 +127,8 @@ def _batches_of(span: Span, max_line_bytes: int, size_of: _SizeOf) -> Iterator[B
                 ahead.skip(_BOM)
             while not ahead.is_at_end():
                 if size := _cut(ahead, max_line_bytes, size_of):
-                    batch = Batch(source=source, number=number, content=ahead.take(size))
+                    content = ahead.take(size)
+                    batch = Batch(source=source, number=number, count=content.count(b"\n"), content=content)
                 else:
                     endless = max(_ENDLESS_BYTES, max_line_bytes)
                     data, length = next(jsonl.lines(ahead, max_line_bytes, endless), (b"", 0))  # damaged: nothing left
@@ -139,15 +137,16 @@ def _batches_of(span: Span, max_line_bytes: int, size_of: _SizeOf) -> Iterator[B
                     problem = (
                         f"longer than {max_line_bytes:,} bytes ({length:,}); raise input.max_line_bytes to allow it"
                     )
-                    batch = Batch(source=source, number=number, content=data[:4096], problem=problem)
+                    batch = Batch(source=source, number=number, count=1, content=data[:4096], problem=problem)
                 yield batch
-                number += len(batch)
+                number += batch.count
             if ahead.damage:
                 raise ahead.damage
     except (*_DAMAGED, LineError) as exc:
         reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
         problem = f"the input cannot be read beyond this line: {reason}"
-        yield Batch(source=source, number=number, content=f"{source}:{problem}".encode(), problem=problem)
+        content = f"{source}:{problem}".encode()
+        yield Batch(source=source, number=number, count=1, content=content, problem=problem)
 
 
 def _cut(ahead: _Ahead, max_line_bytes: int, size_of: _SizeOf) -> int:

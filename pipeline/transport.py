@@ -28,6 +28,7 @@ import httpx
 from pyreqwest import exceptions as reqwest
 from pyreqwest.client import Client as ReqwestClient
 from pyreqwest.client import ClientBuilder
+from pyreqwest.http import HeaderMap, Url
 from pyreqwest.request import StreamRequest
 from pyreqwest.response import Response as ReqwestResponse
 
@@ -42,8 +43,8 @@ _DEADLINE = "pipeline.deadline"
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
 
 Headers = Sequence[tuple[str, str]]
-Exchange = Callable[[str, str, Headers, bytes], Awaitable[Answer]]
-"""Method, address, headers and body go out; the whole answer comes back, or an error of httpx."""
+Exchange = Callable[[bytes], Awaitable[Answer]]
+"""A body goes out; the whole answer comes back, or an error of httpx."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +82,11 @@ class Client:
         """
         address = httpx.URL(url)
         ready = [*headers, ("host", address.netloc.decode()), ("accept-encoding", "gzip, zstd, br")]
-        exchange = self._exchange_of(self._transport)
+        exchange = self._exchange(url, ready)
 
         async def post(body: bytes) -> Answer:
             try:
-                return await exchange("POST", url, ready, body)
+                return await exchange(body)
             except httpx.HTTPError as exc:
                 raise _translate(exc) from exc
 
@@ -160,14 +161,14 @@ class Client:
                 raise httpx.DecodingError(f"answer larger than {self._settings.max_response_bytes:,} bytes")
         return bytes(body)
 
-    @staticmethod
-    def _exchange_of(transport: httpx.AsyncBaseTransport) -> Exchange:
-        """Return how a transport exchanges plain values: ours directly, any other by way of httpx's objects."""
+    def _exchange(self, url: str, headers: Headers) -> Exchange:
+        """Return how a body is exchanged for an answer: by our transport directly, else by way of httpx's objects."""
+        transport = self._transport
         if isinstance(transport, ReqwestTransport):
-            return transport.exchange
+            return transport.exchange(url, headers)
 
-        async def exchange(method: str, url: str, headers: Headers, body: bytes) -> Answer:
-            request = httpx.Request(method, url, headers=list(headers), content=body)
+        async def exchange(body: bytes) -> Answer:
+            request = httpx.Request("POST", url, headers=list(headers), content=body)
             response = await transport.handle_async_request(request)
             content = await response.aread()
             return Answer(status=response.status_code, headers=dict(response.headers.items()), body=content)
@@ -241,24 +242,29 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         ]
         return httpx.Response(response.status, headers=headers, stream=stream)
 
-    async def exchange(self, method: str, url: str, headers: Headers, body: bytes) -> Answer:
-        """Send a request and return the whole answer; raises httpx's errors."""
-        builder = self._client.request(method, url).headers(headers).body_bytes(body)
-        try:
-            async with builder.build_streamed() as response:
-                content = await response.body_reader.read(self._max_bytes + 1)
-                if content is not None and len(content) > self._max_bytes:
-                    raise httpx.DecodingError(f"answer larger than {self._max_bytes:,} bytes")
-                return Answer(
-                    status=response.status,
-                    headers=_headers_of(response),
-                    body=b"" if content is None else content.to_bytes(),
-                )
-        except reqwest.PyreqwestError as exc:
-            raise _as_httpx(exc) from exc
-        except anyio.get_cancelled_exc_class():
-            await anyio.lowlevel.checkpoint_if_cancelled()  # see _errors_as_httpx, which costs too much here
-            raise
+    def exchange(self, url: str, headers: Headers) -> Exchange:
+        """Return a function that posts a body and returns the whole answer; it raises httpx's errors."""
+        address, fields = Url(url), HeaderMap(headers)  # once: to parse them for each call costs more than to build it
+
+        async def exchange(body: bytes) -> Answer:
+            builder = self._client.post(address).headers(fields).body_bytes(body)
+            try:
+                async with builder.build_streamed() as response:
+                    content = await response.body_reader.read(self._max_bytes + 1)
+                    if content is not None and len(content) > self._max_bytes:
+                        raise httpx.DecodingError(f"answer larger than {self._max_bytes:,} bytes")
+                    return Answer(
+                        status=response.status,
+                        headers=_headers_of(response),
+                        body=b"" if content is None else content.to_bytes(),
+                    )
+            except reqwest.PyreqwestError as exc:
+                raise _as_httpx(exc) from exc
+            except anyio.get_cancelled_exc_class():
+                await anyio.lowlevel.checkpoint_if_cancelled()  # see _errors_as_httpx, which costs too much here
+                raise
+
+        return exchange
 
     async def aclose(self) -> None:
         await self._client.close()

@@ -321,7 +321,7 @@ PARTS = st.lists(INPUT_LINES, max_size=5).map(b"".join)
 
 def plan(planner: Planner, content: bytes) -> tuple[list[tuple[str, str]], Claims]:
     planner.take_claims()
-    lines = Batch(source="in.jsonl", number=1, content=content).lines()
+    lines = Batch(source="in.jsonl", number=1, count=content.count(b"\n"), content=content).lines()
     items = [planner.plan(line) for line in lines]
     return [(item.custom_id, item.digest) for item in items], planner.take_claims()
 

@@ -400,14 +400,14 @@ def test_batches_hold_every_line_once(tmp_path_factory: pytest.TempPathFactory, 
         (source, number) for source, count in zip(sources, counts, strict=True) for number in range(1, count + more + 1)
     ]
     assert [(line.source, line.number) for batch in batches for line in batch.lines()] == expected
-    assert all(1 <= len(batch) <= 256 for batch in batches)
+    assert all(1 <= batch.count <= 256 for batch in batches)
 
 
 def test_batches_are_bounded_in_bytes(file: Callable[[bytes], str]) -> None:
     """A batch of large lines ends when it has a megabyte, so memory does not follow the count of lines."""
     source = file((b"x" * 400_000 + b"\n") * 7)
 
-    assert [len(batch) for batch in read.batches([source], MEGABYTE)] == [3, 3, 1]
+    assert [batch.count for batch in read.batches([source], MEGABYTE)] == [3, 3, 1]
 
 
 @pytest.mark.parametrize(

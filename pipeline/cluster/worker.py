@@ -179,7 +179,7 @@ class Worker:
         for batch in read.batches([span], self._settings.input.max_line_bytes):
             items = map(planner.plan, batch.lines())
             keys.extend(record.key(item.custom_id, item.digest) for item in items)
-            lines += len(batch)
+            lines += batch.count
         return Scan(lines=lines, keys=keys, claims=planner.take_claims(), before=before)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,7 +54,7 @@ class OpenAICodec:
         checks.check_model(model)
         line = checks.completed(fields, defaults)
         checks.check_line(line, ROLES, MAX_TEMPERATURE)
-        is_own, is_reasoning = _is_own_host(endpoint), to_openai.is_reasoning(model)
+        is_own, is_reasoning = _is_own_host(endpoint.base_url), to_openai.is_reasoning(model)
         limit_field = endpoint.max_tokens_field
         if limit_field in (None, "auto"):
             limit_field = "max_completion_tokens" if is_reasoning else None
@@ -108,9 +109,10 @@ class OpenAICodec:
         return {"input_tokens": float(usage.input_tokens), "output_tokens": float(usage.output_tokens)}
 
 
-def _is_own_host(endpoint: Endpoint) -> bool:
+@cache
+def _is_own_host(base_url: str) -> bool:
     """Tell OpenAI's own servers (regional ones too) from compatible ones, which may refuse unknown fields."""
-    host = urlsplit(endpoint.base_url).hostname or ""
+    host = urlsplit(base_url).hostname or ""
     return host == _HOST or host.endswith("." + _HOST)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from pipeline import jsonl
@@ -49,6 +50,7 @@ _TRANSLATED_PARTS = frozenset({"image", "tool_use", "tool_result"})
 _REASONING = re.compile(r"(?:ft:)?(?:o[0-9]|gpt-(?:[5-9]|[12][0-9]))(?![0-9a-z])")
 
 
+@lru_cache(maxsize=1024)
 def is_reasoning(model: str) -> bool:
     """Tell by its name (o-series, GPT-5 on) a model that wants `max_completion_tokens` and `developer`."""
     return _REASONING.match(model) is not None
