@@ -4,7 +4,7 @@
              └── Worker ──┘  Driver           into a file of its own; the driver is the one writer of the results
 
 `driver` deals out and collects, `worker` does one part, `quota` gives out shares of the limits, `claims` sees that ids
-stand once over all parts, `workshop` is where the parts lie. None of these knows Ray: that is `fleet` alone.
+stand once over all parts, `staging` is where the parts lie. None of these knows Ray: that is `ray_pool` alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.books import Books
 from pipeline.cluster.driver import Driver
-from pipeline.cluster.fleet import Fleet
+from pipeline.cluster.ray_pool import RayPool
 from pipeline.config import Config
 from pipeline.errors import UsageError
 from pipeline.pricing import LIVE, Prices
@@ -56,11 +56,11 @@ async def run_batch(
     with assemble.settings_for(config, options) as settings:
         books = Books(configuration.ledger_path(config))
         driver = Driver(sources, place, settings, options, Prices(config), books, say)
-        fleet = await to_thread.run_sync(Fleet.connect, ray, settings, driver.run_id)
+        pool = await to_thread.run_sync(RayPool.connect, ray, settings, driver.run_id)
         try:
-            return await driver.lead(fleet, watch, handle_signals=handle_signals)
+            return await driver.lead(pool, watch, handle_signals=handle_signals)
         finally:
-            await to_thread.run_sync(fleet.close)
+            await to_thread.run_sync(pool.close)
 
 
 def _refuse(settings: Config, options: Options, ray: str) -> None:

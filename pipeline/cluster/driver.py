@@ -23,9 +23,9 @@ from pipeline.books import Books
 from pipeline.chunks import Chunks
 from pipeline.cluster import merging
 from pipeline.cluster.claims import Scan
-from pipeline.cluster.dealing import Deal, Lot
+from pipeline.cluster.scheduling import Scheduler, Shard
+from pipeline.cluster.staging import Name, Part, staging_of, taken_over
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, own_version
-from pipeline.cluster.workshop import Name, Part, taken_over, workshop_of
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError, UsageError
 from pipeline.plan import Claims
@@ -47,7 +47,7 @@ class WorkerLostError(Exception):
     """A worker died, or its machine cannot be reached any more."""
 
 
-class Hand(Protocol):
+class WorkerHandle(Protocol):
     """A worker as the driver sees it. Every call raises `WorkerLostError` where it is not there any more."""
 
     async def greet(self, place: Name, token: str) -> Greeting: ...
@@ -63,19 +63,21 @@ class Hand(Protocol):
     async def stop(self) -> None: ...
 
 
-class Hands(Protocol):
+class WorkerPool(Protocol):
     """Where workers come from, `size` at a time."""
 
     size: int
 
-    async def hire(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> Hand:
+    async def start_worker(
+        self, settings: Config, options: Options, *, first_share: float, at_once: int
+    ) -> WorkerHandle:
         """Return a new worker, once there is room for it.
 
         It does `at_once` parts at a time; each has `first_share` of the limits in the beginning.
         """
         ...
 
-    async def dismiss(self) -> None:
+    async def kill_all(self) -> None:
         """Let all workers go at once, whatever they do."""
         ...
 
@@ -94,12 +96,12 @@ class Driver(Run):
         say: Callable[[str], None],
     ) -> None:
         super().__init__(sources, output, settings, options, prices, books, say)
-        self._workshop = workshop_of(output)
+        self._staging = staging_of(output)
         self._token = ""
         self._left_over: list[Part] = []
-        self._hands_of: Hands
-        self._hands: list[Hand] = []
-        self._deal: Deal
+        self._pool: WorkerPool
+        self._workers: list[WorkerHandle] = []
+        self._scheduler: Scheduler
         self._tasks: anyio.abc.TaskGroup
         self._parts: dict[Name, Snapshot] = {}
         self._granted: dict[int, int] = {}
@@ -107,9 +109,9 @@ class Driver(Run):
         self._reasons: dict[str, PipelineError] = {}
         self._stopped: PipelineError | None = None
 
-    async def lead(self, hands: Hands, watch: Watch | None, *, handle_signals: bool) -> Summary:
+    async def lead(self, pool: WorkerPool, watch: Watch | None, *, handle_signals: bool) -> Summary:
         """Do all of it with these workers."""
-        self._hands_of = hands
+        self._pool = pool
         return await self.execute(watch, handle_signals=handle_signals)
 
     async def answer(self, watch: Watch | None) -> None:
@@ -133,8 +135,8 @@ class Driver(Run):
     def _open_lanes(self) -> None:
         """Take in what workers of a run that was killed have done, before the results are read."""
         self._refuse_open_batches()
-        self._token = self._workshop.open()
-        self._left_over = [self._workshop.taken_over(name) for name in self._workshop.parts()]
+        self._token = self._staging.open()
+        self._left_over = [self._staging.taken_over(name) for name in self._staging.parts()]
         done = self.recorder.done(Totals()) if self._left_over else record.Done()
         for part in self._left_over:
             for lines, records in part.groups():
@@ -163,64 +165,66 @@ class Driver(Run):
         while self._left_over:  # all of it is in the results and in the journal by now
             await to_thread.run_sync(self._left_over.pop().remove)
         size = await to_thread.run_sync(_size_of, self.sources)
-        part_bytes = min(max(size // (self._hands_of.size * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
-        self._deal = Deal(
+        part_bytes = min(max(size // (self._pool.size * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
+        self._scheduler = Scheduler(
             (span for source in self.sources for span in cut(source, part_bytes)),
             self.intake,
-            ahead=PARTS_AT_ONCE * self._hands_of.size,
+            ahead=PARTS_AT_ONCE * self._pool.size,
             limit=self.options.limit,
         )
         async with anyio.create_task_group() as self._tasks:
             if self.is_draining:
-                self._deal.stop()
-            self._tasks.start_soon(self._expect_hands, assemble.patience(self.settings))
-            for _ in range(self._hands_of.size):
-                self._tasks.start_soon(self._man)
-            while not self._deal.is_over:
-                await self._deal.change()
+                self._scheduler.stop()
+            self._tasks.start_soon(self._expect_workers, assemble.patience(self.settings))
+            for _ in range(self._pool.size):
+                self._tasks.start_soon(self._keep_worker)
+            while not self._scheduler.is_over:
+                await self._scheduler.change()
             self._tasks.cancel_scope.cancel()
 
-    async def _man(self) -> None:
+    async def _keep_worker(self) -> None:
         """Keep one place manned while there is work."""
         concurrency = max(1, self.settings.sending.concurrency // PARTS_AT_ONCE)
         settings = self.settings.with_("sending", concurrency=concurrency)
-        while not self._deal.is_over:
-            first_share = 1 / (self._hands_of.size * PARTS_AT_ONCE)
-            hand = await self._hands_of.hire(settings, self.options, first_share=first_share, at_once=PARTS_AT_ONCE)
+        while not self._scheduler.is_over:
+            first_share = 1 / (self._pool.size * PARTS_AT_ONCE)
+            worker = await self._pool.start_worker(
+                settings, self.options, first_share=first_share, at_once=PARTS_AT_ONCE
+            )
             try:
-                _require_same_version(await hand.greet(self._workshop.place, self._token))
+                _require_same_version(await worker.greet(self._staging.place, self._token))
             except PipelineError as exc:
                 self._end(exc)
                 return
             except WorkerLostError:
                 continue
-            self._hands.append(hand)
+            self._workers.append(worker)
             async with anyio.create_task_group() as beside:
-                beside.start_soon(self._look_after, hand)
+                beside.start_soon(self._monitor, worker)
                 async with anyio.create_task_group() as group:
                     for _ in range(PARTS_AT_ONCE):
-                        group.start_soon(self._employ, hand)
+                        group.start_soon(self._feed, worker)
                 beside.cancel_scope.cancel()
-            self._hands.remove(hand)
+            self._workers.remove(worker)
 
-    async def _employ(self, hand: Hand) -> None:
+    async def _feed(self, worker: WorkerHandle) -> None:
         """Give a worker part after part until nothing is left, or it is lost."""
         try:
-            while not self._deal.is_over:
-                if lot := self._deal.next_to_do():
-                    await self._have_done(hand, lot)
-                elif lot := await self._deal.next_to_scan():
-                    await self._have_scanned(hand, lot)
+            while not self._scheduler.is_over:
+                if shard := self._scheduler.next_to_do():
+                    await self._have_done(worker, shard)
+                elif shard := await self._scheduler.next_to_scan():
+                    await self._have_scanned(worker, shard)
                 else:
-                    await self._deal.change()
+                    await self._scheduler.change()
         except WorkerLostError as exc:
             self.say(f"a worker was lost, others do what it left: {exc}")
 
-    async def _expect_hands(self, patience: float) -> None:
+    async def _expect_workers(self, patience: float) -> None:
         """End the run when nobody is there to do anything for so many seconds."""
         since = self.clock.now()
         while self.clock.now() - since < patience:
-            if self._hands:
+            if self._workers:
                 since = self.clock.now()
             await anyio.sleep(_LOOK_SECONDS)
         self._end(
@@ -230,16 +234,16 @@ class Driver(Run):
             )
         )
 
-    async def _look_after(self, hand: Hand) -> None:
+    async def _monitor(self, worker: WorkerHandle) -> None:
         """Ask a worker now and then how it is getting on, and give it the money that it needs."""
         try:
             while True:
                 await anyio.sleep(_LOOK_SECONDS)
-                for snapshot in await hand.progress():
+                for snapshot in await worker.progress():
                     if snapshot.number in self._granted:
                         self._parts[snapshot.output] = snapshot
                         if snapshot.wanted and self.budget:
-                            await hand.grant(snapshot.number, self._grant(snapshot.number, snapshot.wanted))
+                            await worker.grant(snapshot.number, self._grant(snapshot.number, snapshot.wanted))
         except WorkerLostError:
             return  # who has parts done by it will hear of it, too
 
@@ -251,7 +255,7 @@ class Driver(Run):
         if self.budget is None:
             self._granted[number] = 0
             return None
-        share = max(0, self.budget.room) // (_PARTS_OF_MONEY * PARTS_AT_ONCE * self._hands_of.size)
+        share = max(0, self.budget.room) // (_PARTS_OF_MONEY * PARTS_AT_ONCE * self._pool.size)
         amount = max(wanted, share)
         if not self.budget.try_reserve(amount):
             return None
@@ -266,42 +270,42 @@ class Driver(Run):
 
     # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _have_scanned(self, hand: Hand, lot: Lot) -> None:
+    async def _have_scanned(self, worker: WorkerHandle, shard: Shard) -> None:
         try:
-            scan = await hand.scan(lot.span, lot.before)
+            scan = await worker.scan(shard.span, shard.before)
         except PipelineError as exc:
-            self._deal.unscanned(lot)
+            self._scheduler.unscanned(shard)
             self._end(exc)
         except BaseException:
-            self._deal.unscanned(lot)
+            self._scheduler.unscanned(shard)
             raise
         else:
-            self._deal.scanned(lot, scan)
+            self._scheduler.scanned(shard, scan)
 
-    async def _have_done(self, hand: Hand, lot: Lot) -> None:
-        output = self._workshop.new_part(lot.number)
+    async def _have_done(self, worker: WorkerHandle, shard: Shard) -> None:
+        output = self._staging.new_part(shard.number)
         task = Task(
-            number=lot.number,
-            span=lot.span,
+            number=shard.number,
+            span=shard.span,
             output=output,
-            limit=lot.limit,
-            known=lot.known,
-            before=lot.before,
-            grant=self._grant(lot.number, 0),
+            limit=shard.limit,
+            known=shard.known,
+            before=shard.before,
+            grant=self._grant(shard.number, 0),
         )
         spent = None
         try:
-            outcome = await hand.work(task)
+            outcome = await worker.work(task)
             spent = outcome.spent
         except WorkerLostError:
-            self._deal.undone(lot, await self._collect(output, is_lost=True))
+            self._scheduler.undone(shard, await self._collect(output, is_lost=True))
             raise
         finally:
-            self._settle(lot.number, spent)
+            self._settle(shard.number, spent)
             self._parts.pop(output, None)
         self._heed(outcome)
         await self._collect(output)
-        self._deal.done()
+        self._scheduler.done()
 
     def _heed(self, outcome: Outcome) -> None:
         """Take what a part tells beside its results."""
@@ -321,7 +325,7 @@ class Driver(Run):
         """
         keys: list[int] = []
         counts: Counter[str] = Counter()
-        part = await taken_over(self._workshop, name, assemble.patience(self.settings))
+        part = await taken_over(self._staging, name, assemble.patience(self.settings))
         try:
             groups = part.groups()
             while group := await to_thread.run_sync(next, groups, None):
@@ -347,10 +351,10 @@ class Driver(Run):
 
     async def _collect_rest(self) -> None:
         """Collect what workers have done that were sent away."""
-        await self._hands_of.dismiss()
-        for name in await to_thread.run_sync(self._workshop.parts):
+        await self._pool.kill_all()
+        for name in await to_thread.run_sync(self._staging.parts):
             await self._collect(name, is_lost=True)
-        await to_thread.run_sync(self._workshop.close)
+        await to_thread.run_sync(self._staging.close)
 
     # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -363,13 +367,13 @@ class Driver(Run):
         """Send nothing new; what is in flight is finished."""
         if reason:
             self._stopped = self._stopped or reason
-        self._deal.stop()
-        for hand in self._hands:
-            self._tasks.start_soon(self._stop_one, hand)
+        self._scheduler.stop()
+        for worker in self._workers:
+            self._tasks.start_soon(self._stop_one, worker)
 
-    async def _stop_one(self, hand: Hand) -> None:
+    async def _stop_one(self, worker: WorkerHandle) -> None:
         try:
-            await hand.stop()
+            await worker.stop()
         except WorkerLostError:
             return
 

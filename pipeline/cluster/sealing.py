@@ -1,6 +1,6 @@
 """Secrets on their way to workers: unreadable in what Ray logs, and in what it shows.
 
-Ray hands environment variables to workers, but writes them to a log on every machine; arguments it keeps in its tables.
+Ray pool environment variables to workers, but writes them to a log on every machine; arguments it keeps in its tables.
 So what travels as a variable is sealed with a pad of random bytes, used once, which travels as an argument: each of the
 two alone says nothing but how long the secrets are.
 """

@@ -18,9 +18,9 @@ from pipeline import aio, assemble, errors, read, record
 from pipeline.assemble import Options
 from pipeline.books import NoBooks
 from pipeline.budget import Budget
-from pipeline.cluster import workshop
+from pipeline.cluster import staging
 from pipeline.cluster.claims import Scan
-from pipeline.cluster.workshop import Name
+from pipeline.cluster.staging import Name
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError
 from pipeline.job import Job
@@ -120,8 +120,8 @@ class Worker:
         return f"pipeline worker ({doing})"
 
     async def greet(self, place: Name, token: str) -> Greeting:
-        """Say who this is. Raises `UsageError` where the workshop is not seen from here."""
-        await to_thread.run_sync(workshop.see, place, token)
+        """Say who this is. Raises `UsageError` where the staging area is not seen from here."""
+        await to_thread.run_sync(staging.check_visible, place, token)
         return Greeting(host=socket.gethostname(), process=os.getpid(), version=own_version())
 
     async def scan(self, span: Span, before: Claims) -> Scan:

@@ -117,7 +117,7 @@ async def _capacity(address: str, holders: int) -> float:
     """Return how many calls a second one budget actor answers when so many parts are at work."""
     import ray
 
-    from pipeline.cluster.fleet import Budget
+    from pipeline.cluster.ray_pool import Budget
 
     ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
     actor: Any = ray.remote(Budget).options(num_cpus=0).remote()

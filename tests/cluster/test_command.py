@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline import cli
-from pipeline.cluster import fleet
+from pipeline.cluster import ray_pool
 
 LINE = '{"custom_id": "q-1", "model": "gpt-6-luna", "messages": [{"role": "user", "content": "hi"}]}\n'
 
@@ -121,4 +121,4 @@ def test_a_pipe_is_refused() -> None:
 )
 def test_the_door_of_a_cluster(address: str, place: tuple[str, int] | None) -> None:
     """Where a cluster listens, as Ray reads addresses."""
-    assert fleet.place_of(address) == place
+    assert ray_pool.place_of(address) == place

@@ -27,7 +27,7 @@ from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, serving
 from pipeline.verifying import verify
 from tests.bucket import Bucket
-from tests.cluster.crew import Crew, drive, until
+from tests.cluster.fakes import FakePool, drive, until
 
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-6-luna"}
 COUNT = 60
@@ -83,10 +83,10 @@ async def test_many_make_of_it_what_one_would(tmp_path: Path) -> None:
 
     with _world() as (config, _):
         one = await pipeline.run_batch([source], output=tmp_path / "one.jsonl", config=config)
-        crew = Crew(3)
-        many = await drive([source], tmp_path / "many.jsonl", config, crew)
+        pool = FakePool(3)
+        many = await drive([source], tmp_path / "many.jsonl", config, pool)
 
-    assert len(crew.tasks) > 10
+    assert len(pool.tasks) > 10
     assert _told(_results(tmp_path / "many.jsonl")) == _told(_results(tmp_path / "one.jsonl"))
     assert (many.exit_code, many.total, many.run.as_dict(None)) == (one.exit_code, one.total, one.run.as_dict(None))
     assert many.attempts == one.attempts
@@ -99,10 +99,10 @@ async def test_nothing_is_left_beside_the_results(tmp_path: Path) -> None:
     source = _write(tmp_path / "in.jsonl", _lines())
 
     with _world() as (config, server):
-        await drive([source], tmp_path / "out.jsonl", config, Crew(), limit=25)
+        await drive([source], tmp_path / "out.jsonl", config, FakePool(), limit=25)
         assert not (tmp_path / "out.parts").exists()
         summary = await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config)
-        again = await drive([source], tmp_path / "out.jsonl", config, Crew())
+        again = await drive([source], tmp_path / "out.jsonl", config, FakePool())
         assert server.statistics()["answered"] == COUNT
 
     assert (summary.reused, summary.run.succeeded) == (25, COUNT - 25)
@@ -114,7 +114,7 @@ async def test_a_limit_is_one_of_all_parts(tmp_path: Path) -> None:
     source = _write(tmp_path / "in.jsonl", _lines())
 
     with _world() as (config, server):
-        summary = await drive([source], tmp_path / "out.jsonl", config, Crew(3), limit=23)
+        summary = await drive([source], tmp_path / "out.jsonl", config, FakePool(3), limit=23)
         assert server.statistics()["answered"] == 23
 
     assert {result["custom_id"] for result in _results(tmp_path / "out.jsonl")} == {f"q-{n}" for n in range(23)}
@@ -127,11 +127,11 @@ async def test_failed_lines_are_sent_again_when_asked(tmp_path: Path) -> None:
 
     with _world(faults={"500": 0.5}, seed=3) as (config, _):
         config = config.with_("sending", max_attempts=1)
-        first = await drive([source], tmp_path / "out.jsonl", config, Crew())
+        first = await drive([source], tmp_path / "out.jsonl", config, FakePool())
     assert first.exit_code == 1
     with _world() as (config, server):
         _write(source, [*_lines()[:-1], _line(999, custom_id=f"q-{COUNT - 1}")])
-        second = await drive([source], tmp_path / "out.jsonl", config, Crew(), retry_failed=True)
+        second = await drive([source], tmp_path / "out.jsonl", config, FakePool(), retry_failed=True)
         assert server.statistics()["answered"] in (first.run.failed, first.run.failed + 1)
 
     assert (second.exit_code, second.run.succeeded + second.reused) == (0, COUNT)
@@ -148,15 +148,15 @@ async def test_a_lost_worker_costs_what_it_had_in_flight(tmp_path: Path) -> None
 
     with _world(latency=0.02, journal=True) as (config, server):
         config = config.with_("sending", concurrency=8)
-        crew = Crew(2, lose={0: 1, 3: 2, 6: 1})
-        summary = await drive([source], tmp_path / "out.jsonl", config, crew)
+        pool = FakePool(2, lose={0: 1, 3: 2, 6: 1})
+        summary = await drive([source], tmp_path / "out.jsonl", config, pool)
         statistics = server.statistics()
 
     results = _results(tmp_path / "out.jsonl")
     repeated = statistics["answered"] - COUNT
     listed = [call.sent for call in summary.possibly_billed]
     assert sorted(result["custom_id"] for result in results) == sorted(f"q-{n}" for n in range(COUNT))
-    assert len(crew.hired) == 2 + 3
+    assert len(pool.started) == 2 + 3
     assert repeated <= len(listed) <= 3 * 8
     assert summary.exit_code == 0
     assert summary.attempts.total == COUNT + len(listed)
@@ -176,9 +176,9 @@ async def test_what_a_killed_driver_left_is_taken_in(monkeypatch: pytest.MonkeyP
     with _world(latency=0.05) as (config, server):
         config = config.with_("sending", concurrency=4)
         with anyio.CancelScope() as killed:
-            await drive([source], output, config, Crew(2), watch=kill)
+            await drive([source], output, config, FakePool(2), watch=kill)
         written = sum(path.read_bytes().count(b"\n") for path in _parts(tmp_path))
-        summary = await drive([source], output, config, Crew(2))
+        summary = await drive([source], output, config, FakePool(2))
         repeated = server.statistics()["answered"] - COUNT
 
     assert summary.exit_code == 0
@@ -200,7 +200,7 @@ async def test_a_wrong_key_ends_it_for_all(tmp_path: Path) -> None:
     source = _write(tmp_path / "in.jsonl", _lines())
 
     with _world(keys=frozenset({"another"})) as (config, server):
-        summary = await drive([source], tmp_path / "out.jsonl", config, Crew(3))
+        summary = await drive([source], tmp_path / "out.jsonl", config, FakePool(3))
         assert server.statistics()["received"] < COUNT
 
     assert (summary.exit_code, summary.status, summary.pending) == (3, "stopped", summary.total)
@@ -213,17 +213,17 @@ async def test_a_cap_is_one_of_all_workers(tmp_path: Path, share: float) -> None
     """Money is dealt out in parts: together they never spend more, and little of it is left unused."""
     source = _write(tmp_path / "in.jsonl", _lines())
     with _world() as (config, _):
-        free = await drive([source], tmp_path / "free.jsonl", config, Crew(2))
+        free = await drive([source], tmp_path / "free.jsonl", config, FakePool(2))
         cost = free.run.spending.usd or 0.0
         capped = config.with_("budget", per_run=Decimal(str(round(3 * share * cost, 9)))).with_(
             "sending", concurrency=4
         )
-        crew = Crew(2)
-        summary = await drive([source], tmp_path / "out.jsonl", capped, crew)
+        pool = FakePool(2)
+        summary = await drive([source], tmp_path / "out.jsonl", capped, pool)
 
     spent = summary.run.spending.nanos
     assert summary.cap is not None
-    assert spent == sum(crew.spent) == summary.cap_used <= summary.cap
+    assert spent == sum(pool.spent) == summary.cap_used <= summary.cap
     if share > 1:
         assert (summary.exit_code, summary.pending) == (0, 0)
     else:
@@ -240,7 +240,9 @@ async def test_a_first_signal_finishes_what_is_in_flight(tmp_path: Path) -> None
 
     with _world(latency=0.05) as (config, server):
         config = config.with_("sending", concurrency=8)
-        summary = await drive([source], tmp_path / "out.jsonl", config, Crew(2), watch=interrupt, handle_signals=True)
+        summary = await drive(
+            [source], tmp_path / "out.jsonl", config, FakePool(2), watch=interrupt, handle_signals=True
+        )
         assert server.statistics()["answered"] == len(_results(tmp_path / "out.jsonl")) == summary.run.succeeded
 
     assert (summary.exit_code, summary.status) == (143, "stopped")
@@ -258,7 +260,7 @@ async def test_an_input_that_changes_is_no_mixture(tmp_path: Path) -> None:
 
     with _world(latency=0.05) as (config, _):
         config = config.with_("sending", concurrency=8)
-        summary = await drive([source], tmp_path / "out.jsonl", config, Crew(2), watch=change)
+        summary = await drive([source], tmp_path / "out.jsonl", config, FakePool(2), watch=change)
 
     assert summary.exit_code == 75
     assert "was changed while it was being read" in (summary.stop_reason or "")
@@ -271,7 +273,7 @@ async def test_a_cluster_without_room_is_not_waited_for_for_ever(tmp_path: Path)
 
     with _world() as (config, _):
         config = config.with_("sending", stall_timeout=1, timeout=0.1, max_retry_after=1)
-        summary = await drive([source], tmp_path / "out.jsonl", config, Crew(has_room=False))
+        summary = await drive([source], tmp_path / "out.jsonl", config, FakePool(has_room=False))
 
     assert (summary.exit_code, summary.pending) == (75, 0)
     assert "no worker" in (summary.stop_reason or "")
@@ -282,24 +284,24 @@ async def test_another_version_is_refused(tmp_path: Path) -> None:
     source = _write(tmp_path / "in.jsonl", _lines(3))
 
     with _world() as (config, server):
-        summary = await drive([source], tmp_path / "out.jsonl", config, Crew(version="0.0.1"))
+        summary = await drive([source], tmp_path / "out.jsonl", config, FakePool(version="0.0.1"))
         assert server.statistics()["received"] == 0
 
     assert summary.exit_code == 2
     assert "has pipeline 0.0.1" in (summary.stop_reason or "")
 
 
-async def test_a_workshop_that_is_not_shared_is_told(tmp_path: Path) -> None:
+async def test_a_staging_area_that_is_not_shared_is_told(tmp_path: Path) -> None:
     """A worker that does not see the folder of the parts says so before anything is sent."""
-    from pipeline.cluster import workshop
+    from pipeline.cluster import staging
 
-    shop = workshop.workshop_of(tmp_path / "out.jsonl")
-    token = shop.open()
-    workshop.see(shop.place, token)
+    area = staging.staging_of(tmp_path / "out.jsonl")
+    token = area.open()
+    staging.check_visible(area.place, token)
 
-    for place, other in ((shop.place, "another"), (tmp_path / "elsewhere", token)):
+    for place, other in ((area.place, "another"), (tmp_path / "elsewhere", token)):
         with pytest.raises(UsageError, match="not seen from all machines"):
-            workshop.see(place, other)
+            staging.check_visible(place, other)
 
 
 async def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
@@ -308,10 +310,10 @@ async def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
 
     with _world(latency=0.2) as (config, _):
         async with anyio.create_task_group() as group:
-            group.start_soon(drive, [source], tmp_path / "out.jsonl", config, Crew(1))
+            group.start_soon(drive, [source], tmp_path / "out.jsonl", config, FakePool(1))
             await anyio.sleep(0.2)
             with pytest.raises(TryLaterError, match="another run"):
-                await drive([source], tmp_path / "out.jsonl", config, Crew(1))
+                await drive([source], tmp_path / "out.jsonl", config, FakePool(1))
 
 
 async def test_progress_is_that_of_all(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ async def test_progress_is_that_of_all(tmp_path: Path) -> None:
 
     with _world(latency=0.3) as (config, _):
         config = config.with_("sending", concurrency=8)
-        await drive([source], tmp_path / "out.jsonl", config, Crew(2), watch=look)
+        await drive([source], tmp_path / "out.jsonl", config, FakePool(2), watch=look)
 
     done = [progress.run.finished for progress in seen]
     assert max(done) > 0
@@ -345,9 +347,9 @@ async def test_input_and_results_at_a_store(bucket: Bucket, tmp_path: Path) -> N
 
     with _world(latency=0.7) as (config, server):
         config = config.with_("sending", concurrency=8)
-        crew = Crew(2, lose_first={0})
-        summary = await drive([source], output, config, crew)
-        again = await drive([source], output, config, Crew(2))
+        pool = FakePool(2, lose_first={0})
+        summary = await drive([source], output, config, pool)
+        again = await drive([source], output, config, FakePool(2))
         answered = server.statistics()["answered"]
 
     ids = [
@@ -358,7 +360,7 @@ async def test_input_and_results_at_a_store(bucket: Bucket, tmp_path: Path) -> N
     assert sorted(ids) == sorted(f"q-{n}" for n in range(12))
     assert (summary.exit_code, summary.results_file) == (0, output)
     assert (again.exit_code, again.reused) == (0, 12)
-    assert len(crew.hired) == 3
+    assert len(pool.started) == 3
     assert answered - 12 <= summary.attempts.unknown
     names = [found.url.removeprefix(output) for found in await to_thread.run_sync(stores.listed_deep, output)]
     assert not [name for name in names if name.startswith("work/")]
@@ -370,11 +372,11 @@ async def test_what_a_killed_driver_left_at_a_store_is_taken_in(bucket: Bucket, 
     await to_thread.run_sync(stores.put, source, _write(tmp_path / "in.jsonl", _lines(10)).read_bytes())
 
     with _world() as (config, server):
-        await drive([source], output, config, Crew(1), limit=5)
+        await drive([source], output, config, FakePool(1), limit=5)
         (part,) = await to_thread.run_sync(parts_at, output)
         await to_thread.run_sync(stores.move, part.url, f"{output}work/part-00000-00001-x/part-00000.jsonl")
         await to_thread.run_sync(shutil.rmtree, configuration.spool_path(config, output))
-        summary = await drive([source], output, config, Crew(1))
+        summary = await drive([source], output, config, FakePool(1))
         assert server.statistics()["answered"] == 10
 
     assert (summary.exit_code, summary.reused, summary.run.succeeded) == (0, 5, 5)

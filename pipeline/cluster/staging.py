@@ -31,7 +31,7 @@ from pipeline.totals import Totals
 Name = str | Path
 """A part: a file, or the URL of a folder."""
 
-_TOKEN = "workshop"
+_TOKEN = "token"
 _GROUP_LINES = 256
 _LOCK_SECONDS = 0.5
 
@@ -88,7 +88,7 @@ class Part:
         self._recorder.release()
 
 
-class Workshop(Protocol):
+class Staging(Protocol):
     """The parts of one results file."""
 
     @property
@@ -117,13 +117,13 @@ class Workshop(Protocol):
         ...
 
 
-def workshop_of(output: Name) -> Workshop:
-    """Return the workshop of an output: a file, or the URL of a folder at an object store."""
+def staging_of(output: Name) -> Staging:
+    """Return the staging area of an output: a file, or the URL of a folder at an object store."""
     return _Folder(output) if isinstance(output, Path) else _RemoteFolder(output)
 
 
-def see(place: Name, token: str) -> None:
-    """Make sure that a workshop is seen from here. Raises `UsageError`."""
+def check_visible(place: Name, token: str) -> None:
+    """Make sure that a staging area is seen from here. Raises `UsageError`."""
     try:
         found = stores.read(f"{place}{_TOKEN}")[0] if isinstance(place, str) else (place / _TOKEN).read_bytes()
     except (OSError, StorageError) as exc:
@@ -138,12 +138,12 @@ def see(place: Name, token: str) -> None:
     )
 
 
-async def taken_over(shop: Workshop, name: Name, patience: float) -> Part:
+async def taken_over(area: Staging, name: Name, patience: float) -> Part:
     """Take a part over as soon as nobody writes it; raises `TryLaterError` when that takes more than some seconds."""
     last = anyio.current_time() + patience
     while True:
         try:
-            return await to_thread.run_sync(shop.taken_over, name)
+            return await to_thread.run_sync(area.taken_over, name)
         except TryLaterError:
             if anyio.current_time() >= last:
                 raise
@@ -151,7 +151,7 @@ async def taken_over(shop: Workshop, name: Name, patience: float) -> Part:
 
 
 class _Folder:
-    """A workshop on a file system: `answers.parts/` beside `answers.jsonl`."""
+    """A staging area on a file system: `answers.parts/` beside `answers.jsonl`."""
 
     def __init__(self, output: Path) -> None:
         self.place = beside(output, ".parts")
@@ -191,7 +191,7 @@ class _Folder:
 
 
 class _RemoteFolder:
-    """A workshop at an object store: `answers/work/` in the folder of the results.
+    """A staging area at an object store: `answers/work/` in the folder of the results.
 
     No name is used twice, by any run: on a machine of the cluster there may be a spool of it.
     """

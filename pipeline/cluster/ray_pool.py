@@ -25,8 +25,8 @@ from pipeline.cluster import sealing
 from pipeline.cluster.claims import Scan
 from pipeline.cluster.driver import WorkerLostError
 from pipeline.cluster.quota import Quota
+from pipeline.cluster.staging import Name
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
-from pipeline.cluster.workshop import Name
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError, UsageError
 from pipeline.limits import Need
@@ -45,7 +45,7 @@ _ON_THE_HEAD = {"node:__internal_head__": 0.001}
 _ADDRESS = re.compile(r"(?:(?P<scheme>ray)://)?(?P<host>\[[^]]+\]|[^:/]+)(?::(?P<port>\d+))?")
 
 
-class Fleet:
+class RayPool:
     """The workers of one run, on a cluster that is connected. `size` is how many there should be."""
 
     def __init__(self, ray: Any, settings: Config, run_id: str, pad: bytes) -> None:
@@ -68,7 +68,7 @@ class Fleet:
         self.size = settings.cluster.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     @classmethod
-    def connect(cls, address: str, settings: Config, run_id: str) -> Fleet:
+    def connect(cls, address: str, settings: Config, run_id: str) -> RayPool:
         """Join a cluster, or start one on this machine (`local`).
 
         Raises `UsageError` where Ray is not there or does not fit the cluster's, `TryLaterError` where the cluster
@@ -101,7 +101,7 @@ class Fleet:
             ) from exc
         return cls(ray, settings, run_id, pad)
 
-    async def hire(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> _Hand:
+    async def start_worker(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> _RayWorker:
         number = next(self._numbers)
         actor = (
             self._ray.remote(RemoteWorker)
@@ -117,11 +117,11 @@ class Fleet:
             )
         )
         self._actors.append(actor)
-        hand = _Hand(self._ray, actor)
-        await hand.wait_ready()
-        return hand
+        worker = _RayWorker(self._ray, actor)
+        await worker.wait_ready()
+        return worker
 
-    async def dismiss(self) -> None:
+    async def kill_all(self) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors.clear()
@@ -157,7 +157,7 @@ class Budget:
         self._quota.give_back(holder)
 
 
-class _Hand:
+class _RayWorker:
     """A worker behind an actor's handle."""
 
     def __init__(self, ray: Any, actor: Any) -> None:

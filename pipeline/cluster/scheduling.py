@@ -19,7 +19,7 @@ from pipeline.sources import Span
 
 
 @dataclass(slots=True, kw_only=True)
-class Lot:
+class Shard:
     """A part of the input on its way; `number` is its place there.
 
     `before` is what must be known of the ids of those before it, `known` are the lines with results (`record.key`),
@@ -33,7 +33,7 @@ class Lot:
     limit: int | None = None
 
 
-class Deal:
+class Scheduler:
     """The parts of one run; `ahead` of them are planned before their turn to be done. `limit` bounds the lines."""
 
     def __init__(self, spans: Iterator[Span], intake: Intake, *, ahead: int, limit: int | None) -> None:
@@ -45,12 +45,12 @@ class Deal:
         self._is_cut = False
         self._cutting = anyio.Lock()
         self._count = 0
-        self._to_scan: list[tuple[int, Lot]] = []
+        self._to_scan: list[tuple[int, Shard]] = []
         self._in_scan = 0
-        self._scanned: dict[int, tuple[Lot, Scan]] = {}
+        self._scanned: dict[int, tuple[Shard, Scan]] = {}
         self._next_settled = 0
         self._next_line = 1
-        self._to_do: list[tuple[int, Lot]] = []
+        self._to_do: list[tuple[int, Shard]] = []
         self._in_work = 0
         self._changed = anyio.Event()
         self.is_stopped = False
@@ -69,20 +69,20 @@ class Deal:
         await self._changed.wait()
 
     def stop(self) -> None:
-        """Deal out nothing more; what is in work is finished."""
+        """Scheduler out nothing more; what is in work is finished."""
         self.is_stopped = True
         self._tell()
 
     # ── planning ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def next_to_scan(self) -> Lot | None:
+    async def next_to_scan(self) -> Shard | None:
         """Return a part to be planned, to be followed by `scanned` or `unscanned`; None if there is none now."""
-        lot = await self._next_to_scan()
-        if lot is not None:
+        shard = await self._next_to_scan()
+        if shard is not None:
             self._in_scan += 1
-        return lot
+        return shard
 
-    async def _next_to_scan(self) -> Lot | None:
+    async def _next_to_scan(self) -> Shard | None:
         if self.is_stopped:
             return None
         if self._to_scan:
@@ -97,52 +97,52 @@ class Deal:
                 self._tell()
                 return None
             self._count += 1
-            return Lot(number=self._count - 1, span=span)
+            return Shard(number=self._count - 1, span=span)
 
-    def scanned(self, lot: Lot, scan: Scan) -> None:
+    def scanned(self, shard: Shard, scan: Scan) -> None:
         """Take what planning a part found."""
         self._in_scan -= 1
-        self._scanned[lot.number] = (lot, scan)
+        self._scanned[shard.number] = (shard, scan)
         self._settle()
         self._tell()
 
-    def unscanned(self, lot: Lot) -> None:
+    def unscanned(self, shard: Shard) -> None:
         """Take a part back that was not planned."""
         self._in_scan -= 1
-        heapq.heappush(self._to_scan, (lot.number, lot))
+        heapq.heappush(self._to_scan, (shard.number, shard))
         self._tell()
 
     def _settle(self) -> None:
         """Settle what is planned in the order of the input: ids, line numbers, what has results already."""
         while self._next_settled in self._scanned:
-            lot, scan = self._scanned.pop(self._next_settled)
+            shard, scan = self._scanned.pop(self._next_settled)
             if before := self._register.settle(scan):
-                heapq.heappush(self._to_scan, (lot.number, replace(lot, before=before)))
+                heapq.heappush(self._to_scan, (shard.number, replace(shard, before=before)))
                 return
             self._next_settled += 1
-            self._admit(lot, scan)
+            self._admit(shard, scan)
         self._intake.is_all_read = self._is_cut and self._next_settled == self._count
 
-    def _admit(self, lot: Lot, scan: Scan) -> None:
+    def _admit(self, shard: Shard, scan: Scan) -> None:
         """Let a part be done, as far as it is wanted."""
         keys: Sequence[int] = scan.keys
         if self._limit is not None:
-            lot.limit = self._limit - self._intake.lines
-            keys = keys[: lot.limit]
-        if lot.span.start == 0:
+            shard.limit = self._limit - self._intake.lines
+            keys = keys[: shard.limit]
+        if shard.span.start == 0:
             self._next_line = 1
-        lot.span = replace(lot.span, number=self._next_line)
+        shard.span = replace(shard.span, number=self._next_line)
         self._next_line += scan.lines
-        lot.known = self._intake.recognize(keys)
-        if len(lot.known) < len(keys):
-            heapq.heappush(self._to_do, (lot.number, lot))
+        shard.known = self._intake.recognize(keys)
+        if len(shard.known) < len(keys):
+            heapq.heappush(self._to_do, (shard.number, shard))
 
     def _is_limit_reached(self) -> bool:
         return self._limit is not None and self._intake.lines >= self._limit
 
     # ── doing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def next_to_do(self) -> Lot | None:
+    def next_to_do(self) -> Shard | None:
         """Return a part to be done, to be followed by `done` or `undone`; None if there is none now."""
         if self.is_stopped or not self._to_do:
             return None
@@ -154,11 +154,11 @@ class Deal:
         self._in_work -= 1
         self._tell()
 
-    def undone(self, lot: Lot, collected: Sequence[int]) -> None:
+    def undone(self, shard: Shard, collected: Sequence[int]) -> None:
         """Take a part back that was not done; but for some of its lines, given by their keys."""
-        lot.known += collected
+        shard.known += collected
         self._in_work -= 1
-        heapq.heappush(self._to_do, (lot.number, lot))
+        heapq.heappush(self._to_do, (shard.number, shard))
         self._tell()
 
     def _tell(self) -> None:

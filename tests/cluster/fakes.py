@@ -14,8 +14,8 @@ from pipeline.books import Books
 from pipeline.cluster.claims import Scan
 from pipeline.cluster.driver import Driver, WorkerLostError
 from pipeline.cluster.quota import Quota
+from pipeline.cluster.staging import Name
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
-from pipeline.cluster.workshop import Name
 from pipeline.config import Config
 from pipeline.limits import Need
 from pipeline.plan import Claims
@@ -34,7 +34,7 @@ async def until(condition: Callable[[], object]) -> None:
         await anyio.sleep(0.001)
 
 
-class Crew:
+class FakePool:
     """Up to `size` workers. `lose` says after how many result lines of it a part's worker dies, for some parts.
 
     `lose_first` are parts whose worker dies as soon as something is being sent.
@@ -52,25 +52,25 @@ class Crew:
         self.size = size
         self.quota = Quota()
         self.tasks: list[Task] = []
-        self.hired: list[CrewHand] = []
+        self.started: list[FakeWorker] = []
         self.spent: list[int] = []
         self._lose = dict(lose or {})
         self.lose_first = set(lose_first)
         self._version = version
         self._has_room = has_room
 
-    async def hire(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> CrewHand:
+    async def start_worker(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> FakeWorker:
         if not self._has_room:
             await anyio.sleep_forever()
         worker = Worker(
             settings, options, run_id="run-x", lessor=self._lessor, first_share=first_share, at_once=at_once
         )
-        self.hired.append(CrewHand(self, worker))
-        return self.hired[-1]
+        self.started.append(FakeWorker(self, worker))
+        return self.started[-1]
 
-    async def dismiss(self) -> None:
-        for hand in self.hired:
-            hand.die()
+    async def kill_all(self) -> None:
+        for worker in self.started:
+            worker.die()
 
     def version_of(self, greeting: Greeting) -> Greeting:
         return Greeting(host=greeting.host, process=greeting.process, version=self._version or greeting.version)
@@ -83,11 +83,11 @@ class Crew:
         return _Lessor(self.quota, holder)
 
 
-class CrewHand:
-    """A worker of the crew; `die` cuts off all that it does."""
+class FakeWorker:
+    """A worker of the pool; `die` cuts off all that it does."""
 
-    def __init__(self, crew: Crew, worker: Worker) -> None:
-        self._crew = crew
+    def __init__(self, pool: FakePool, worker: Worker) -> None:
+        self._pool = pool
         self._worker = worker
         self._life = anyio.Event()
 
@@ -95,22 +95,22 @@ class CrewHand:
         self._life.set()
 
     async def greet(self, place: Name, token: str) -> Greeting:
-        return self._crew.version_of(await self._living(self._worker.greet(place, token)))
+        return self._pool.version_of(await self._living(self._worker.greet(place, token)))
 
     async def scan(self, span: Span, before: Claims) -> Scan:
         return await self._living(self._worker.scan(span, before))
 
     async def work(self, task: Task) -> Outcome:
-        self._crew.tasks.append(task)
-        lines = self._crew.lines_before_death(task)
+        self._pool.tasks.append(task)
+        lines = self._pool.lines_before_death(task)
         outcome = await self._living(self._worker.work(task), until=(Path(task.output), lines))
-        self._crew.spent.append(outcome.spent)
+        self._pool.spent.append(outcome.spent)
         return outcome
 
     async def progress(self) -> list[Snapshot]:
         snapshots = await self._living(self._worker.progress())
-        if any(each.number in self._crew.lose_first and each.sender.attempts for each in snapshots):
-            self._crew.lose_first.clear()
+        if any(each.number in self._pool.lose_first and each.sender.attempts for each in snapshots):
+            self._pool.lose_first.clear()
             self._life.set()
         return snapshots
 
@@ -126,7 +126,7 @@ class CrewHand:
         self.die()
 
     async def _living(self, doing: Awaitable[T], until: tuple[Path, int | None] = (Path(), None)) -> T:
-        """Return what is done, unless the worker dies before: when a file has so many lines, or by another's hand."""
+        """Return what is done, unless the worker dies before: when a file has so many lines, or by another's worker."""
         answer: list[T] = []
         errors: list[Exception] = []
 
@@ -151,7 +151,7 @@ class CrewHand:
 
 
 class _Lessor:
-    """The quota of the crew, in this process."""
+    """The quota of the pool, in this process."""
 
     def __init__(self, quota: Quota, holder: str) -> None:
         self._quota = quota
@@ -168,15 +168,15 @@ async def drive(
     sources: Sequence[Name],
     output: Name,
     settings: Config,
-    crew: Crew,
+    pool: FakePool,
     *,
     watch: Watch | None = None,
     say: Callable[[str], None] = lambda message: None,
     handle_signals: bool = False,
     **options: Any,
 ) -> Summary:
-    """Have a job done by the crew."""
+    """Have a job done by the pool."""
     books = Books(configuration.ledger_path(settings))
     names = [str(source) for source in sources]
     driver = Driver(names, output, settings, Options(**options), Prices(settings), books, say)
-    return await driver.lead(crew, watch, handle_signals=handle_signals)
+    return await driver.lead(pool, watch, handle_signals=handle_signals)
