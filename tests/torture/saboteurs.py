@@ -315,6 +315,48 @@ SABOTEURS = (
         new='options={"range": wanted}',
         test="tests/test_stores.py::test_an_object_that_is_replaced_while_it_is_read_is_an_error",
     ),
+    Saboteur(
+        name="calls of a lost worker are forgotten",
+        file="cluster/driver.py",
+        old="                await self.recorder.adopt(unknown)\n",
+        new="                pass\n",
+        test="tests/cluster/test_driver.py::test_a_lost_worker_costs_what_it_had_in_flight",
+    ),
+    Saboteur(
+        name="a lost part is sent again from its beginning",
+        file="cluster/scheduling.py",
+        old="        shard.known += collected\n",
+        new="",
+        test="tests/cluster/test_driver.py::test_a_lost_worker_costs_what_it_had_in_flight",
+    ),
+    Saboteur(
+        name="parts know nothing of each other's ids",
+        file="cluster/claims.py",
+        old="        if taken:\n",
+        new="        if False:\n",
+        test="tests/cluster/test_claims.py::test_parts_are_planned_as_one",
+    ),
+    Saboteur(
+        name="a new budget actor gives all to the first who asks",
+        file="cluster/quota.py",
+        old="        is_new = now < self._began + LEASE_SECONDS\n",
+        new="        is_new = False\n",
+        test="tests/cluster/test_quota.py::test_in_the_beginning_everyone_keeps_what_he_has",
+    ),
+    Saboteur(
+        name="workers spend as if each had all the money",
+        file="cluster/worker.py",
+        old="Budget(self._task.grant, is_final=False)",
+        new="Budget(10**18)",
+        test="tests/cluster/test_driver.py::test_a_cap_is_one_of_all_workers",
+    ),
+    Saboteur(
+        name="keys travel unsealed",
+        file="cluster/sealing.py",
+        old="    return bytes(one ^ other for one, other in zip(content, pad, strict=True))\n",
+        new="    return content\n",
+        test="tests/cluster/test_sealing.py::test_neither_half_tells_the_secret",
+    ),
 )
 
 
