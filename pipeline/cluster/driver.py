@@ -100,6 +100,7 @@ class Driver(Run):
         self._token = ""
         self._left_over: list[Part] = []
         self._pool: WorkerPool
+        self._places = 0  # of workers: no more than there is work for
         self._workers: list[WorkerHandle] = []
         self._scheduler: Scheduler
         self._tasks: anyio.abc.TaskGroup
@@ -165,18 +166,19 @@ class Driver(Run):
         while self._left_over:  # all of it is in the results and in the journal by now
             await to_thread.run_sync(self._left_over.pop().remove)
         size = await to_thread.run_sync(_size_of, self.sources)
-        part_bytes = min(max(size // (self._pool.size * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
+        self._places = min(self._pool.size, -(-size // _SMALLEST_PART) or 1)
+        part_bytes = min(max(size // (self._places * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
         self._scheduler = Scheduler(
             (span for source in self.sources for span in cut(source, part_bytes)),
             self.intake,
-            ahead=PARTS_AT_ONCE * self._pool.size,
+            ahead=PARTS_AT_ONCE * self._places,
             limit=self.options.limit,
         )
         async with anyio.create_task_group() as self._tasks:
             if self.is_draining:
                 self._scheduler.stop()
             self._tasks.start_soon(self._expect_workers, assemble.patience(self.settings))
-            for _ in range(self._pool.size):
+            for _ in range(self._places):
                 self._tasks.start_soon(self._keep_worker)
             while not self._scheduler.is_over:
                 await self._scheduler.change()
@@ -187,7 +189,7 @@ class Driver(Run):
         concurrency = max(1, self.settings.sending.concurrency // PARTS_AT_ONCE)
         settings = self.settings.with_("sending", concurrency=concurrency)
         while not self._scheduler.is_over:
-            first_share = 1 / (self._pool.size * PARTS_AT_ONCE)
+            first_share = 1 / (self._places * PARTS_AT_ONCE)
             worker = await self._pool.start_worker(
                 settings, self.options, first_share=first_share, at_once=PARTS_AT_ONCE
             )
@@ -255,7 +257,7 @@ class Driver(Run):
         if self.budget is None:
             self._granted[number] = 0
             return None
-        share = max(0, self.budget.room) // (_PARTS_OF_MONEY * PARTS_AT_ONCE * self._pool.size)
+        share = max(0, self.budget.room) // (_PARTS_OF_MONEY * PARTS_AT_ONCE * self._places)
         amount = max(wanted, share)
         if not self.budget.try_reserve(amount):
             return None
