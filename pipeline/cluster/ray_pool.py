@@ -240,7 +240,10 @@ class _Lessor:
         self._quota.give_back.remote(self._holder)
 
 
-_IS_IT_UP = "is the address right, and the cluster up? ray status"
+_IS_IT_UP = (
+    "is the address right, and the cluster up (ray status)? One that asks for a token wants RAY_AUTH_MODE=token, and "
+    "the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+)
 
 
 def _require_reachable(address: str) -> None:
