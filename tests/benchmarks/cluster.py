@@ -27,7 +27,7 @@ from pipeline.sharing import RENEWED_EVERY
 from tests.benchmarks.throughput import serving, write_input
 
 WORKERS = (1, 2, 4)
-REQUESTS = 20_000
+REQUESTS = 80_000
 CALLS = 10_000
 ASKING = 100  # calls on their way to the budget actor at a time
 HOLDERS = (10, 200)
