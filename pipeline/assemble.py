@@ -26,10 +26,10 @@ from pipeline.pricing import LIVE, Prices
 from pipeline.record import Recorder
 from pipeline.send import Recording, Sender
 from pipeline.sharing import Host, Leases, Lessor, quota_name
-from pipeline.types import Answer, Call, Cost, Limit, Request, Result, Usage
+from pipeline.types import Answer, Call, Cost, Request, Result, Usage
 
-Told = Mapping[tuple[str, str], Sequence[Limit]]
-"""What providers told of their limits, by provider and model."""
+Ended = Mapping[tuple[str, str], PipelineError]
+"""Why nothing more is sent to a model, by provider and model."""
 # What an answer without a limit of its own is held for when money is set aside. It may be longer: then the cap is
 # passed by that much, at most once for each call in flight.
 _ASSUMED_OUTPUT_TOKENS = 8_192
@@ -147,12 +147,12 @@ def sender(
     pricing: Pricing,
     budget: Budget | None = None,
     *,
-    first_share: float = 1.0,
-    told: Told | None = None,
+    gate_of: Callable[[str, str], Gate],
+    ended: Ended,
 ) -> Sender:
     """Make the sender; lanes are opened when their model is first seen.
 
-    They begin with a share of their limits, and with what was `told` of these before.
+    `gate_of` returns the gate of a provider and model, `ended` tells which of these are given up already.
     """
 
     def open_lane(request: Request) -> Lane:
@@ -160,18 +160,17 @@ def sender(
         endpoint = settings.providers[request.provider]
         codec = providers.codec(configuration.protocol(endpoint))
         key = configuration.api_key(request.provider, endpoint)
-        gate = Gate(settings.limits.of(request.provider, request.model))
-        gate.take_share(first_share, 0.0)
-        gate.learn((told or {}).get((request.provider, request.model), ()))
-        return Lane(
+        lane = Lane(
             provider=request.provider,
             model=request.model,
             post=discreet(client.post_to(endpoint.url, codec.headers(endpoint, key)), key),
             codec=codec,
-            gate=gate,
+            gate=gate_of(request.provider, request.model),
             concurrency=settings.sending.concurrency,
             quota=quota_name(endpoint.url, key, request.model) if settings.sending.share_limits else "",
         )
+        lane.ended = ended.get((request.provider, request.model))
+        return lane
 
     return Sender(
         concurrency=settings.sending.concurrency,
@@ -183,6 +182,11 @@ def sender(
         pricing=pricing,
         budget=budget,
     )
+
+
+def gate(settings: Config, provider: str, model: str) -> Gate:
+    """Make the gate of a model."""
+    return Gate(settings.limits.of(provider, model))
 
 
 def courier(settings: Config, client: transport.Client, say: Callable[[str], None], name: str) -> Courier:

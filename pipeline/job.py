@@ -28,10 +28,11 @@ from pipeline.books import Books, NoBooks
 from pipeline.chunks import Chunk, Chunks, Member, Step
 from pipeline.config import Config
 from pipeline.errors import PipelineError, StorageError, UsageError
+from pipeline.limits import Gate
 from pipeline.pricing import BATCH, LIVE, Prices
 from pipeline.run import Run, Watch, place_of
 from pipeline.send import Sender, Statistics
-from pipeline.sharing import Lessor, Sharing
+from pipeline.sharing import Sharing
 from pipeline.sources import Span
 from pipeline.totals import Attempts, Summary
 from pipeline.types import Request
@@ -70,8 +71,7 @@ async def run_batch(
 class Job(Run):
     """A run whose requests are sent from here."""
 
-    first_share = 1.0  # of the limits, until the lessor tells it
-    told: assemble.Told = MappingProxyType({})  # what is known of them before
+    ended: assemble.Ended = MappingProxyType({})  # models that are given up before the run begins
 
     def __init__(
         self,
@@ -108,8 +108,8 @@ class Job(Run):
                 self.recorder,
                 self.pricing,
                 self.budget,
-                first_share=self.first_share,
-                told=self.told,
+                gate_of=self._gate_of,
+                ended=self.ended,
             )
             if self.settings.lane != LIVE or self.chunks.still_open:
                 self.batches = self._batch_lane(client)
@@ -197,15 +197,19 @@ class Job(Run):
             partial(to_thread.run_sync, self.prices.load),
             partial(self.sender.stop_when_stalled, assemble.patience(self.settings)),
         ]
-        if lessor := self._lessor():
-            sharing = Sharing(lessor, self.clock, needs=self.sender.needs, take=self.sender.take, say=self.say)
-            tasks.append(sharing.keep)
+        if sharing := self._sharing():
+            tasks.append(sharing)
         return tasks
 
-    def _lessor(self) -> Lessor | None:
-        """Return who tells this run its share of limits; None where it has all of them."""
-        is_shared = self.settings.sending.share_limits and not self.options.simulate
-        return assemble.lessor(self.settings, self.run_id) if is_shared else None
+    def _gate_of(self, provider: str, model: str) -> Gate:
+        return assemble.gate(self.settings, provider, model)
+
+    def _sharing(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        """Return what keeps this run to its share of limits; None where it has all of them."""
+        if not self.settings.sending.share_limits or self.options.simulate:
+            return None
+        lessor = assemble.lessor(self.settings, self.run_id)
+        return Sharing(lessor, self.clock, gates=self.sender.gates, say=self.say).keep
 
     async def _work(self, scope: anyio.CancelScope) -> None:
         async with anyio.create_task_group() as work:

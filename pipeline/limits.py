@@ -148,6 +148,7 @@ class Gate:
         self._counted_at: float | None = None
         self._closed_until = -math.inf
         self._waiting_for: str | None = None
+        self._turn = asyncio.Lock()
         self._now = asyncio.get_running_loop().time  # what anyio.current_time() looks up at every call
 
     @property
@@ -162,17 +163,25 @@ class Gate:
         if not self.is_limited and self._found.bucket is None:
             return self._ticket(charge) if self.is_open() else None
         taken = self._taken(charge)
-        if not self.is_open() or not all(bucket.has_capacity(amount) for bucket, amount, _ in taken):
+        if (
+            self._turn.locked()
+            or not self.is_open()
+            or not all(bucket.has_capacity(amount) for bucket, amount, _ in taken)
+        ):
             return None
         for bucket, amount, _ in taken:
             bucket.take_nowait(amount)
         return self._ticket(charge)
 
     async def wait_turn(self, charge: Charge) -> Ticket:
-        """Take what a call is charged out of every bucket; to be called by one task at a time.
+        """Take what a call is charged out of every bucket, when all who came before have.
 
         What is larger than a bucket is taken in parts.
         """
+        async with self._turn:
+            return await self._take(charge)
+
+    async def _take(self, charge: Charge) -> Ticket:
         for bucket, amount, name in self._taken(charge):
             left = amount
             while left > 1e-9:
@@ -296,13 +305,6 @@ class Gate:
     def share(self) -> float:
         """The share of the limits that this process may use."""
         return self._share
-
-    def told(self) -> list[Limit]:
-        """Return the limits that the provider told, for a gate that begins later; nothing is promised to be left."""
-        return [
-            Limit(kind=kind, per_minute=round(bucket.max_rate / self._share), remaining=0)
-            for kind, bucket in self._told.items()
-        ]
 
     def statistics(self) -> Statistics:
         cooldown = max(0.0, self._closed_until - self._now())

@@ -10,6 +10,7 @@ import secrets
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import assemble, disk, errors, ledger, parts, providers, read, record, stores
+from pipeline import assemble, disk, errors, ledger, parts, providers, read, record, staging, stores
 from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.books import RUNNING, Books, NoBooks
@@ -26,7 +27,7 @@ from pipeline.budget import Budget
 from pipeline.chunks import Chunk
 from pipeline.clock import Clock
 from pipeline.config import Config
-from pipeline.errors import BudgetReachedError, PipelineError, ProviderError, TryLaterError, UsageError
+from pipeline.errors import BudgetReachedError, PipelineError, ProviderError, StorageError, TryLaterError, UsageError
 from pipeline.intake import Intake
 from pipeline.journal import Sent
 from pipeline.pricing import Prices
@@ -91,6 +92,7 @@ class Run(ABC):
         self.pricing = assemble.Pricing(prices, self.clock)
         self.budget = assemble.budget(settings)
         self.sources = [str(source) for source in sources]
+        self.place = output
         self.recorder = self._recorder(output)
         self.intake = Intake(sources, self.settings, options, self.recorder, self.clock)
         self.warnings = self._preview()
@@ -198,23 +200,29 @@ class Run(ABC):
         """Take the output and learn what it holds; note in the ledger that this run goes on."""
         self.recorder.open()
         self._open_lanes()
-        if self.options.fresh and (aside := self.recorder.set_aside()):
-            self.say(f"earlier results are set aside as {aside}")
-        done = self.recorder.done(self.all_totals)
-        self.damaged = done.damaged
-        if done.damaged:
-            self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.name}; they are done again",)
-        self.intake.learn(done)
-        self._hold()
-        if notice := self.intake.notice():
-            self.say(notice)
-        self.recorder.begin()
+        with self._left_over() as remove:
+            if self.options.fresh and (aside := self.recorder.set_aside()):
+                self.say(f"earlier results are set aside as {aside}")
+            done = self.recorder.done(self.all_totals)
+            self.damaged = done.damaged
+            if done.damaged:
+                self.warnings += (f"{done.damaged} damaged line(s) in {self.recorder.name}; they are done again",)
+            self.intake.learn(done)
+            self._hold()
+            if notice := self.intake.notice():
+                self.say(notice)
+            self.recorder.begin()
+            remove()
         self.earlier_unknown = self.recorder.unknown()
         self.books.open(self._describe())
         if self.budget:
             self.budget = self._money()
         for warning in self.warnings:
             self.say(warning)
+
+    def _left_over(self) -> AbstractContextManager[Callable[[], None]]:
+        """Take in what a run on a cluster left that was killed."""
+        return staging.taken_in(self.recorder, staging.staging_of(self.place))
 
     def _money(self) -> Budget | None:
         """Return what may be spent: the books tell what is left of the caps."""
@@ -475,7 +483,7 @@ def _explain(reason: PipelineError) -> str:
 
 def _exit_code(reason: PipelineError, *, has_sent: bool) -> int:
     """Return the exit code of what stopped a run; a key that was missing later on is the provider's stop."""
-    if isinstance(reason, TryLaterError | BudgetReachedError):
+    if isinstance(reason, TryLaterError | BudgetReachedError | StorageError):
         return reason.exit_code
     return 2 if isinstance(reason, UsageError) and not has_sent else 3
 

@@ -12,7 +12,7 @@ How fast a lane may go is its gate's to say, and how many of its calls may be in
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Protocol
@@ -32,12 +32,11 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.lane import Job, Lane
-from pipeline.limits import Need, Ticket
+from pipeline.limits import Gate, Ticket
 from pipeline.pricing import Pricing
 from pipeline.retry import Policy, is_capacity, is_overload
-from pipeline.sharing import Lease
 from pipeline.stopping import Stop
-from pipeline.types import Attempt, Cost, Failure, Limit, Reply, Request, Result, Usage
+from pipeline.types import Attempt, Cost, Failure, Reply, Request, Result, Usage
 
 _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured
 
@@ -184,23 +183,9 @@ class Sender:
         each = [lane.statistics() for lane in self._lanes.values()]
         return Statistics(in_flight=sum(lane.in_flight for lane in each), lanes=each, **self._counts)
 
-    def told(self) -> dict[tuple[str, str], Sequence[Limit]]:
-        """Return the limits that providers told of each model."""
-        return {name: limits for name, lane in self._lanes.items() if (limits := lane.gate.told())}
-
-    def share(self) -> float:
-        """Return the smallest share of a limit that this run has; 1 where it has called nobody yet."""
-        return min((lane.gate.share for lane in self._lanes.values()), default=1.0)
-
-    def needs(self) -> dict[str, Need]:
-        """Return what this run needs of the limits that it shares with others."""
-        return {lane.quota: lane.gate.need() for lane in self._lanes.values() if lane.quota}
-
-    def take(self, leases: Mapping[str, Lease]) -> None:
-        """Keep to the shares of leases; where there is none, to nobody's but our own."""
-        for lane in self._lanes.values():
-            lease = leases.get(lane.quota)
-            lane.gate.take_share(*((lease.share, lease.closed_until) if lease else (1.0, 0.0)))
+    def gates(self) -> dict[str, Gate]:
+        """Return the gates of the limits that this run shares with others, by quota."""
+        return {lane.quota: lane.gate for lane in self._lanes.values() if lane.quota}
 
     @property
     def ended_lanes(self) -> list[Lane]:

@@ -23,7 +23,7 @@ from anyio import to_thread
 
 from pipeline.clock import Clock
 from pipeline.fingerprints import checksum
-from pipeline.limits import Need
+from pipeline.limits import Gate, Need
 
 RENEWED_EVERY = 0.25
 LEASE_SECONDS = 1.0
@@ -131,28 +131,26 @@ def share_of(holder: str, held: Mapping[str, Need]) -> float:
 
 
 class Sharing:
-    """Renews the leases of a run. `needs` tells what it needs of each quota, `take` hears what it may have."""
+    """Renews the leases of a run: `gates` are those of its limits, by quota; each keeps to its lease."""
 
     def __init__(
         self,
         lessor: Lessor,
         clock: Clock,
         *,
-        needs: Callable[[], Mapping[str, Need]],
-        take: Callable[[Mapping[str, Lease]], None],
+        gates: Callable[[], Mapping[str, Gate]],
         say: Callable[[str], None],
     ) -> None:
         self._lessor = lessor
         self._clock = clock
-        self._needs = needs
-        self._take = take
+        self._gates = gates
         self._say = say
 
     async def keep(self) -> None:
         """Renew until cancelled. Where there are no leases each process goes by itself, which is said once."""
         try:
             while True:
-                needs = self._needs()
+                needs = {quota: gate.need() for quota, gate in self._gates().items()}
                 if needs:
                     self._take(await self._lessor.renew(needs, self._clock.now()))
                 await anyio.sleep(RENEWED_EVERY)
@@ -162,3 +160,9 @@ class Sharing:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._lessor.give_back()
+
+    def _take(self, leases: Mapping[str, Lease]) -> None:
+        """Keep to the shares of leases; where there is none, to nobody's but our own."""
+        for quota, gate in self._gates().items():
+            lease = leases.get(quota)
+            gate.take_share(*((lease.share, lease.closed_until) if lease else (1.0, 0.0)))

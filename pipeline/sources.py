@@ -90,11 +90,11 @@ def opened(span: Span) -> BufferedReader:
     if span.is_whole:
         is_stdin = span.source == STDIN
         return open(sys.stdin.fileno() if is_stdin else span.source, "rb", closefd=not is_stdin)
-    return BufferedReader(_Part(span))
+    return BufferedReader(_Slice(span))
 
 
-class _Part(io.RawIOBase):
-    """A part of a file as a raw stream."""
+class _Slice(io.RawIOBase):
+    """A span of a file as a raw stream."""
 
     def __init__(self, span: Span) -> None:
         self._file = io.FileIO(span.source)

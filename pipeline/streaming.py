@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -54,7 +55,16 @@ async def stream(
             if budget and not options.simulate:
                 today, month = Books(configuration.ledger_path(config)).spent(clock.moment())
                 budget = assemble.budget(config, spent_today=today, spent_this_month=month)
-            sender = assemble.sender(settings, client, clock, _Outgoing(outgoing), pricing, budget)
+            sender = assemble.sender(
+                settings,
+                client,
+                clock,
+                _Outgoing(outgoing),
+                pricing,
+                budget,
+                gate_of=partial(assemble.gate, settings),
+                ended={},
+            )
 
             async def work() -> None:
                 async with outgoing, anyio.create_task_group() as beside:

@@ -88,7 +88,7 @@ class Run:
             tasks.start_soon(self.sender.run)
             tasks.start_soon(self._feed)
             if self.leases:
-                sharing = Sharing(Host(self.leases), Clock(), needs=self.sender.needs, take=self.sender.take, say=print)
+                sharing = Sharing(Host(self.leases), Clock(), gates=self.sender.gates, say=print)
                 tasks.start_soon(sharing.keep)
             for moment, factor in sorted((changes or {}).items()):
                 await anyio.sleep(moment - (anyio.current_time() - self.start))

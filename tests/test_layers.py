@@ -44,6 +44,7 @@ LAYERS = (
     ("copies", "courier", "index", "rebuilding", "send", "verdict"),
     ("harvest", "loading", "passage", "record"),
     ("batch", "books", "checking", "estimating", "parts", "report", "verifying"),
+    ("staging",),
     ("assemble",),
     ("intake", "overseeing"),
     ("run",),

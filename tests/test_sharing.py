@@ -106,13 +106,14 @@ async def test_without_the_file_each_goes_by_itself(tmp_path: Path) -> None:
     """A file that cannot be used is told once, and costs no run its work."""
     (tmp_path / "limits.sqlite").write_text("this is no data base, and longer than a header would be" * 20)
     said: list[str] = []
-    taken: list[object] = []
+    gate = Gate(Limits())
+    gate.take_share(0.5, 0.0)
     leases = Leases(tmp_path / "limits.sqlite", "one")
 
     with anyio.fail_after(10):
-        await Sharing(Host(leases), Clock(), needs=lambda: {"q": HUNGRY}, take=taken.append, say=said.append).keep()
+        await Sharing(Host(leases), Clock(), gates=lambda: {"q": gate}, say=said.append).keep()
 
-    assert (len(said), taken) == (1, [{}])
+    assert (len(said), gate.share) == (1, 1.0)
     assert "not shared" in said[0]
 
 

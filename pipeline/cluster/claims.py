@@ -19,7 +19,7 @@ NONE = Claims(marks=(), repeats={}, is_alone=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """What a part holds: how many lines, and of those that are not blank the keys (`record.key`), in order.
+    """What a part holds: how many lines its last span has, and of all lines that are not blank the keys (`record.key`).
 
     `claims` is what planning them left behind, `before` what was known then of the parts before.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,15 +24,17 @@ from pipeline.chunks import Chunks
 from pipeline.cluster import merging
 from pipeline.cluster.claims import Scan
 from pipeline.cluster.scheduling import Scheduler, Shard
-from pipeline.cluster.staging import Name, Part, staging_of, taken_over
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, own_version
 from pipeline.config import Config
-from pipeline.errors import PipelineError, TryLaterError, UsageError
+from pipeline.errors import BudgetReachedError, PipelineError, StorageError, TryLaterError, UsageError
+from pipeline.fingerprints import FingerprintSet
 from pipeline.plan import Claims
 from pipeline.pricing import Prices
+from pipeline.results import Record
 from pipeline.run import SHOWN_FAILURES, Progress, Run, Watch
 from pipeline.send import Statistics
-from pipeline.sources import Span, cut, size_of
+from pipeline.sources import Span, size_of
+from pipeline.staging import Name, staging_of, taken_over
 from pipeline.totals import Summary, Totals
 
 PARTS_AT_ONCE = 2  # of one worker: while one waits for its last answers the other goes on
@@ -40,6 +42,9 @@ _PARTS_PER_WORKER = 8  # so that all workers end at about the same time
 _SMALLEST_PART = 64 * 1024
 _LARGEST_PART = 64 * 1024 * 1024
 _LOOK_SECONDS = 0.5
+_SILENT_SECONDS = 60.0  # a worker that does not say how it is getting on for so long is as good as dead
+_LONGEST_PAUSE = 10.0  # before a worker is started in the place of one that did nothing
+_MOST_LOSSES = 3  # in a row: of one part with its worker, of workers that did nothing
 _PARTS_OF_MONEY = 4  # so much smaller is what a part may hold than its share of what is left
 
 
@@ -52,7 +57,7 @@ class WorkerHandle(Protocol):
 
     async def greet(self, place: Name, token: str) -> Greeting: ...
 
-    async def scan(self, span: Span, before: Claims) -> Scan: ...
+    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan: ...
 
     async def work(self, task: Task) -> Outcome: ...
 
@@ -62,19 +67,16 @@ class WorkerHandle(Protocol):
 
     async def stop(self) -> None: ...
 
+    async def kill(self) -> None: ...
+
 
 class WorkerPool(Protocol):
     """Where workers come from, `size` at a time."""
 
     size: int
 
-    async def start_worker(
-        self, settings: Config, options: Options, *, first_share: float, at_once: int
-    ) -> WorkerHandle:
-        """Return a new worker, once there is room for it.
-
-        It does `at_once` parts at a time; each has `first_share` of the limits in the beginning.
-        """
+    async def start_worker(self, settings: Config, options: Options, *, first_share: float) -> WorkerHandle:
+        """Return a new worker, once there is room for it; `first_share` is its share of limits in the beginning."""
         ...
 
     async def kill_all(self) -> None:
@@ -98,16 +100,17 @@ class Driver(Run):
         super().__init__(sources, output, settings, options, prices, books, say)
         self._staging = staging_of(output)
         self._token = ""
-        self._left_over: list[Part] = []
         self._pool: WorkerPool
-        self._places = 0  # of workers: no more than there is work for
+        self._places = 1  # of workers: no more than there is work for
+        self._at_once = min(PARTS_AT_ONCE, settings.sending.concurrency)
         self._workers: list[WorkerHandle] = []
-        self._scheduler: Scheduler
-        self._tasks: anyio.abc.TaskGroup
+        self._scheduler = Scheduler(sources, self.intake, limit=options.limit)
+        self._tasks: anyio.abc.TaskGroup | None = None
         self._parts: dict[Name, Snapshot] = {}
         self._granted: dict[int, int] = {}
+        self._collected = FingerprintSet()
         self._counts: Counter[str] = Counter()
-        self._reasons: dict[str, PipelineError] = {}
+        self._ended: dict[tuple[str, str], PipelineError] = {}
         self._stopped: PipelineError | None = None
 
     async def lead(self, pool: WorkerPool, watch: Watch | None, *, handle_signals: bool) -> Summary:
@@ -126,26 +129,9 @@ class Driver(Run):
             finally:
                 self.recorder.close()
 
-    def release(self) -> None:
-        for part in self._left_over:
-            part.release()
-        super().release()
-
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _open_lanes(self) -> None:
-        """Take in what workers of a run that was killed have done, before the results are read."""
-        self._refuse_open_batches()
-        self._token = self._staging.open()
-        self._left_over = [self._staging.taken_over(name) for name in self._staging.parts()]
-        done = self.recorder.done(Totals()) if self._left_over else record.Done()
-        for part in self._left_over:
-            for lines, records in part.groups():
-                keys = [record.key(each.custom_id, each.digest) for each in records]
-                self.recorder.take_in([line for line, key in zip(lines, keys, strict=True) if not done.outcome(key)])
-            self.recorder.take_in([], part.unknown())
-
-    def _refuse_open_batches(self) -> None:
         chunks = Chunks(self.recorder.path)
         try:
             chunks.open()
@@ -163,64 +149,72 @@ class Driver(Run):
     # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _work(self, scope: anyio.CancelScope) -> None:
-        while self._left_over:  # all of it is in the results and in the journal by now
-            await to_thread.run_sync(self._left_over.pop().remove)
+        self._token = await to_thread.run_sync(self._staging.open)
         size = await to_thread.run_sync(_size_of, self.sources)
         self._places = min(self._pool.size, -(-size // _SMALLEST_PART) or 1)
         part_bytes = min(max(size // (self._places * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
-        self._scheduler = Scheduler(
-            (span for source in self.sources for span in cut(source, part_bytes)),
-            self.intake,
-            ahead=PARTS_AT_ONCE * self._places,
-            limit=self.options.limit,
-        )
+        self._scheduler.begin(part_bytes, ahead=self._at_once * self._places)
         async with anyio.create_task_group() as self._tasks:
-            if self.is_draining:
-                self._scheduler.stop()
             self._tasks.start_soon(self._expect_workers, assemble.patience(self.settings))
             for _ in range(self._places):
                 self._tasks.start_soon(self._keep_worker)
             while not self._scheduler.is_over:
-                await self._scheduler.change()
+                await self._scheduler.change.wait()
             self._tasks.cancel_scope.cancel()
 
     async def _keep_worker(self) -> None:
         """Keep one place manned while there is work."""
-        concurrency = max(1, self.settings.sending.concurrency // PARTS_AT_ONCE)
-        settings = self.settings.with_("sending", concurrency=concurrency)
+        settings = self.settings.with_("sending", concurrency=self.settings.sending.concurrency // self._at_once)
+        losses = 0
         while not self._scheduler.is_over:
-            first_share = 1 / (self._places * PARTS_AT_ONCE)
-            worker = await self._pool.start_worker(
-                settings, self.options, first_share=first_share, at_once=PARTS_AT_ONCE
-            )
+            worker = await self._pool.start_worker(settings, self.options, first_share=1 / self._places)
             try:
                 _require_same_version(await worker.greet(self._staging.place, self._token))
+                is_new = not await self._employ(worker)
             except PipelineError as exc:
                 self._end(exc)
                 return
-            except WorkerLostError:
-                continue
-            self._workers.append(worker)
-            async with anyio.create_task_group() as beside:
-                beside.start_soon(self._monitor, worker)
-                async with anyio.create_task_group() as group:
-                    for _ in range(PARTS_AT_ONCE):
-                        group.start_soon(self._feed, worker)
-                beside.cancel_scope.cancel()
-            self._workers.remove(worker)
+            except WorkerLostError as exc:
+                is_new = True
+                self.say(f"a worker could not be started: {exc}")
+                if losses + 1 >= _MOST_LOSSES:
+                    hint = "is pipeline installed on all machines of the cluster, in the same version?"
+                    self._end(UsageError(f"no worker can be started: {exc}", hint=hint))
+                    return
+            losses = losses + 1 if is_new else 0
+            await anyio.sleep(min(_LONGEST_PAUSE, _LOOK_SECONDS * (2**losses - 1)))
 
-    async def _feed(self, worker: WorkerHandle) -> None:
-        """Give a worker part after part until nothing is left, or it is lost."""
-        try:
-            while not self._scheduler.is_over:
-                if shard := self._scheduler.next_to_do():
-                    await self._have_done(worker, shard)
-                elif shard := await self._scheduler.next_to_scan():
-                    await self._have_scanned(worker, shard)
-                else:
-                    await self._scheduler.change()
-        except WorkerLostError as exc:
-            self.say(f"a worker was lost, others do what it left: {exc}")
+    async def _employ(self, worker: WorkerHandle) -> bool:
+        """Have a worker do parts until nothing is left, or it is lost; return whether it did any."""
+        done = 0
+
+        async def feed() -> None:
+            nonlocal done
+            try:
+                while not self._scheduler.is_over:
+                    change = self._scheduler.change
+                    if shard := self._scheduler.next_to_do():
+                        await self._have_done(worker, shard)
+                        done += 1
+                    elif shard := await self._scheduler.next_to_scan():
+                        await self._have_scanned(worker, shard)
+                    else:
+                        await change.wait()
+            except PipelineError as exc:
+                self._end(exc)
+            except WorkerLostError as exc:
+                if worker in self._workers:
+                    self._workers.remove(worker)
+                    self.say(f"a worker was lost, others do what it left: {exc}")
+
+        self._workers.append(worker)
+        async with anyio.create_task_group() as beside:
+            beside.start_soon(self._monitor, worker)
+            async with anyio.create_task_group() as group:
+                for _ in range(self._at_once):
+                    group.start_soon(feed)
+            beside.cancel_scope.cancel()
+        return done > 0
 
     async def _expect_workers(self, patience: float) -> None:
         """End the run when nobody is there to do anything for so many seconds."""
@@ -241,28 +235,51 @@ class Driver(Run):
         try:
             while True:
                 await anyio.sleep(_LOOK_SECONDS)
-                for snapshot in await worker.progress():
+                with anyio.fail_after(_SILENT_SECONDS):
+                    snapshots = await worker.progress()
+                for snapshot in snapshots:
                     if snapshot.number in self._granted:
                         self._parts[snapshot.output] = snapshot
-                        if snapshot.wanted and self.budget:
-                            await worker.grant(snapshot.number, self._grant(snapshot.number, snapshot.wanted))
+                        if snapshot.wanted and (grant := self._grant(snapshot)) != 0:
+                            await worker.grant(snapshot.number, grant)
+        except TimeoutError:
+            await worker.kill()
         except WorkerLostError:
             return  # who has parts done by it will hear of it, too
 
-    def _grant(self, number: int, wanted: int) -> int | None:
-        """Set money aside for a part: a fraction of what is left, or all that it wants; None where that is not there.
+    # ── money ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-        Without a budget it is nothing, and not asked for.
+    def _first_grant(self, number: int) -> int | None:
+        """Set money aside for a part that begins: a fraction of what is left; None without a budget."""
+        self._granted[number] = 0
+        return self._set_aside(number, self._share_of_money()) if self.budget else None
+
+    def _grant(self, snapshot: Snapshot) -> int | None:
+        """Set more money aside for a part; 0: not now, None: there is no more.
+
+        While others hold some that they may give back, who waits for it goes on waiting.
         """
-        if self.budget is None:
-            self._granted[number] = 0
-            return None
-        share = max(0, self.budget.room) // (_PARTS_OF_MONEY * PARTS_AT_ONCE * self._places)
-        amount = max(wanted, share)
+        assert self.budget is not None
+        share = self._share_of_money()
+        if not snapshot.is_waiting:
+            return self._set_aside(snapshot.number, share)
+        if amount := self._set_aside(snapshot.number, max(snapshot.wanted, share)):
+            return amount
+        if amount := self._set_aside(snapshot.number, snapshot.wanted):
+            return amount
+        all_wait = len(self._parts) == len(self._granted) and all(part.is_waiting for part in self._parts.values())
+        return None if all_wait else 0
+
+    def _set_aside(self, number: int, amount: int) -> int:
+        assert self.budget is not None
         if not self.budget.try_reserve(amount):
-            return None
-        self._granted[number] = self._granted.get(number, 0) + amount
+            return 0
+        self._granted[number] += amount
         return amount
+
+    def _share_of_money(self) -> int:
+        assert self.budget is not None
+        return max(0, self.budget.room) // (_PARTS_OF_MONEY * self._at_once * self._places)
 
     def _settle(self, number: int, spent: int | None) -> None:
         """Take what a part spent, and back what it did not; None: all that it held may be spent."""
@@ -274,89 +291,111 @@ class Driver(Run):
 
     async def _have_scanned(self, worker: WorkerHandle, shard: Shard) -> None:
         try:
-            scan = await worker.scan(shard.span, shard.before)
-        except PipelineError as exc:
-            self._scheduler.unscanned(shard)
-            self._end(exc)
-        except BaseException:
-            self._scheduler.unscanned(shard)
+            scan = await worker.scan(shard.spans, shard.before)
+        except BaseException as exc:
+            self._scheduler.unscanned(shard, is_lost=isinstance(exc, WorkerLostError))
+            self._look_at_losses(shard)
             raise
-        else:
-            self._scheduler.scanned(shard, scan)
+        self._scheduler.scanned(shard, scan)
 
     async def _have_done(self, worker: WorkerHandle, shard: Shard) -> None:
         output = self._staging.new_part(shard.number)
         task = Task(
             number=shard.number,
-            span=shard.span,
+            spans=shard.spans,
             output=output,
             limit=shard.limit,
             known=shard.known,
             before=shard.before,
-            grant=self._grant(shard.number, 0),
+            grant=self._first_grant(shard.number),
+            ended=dict(self._ended),
         )
-        spent = None
+        spent: int | None = None
         try:
             outcome = await worker.work(task)
             spent = outcome.spent
         except WorkerLostError:
-            self._scheduler.undone(shard, await self._collect(output, is_lost=True))
+            with anyio.CancelScope(shield=True):
+                lost = await self._collect(output, is_lost=True)
+                spent = lost.spent
+                self._scheduler.undone(shard, lost.keys)
+                self._look_at_losses(shard)
             raise
         finally:
             self._settle(shard.number, spent)
-            self._parts.pop(output, None)
         self._heed(outcome)
-        await self._collect(output)
-        self._scheduler.done()
+        with anyio.CancelScope(shield=True):
+            collected = await self._collect(output)
+            self._scheduler.done()
+        is_whole = outcome.sender is not None and not (outcome.stopped or outcome.ended or outcome.sender.dropped)
+        if is_whole and not self.is_draining and len(collected.keys) < shard.wanted:
+            missing = shard.wanted - len(collected.keys)
+            self._end(StorageError(f"{missing:,} results that were reported done are not in {str(output)!r}"))
+
+    def _look_at_losses(self, shard: Shard) -> None:
+        """End the run when a part kills whoever does it: it may be paid for each time."""
+        if shard.losses >= _MOST_LOSSES:
+            span = shard.spans[0]
+            place = f"{span.source}:{span.number}" if span.number > 1 or not span.start else span.source
+            reason = f"the lines from {place} on were lost with their worker {shard.losses} times in a row"
+            self._end(TryLaterError(reason, hint="look at the logs of Ray for why (memory?), then repeat the command"))
 
     def _heed(self, outcome: Outcome) -> None:
         """Take what a part tells beside its results."""
-        if sender := outcome.sender:
-            self._counts.update(merging.counts(sender))
+        if outcome.sender:
+            self._counts.update(merging.counts(outcome.sender))
         self.failures += outcome.failures[: max(0, SHOWN_FAILURES - len(self.failures))]
-        for each in outcome.reasons:
-            self._reasons.setdefault(each.message, each)
-        if (reason := outcome.error or outcome.stopped) is not None:
-            self._end(reason)
+        self._ended.update(outcome.ended)
+        if outcome.stopped is not None:
+            # What others were granted they may spend.
+            self._end(outcome.stopped, is_for_all=not isinstance(outcome.stopped, BudgetReachedError))
 
-    async def _collect(self, name: Name, *, is_lost: bool = False) -> list[int]:
-        """Take the results of a part into ours, then remove it; return their keys.
+    async def _collect(self, name: Name, *, is_lost: bool = False) -> _Collected:
+        """Take the results of a part into ours, then remove it.
 
-        Of a part whose worker was lost, what lies there is what is known of its calls; where that is not all, what it
-        was seen to do.
+        Of a part whose worker was lost, what lies there and what it was seen to do is what is known of its calls.
         """
         keys: list[int] = []
-        counts: Counter[str] = Counter()
+        totals, counts = Totals(), Counter[str]()
         part = await taken_over(self._staging, name, assemble.patience(self.settings))
         try:
             groups = part.groups()
             while group := await to_thread.run_sync(next, groups, None):
-                lines, records = group
-                await self.recorder.append_lines(lines)
-                for each in records:
-                    keys.append(record.key(each.custom_id, each.digest))
-                    self.run_totals.add(each)
-                    self.books.accounts.add(each, each.completed_at[:10])
+                new = [pair for pair in zip(*group, strict=True) if self._collected.add(_key(pair[1]))]
+                await self.recorder.append_lines([line for line, _ in new])
+                for _, each in new:
+                    keys.append(_key(each))
+                    totals.add(each)
                     counts.update(merging.counts_of(each))
-            if unknown := part.unknown():
+                    self.books.accounts.add(each, each.completed_at[:10])
+            unknown = part.unknown()
+            if unknown:
                 await self.recorder.adopt(unknown)
             await to_thread.run_sync(part.remove)
         finally:
             part.release()
+        self.run_totals.add_state(totals.as_state())
+        seen = self._parts.pop(name, None)
         if is_lost:
             untold = len(unknown)
-            if not part.tells_calls and (seen := self._parts.get(name)):
+            if seen and not part.tells_calls:
                 untold = max(0, seen.sender.attempts - counts["attempts"])
+            counts.update(attempts=untold, unknown=untold)
+            if seen:  # also of requests that have no result yet
+                counts |= Counter({name: getattr(seen.sender, name) for name in ("attempts", "rate_limited", "failed")})
             self._counts.update(counts)
-            self._counts.update(attempts=untold, unknown=untold)
-        return keys
+        return _Collected(keys=keys, spent=None if unknown else totals.spending.nanos)
 
     async def _collect_rest(self) -> None:
-        """Collect what workers have done that were sent away."""
+        """Collect what workers have done that were sent away; what cannot be collected is left to the next run."""
         await self._pool.kill_all()
-        for name in await to_thread.run_sync(self._staging.parts):
-            await self._collect(name, is_lost=True)
-        await to_thread.run_sync(self._staging.close)
+        try:
+            for name in await to_thread.run_sync(self._staging.parts):
+                await self._collect(name, is_lost=True)
+            await to_thread.run_sync(self._staging.close)
+        except PipelineError as exc:
+            self._stopped = self._stopped or exc
+            self.say(exc.message)
 
     # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -365,13 +404,13 @@ class Driver(Run):
         self._end(None)
         return f"finishing about {count:,} request(s) in flight"
 
-    def _end(self, reason: PipelineError | None) -> None:
-        """Send nothing new; what is in flight is finished."""
-        if reason:
-            self._stopped = self._stopped or reason
+    def _end(self, reason: PipelineError | None, *, is_for_all: bool = True) -> None:
+        """Begin nothing new; unless it is not `is_for_all`, send nothing new either, and finish what is in flight."""
+        self._stopped = self._stopped or reason
         self._scheduler.stop()
-        for worker in self._workers:
-            self._tasks.start_soon(self._stop_one, worker)
+        if is_for_all and self._tasks:
+            for worker in self._workers:
+                self._tasks.start_soon(self._stop_one, worker)
 
     async def _stop_one(self, worker: WorkerHandle) -> None:
         try:
@@ -390,8 +429,11 @@ class Driver(Run):
         return replace(super().progress(), run=run)
 
     def reasons(self, *, is_unfinished: bool) -> list[PipelineError]:
-        stopped = [self._stopped] if self._stopped else []
-        return stopped + [each for each in self._reasons.values() if each not in stopped]
+        reasons = [self._stopped, *self._ended.values()]
+        return list({reason.message: reason for reason in reasons if reason}.values())
+
+    def is_partial(self) -> bool:
+        return super().is_partial() or self._scheduler.is_stopped
 
     @property
     def stopped(self) -> PipelineError | None:
@@ -400,6 +442,18 @@ class Driver(Run):
     @property
     def is_draining(self) -> bool:
         return self._stopped is not None or self.signal is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Collected:
+    """What was collected of a part: the keys of its results, and its money; None where calls are of unknown outcome."""
+
+    keys: list[int]
+    spent: int | None
+
+
+def _key(each: Record) -> int:
+    return record.key(each.custom_id, each.digest)
 
 
 def _size_of(sources: Sequence[str]) -> int:

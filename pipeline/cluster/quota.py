@@ -39,8 +39,3 @@ class Quota:
             share = need.share if is_new else share_of(holder, known)
             leases[quota] = Lease(share=share, closed_until=max(0.0, closed_until - now))
         return leases
-
-    def give_back(self, holder: str) -> None:
-        """Give all leases of one back."""
-        for held in self._held.values():
-            held.pop(holder, None)

@@ -11,7 +11,7 @@ import logging
 import re
 import socket
 import sys
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -25,7 +25,6 @@ from pipeline.cluster import sealing
 from pipeline.cluster.claims import Scan
 from pipeline.cluster.driver import WorkerLostError
 from pipeline.cluster.quota import Quota
-from pipeline.cluster.staging import Name
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError, UsageError
@@ -33,6 +32,7 @@ from pipeline.limits import Need
 from pipeline.plan import Claims
 from pipeline.sharing import Lease
 from pipeline.sources import Span
+from pipeline.staging import Name
 
 T = TypeVar("T")
 LOCAL = "local"
@@ -101,7 +101,7 @@ class RayPool:
             ) from exc
         return cls(ray, settings, run_id, pad)
 
-    async def start_worker(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> _RayWorker:
+    async def start_worker(self, settings: Config, options: Options, *, first_share: float) -> _RayWorker:
         number = next(self._numbers)
         actor = (
             self._ray.remote(RemoteWorker)
@@ -111,9 +111,8 @@ class RayPool:
                 settings,
                 options,
                 run_id=self._run_id,
-                lessor=_Lessors(self._quota, number),
+                lessor=_Lessor(self._quota, f"worker {number}"),
                 first_share=first_share,
-                at_once=at_once,
             )
         )
         self._actors.append(actor)
@@ -153,9 +152,6 @@ class Budget:
     async def renew(self, holder: str, needs: Mapping[str, Need]) -> dict[str, Lease]:
         return self._quota.renew(holder, needs, anyio.current_time())
 
-    async def give_back(self, holder: str) -> None:
-        self._quota.give_back(holder)
-
 
 class _RayWorker:
     """A worker behind an actor's handle."""
@@ -172,8 +168,8 @@ class _RayWorker:
     async def greet(self, place: Name, token: str) -> Greeting:
         return await self._ask(self._actor.greet.remote(place, token))
 
-    async def scan(self, span: Span, before: Claims) -> Scan:
-        return await self._ask(self._actor.scan.remote(span, before))
+    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan:
+        return await self._ask(self._actor.scan.remote(spans, before))
 
     async def work(self, task: Task) -> Outcome:
         return await self._ask(self._actor.work.remote(task))
@@ -187,6 +183,9 @@ class _RayWorker:
     async def stop(self) -> None:
         await self._ask(self._actor.stop.remote())
 
+    async def kill(self) -> None:
+        self._ray.kill(self._actor)
+
     async def _ask(self, answer: Awaitable[T]) -> T:
         exceptions = self._ray.exceptions
         try:
@@ -199,19 +198,8 @@ class _RayWorker:
             raise WorkerLostError(str(exc).partition("\n")[0]) from exc
 
 
-class _Lessors:
-    """Makes the lessor of each part of a worker; goes to the worker with it."""
-
-    def __init__(self, quota: Any, worker: int) -> None:
-        self._quota = quota
-        self._worker = worker
-
-    def __call__(self, part: str) -> _Lessor:
-        return _Lessor(self._quota, f"worker {self._worker}, {part}")
-
-
 class _Lessor:
-    """The actor that keeps the leases, as one part of a worker sees it.
+    """The actor that keeps the leases, as a worker sees it; it goes to the worker as an argument.
 
     While it is not there all keep what they have: together that is never more than there is.
     """
@@ -237,7 +225,7 @@ class _Lessor:
                 }
 
     async def give_back(self) -> None:
-        self._quota.give_back.remote(self._holder)
+        """Keep it, for the next part of this worker; what is not renewed is given back in a second."""
 
 
 _IS_IT_UP = (

@@ -6,7 +6,7 @@ Only a table: what happens to a part is decided here, and done elsewhere.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import anyio
@@ -15,32 +15,35 @@ from anyio import to_thread
 from pipeline.cluster.claims import NONE, Register, Scan
 from pipeline.intake import Intake
 from pipeline.plan import Claims
-from pipeline.sources import Span
+from pipeline.sources import Span, cut
 
 
 @dataclass(slots=True, kw_only=True)
 class Shard:
-    """A part of the input on its way; `number` is its place there.
+    """A part of the inputs on its way; `number` is its place there.
 
     `before` is what must be known of the ids of those before it, `known` are the lines with results (`record.key`),
-    `limit` bounds its lines.
+    `wanted` counts the others, `limit` bounds its lines. `losses` is how often it was lost with a worker in a row.
     """
 
     number: int
-    span: Span
+    spans: tuple[Span, ...]
     before: Claims = NONE
     known: list[int] = field(default_factory=list)
     limit: int | None = None
+    wanted: int = 0
+    losses: int = 0
 
 
 class Scheduler:
-    """The parts of one run; `ahead` of them are planned before their turn to be done. `limit` bounds the lines."""
+    """The parts of one run; `limit` bounds the lines."""
 
-    def __init__(self, spans: Iterator[Span], intake: Intake, *, ahead: int, limit: int | None) -> None:
-        self._spans = spans
+    def __init__(self, sources: Sequence[str], intake: Intake, *, limit: int | None) -> None:
+        self._sources = sources
         self._intake = intake
-        self._ahead = ahead
         self._limit = limit
+        self._ahead = 1
+        self._shards: Iterator[tuple[Span, ...]] = iter(())
         self._register = Register()
         self._is_cut = False
         self._cutting = anyio.Lock()
@@ -64,9 +67,15 @@ class Scheduler:
             self._is_cut and not (self._to_scan or self._in_scan or self._scanned or self._to_do)
         )
 
-    async def change(self) -> None:
-        """Wait until it is worth while to look again."""
-        await self._changed.wait()
+    def begin(self, size: int, *, ahead: int) -> None:
+        """Cut the inputs into parts of about so many bytes; so many are planned ahead at most."""
+        self._shards = shards(self._sources, size)
+        self._ahead = ahead
+
+    @property
+    def change(self) -> anyio.Event:
+        """What is set when it is worth while to look again; to be asked for before looking."""
+        return self._changed
 
     def stop(self) -> None:
         """Scheduler out nothing more; what is in work is finished."""
@@ -90,14 +99,14 @@ class Scheduler:
         async with self._cutting:
             if self._is_cut or len(self._scanned) + len(self._to_do) + self._in_scan >= self._ahead:
                 return None
-            span = None if self._is_limit_reached() else await to_thread.run_sync(next, self._spans, None)
-            if span is None:
+            spans = None if self._is_limit_reached() else await to_thread.run_sync(next, self._shards, None)
+            if spans is None:
                 self._is_cut = True
                 self._settle()
                 self._tell()
                 return None
             self._count += 1
-            return Shard(number=self._count - 1, span=span)
+            return Shard(number=self._count - 1, spans=spans)
 
     def scanned(self, shard: Shard, scan: Scan) -> None:
         """Take what planning a part found."""
@@ -106,9 +115,10 @@ class Scheduler:
         self._settle()
         self._tell()
 
-    def unscanned(self, shard: Shard) -> None:
+    def unscanned(self, shard: Shard, *, is_lost: bool) -> None:
         """Take a part back that was not planned."""
         self._in_scan -= 1
+        shard.losses += is_lost
         heapq.heappush(self._to_scan, (shard.number, shard))
         self._tell()
 
@@ -129,12 +139,11 @@ class Scheduler:
         if self._limit is not None:
             shard.limit = self._limit - self._intake.lines
             keys = keys[: shard.limit]
-        if shard.span.start == 0:
-            self._next_line = 1
-        shard.span = replace(shard.span, number=self._next_line)
-        self._next_line += scan.lines
+        shard.spans = tuple(replace(span, number=self._next_line if span.start else 1) for span in shard.spans)
+        self._next_line = shard.spans[-1].number + scan.lines
         shard.known = self._intake.recognize(keys)
-        if len(shard.known) < len(keys):
+        shard.wanted = len(keys) - len(shard.known)
+        if shard.wanted:
             heapq.heappush(self._to_do, (shard.number, shard))
 
     def _is_limit_reached(self) -> bool:
@@ -157,6 +166,8 @@ class Scheduler:
     def undone(self, shard: Shard, collected: Sequence[int]) -> None:
         """Take a part back that was not done; but for some of its lines, given by their keys."""
         shard.known += collected
+        shard.wanted -= len(collected)
+        shard.losses = 0 if collected else shard.losses + 1
         self._in_work -= 1
         heapq.heappush(self._to_do, (shard.number, shard))
         self._tell()
@@ -164,3 +175,18 @@ class Scheduler:
     def _tell(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
+
+
+def shards(sources: Iterable[str], size: int) -> Iterator[tuple[Span, ...]]:
+    """Cut inputs into parts of about so many bytes; small inputs that follow on each other are one part."""
+    pack: list[Span] = []
+    packed = 0
+    for span in (span for source in sources for span in cut(source, size)):
+        length = size if span.end is None else span.end - span.start
+        if pack and packed + length > size:
+            yield tuple(pack)
+            pack, packed = [], 0
+        pack.append(span)
+        packed += length
+    if pack:
+        yield tuple(pack)

@@ -6,76 +6,78 @@ import os
 import shutil
 import socket
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import anyio
 from anyio import to_thread
 
-from pipeline import aio, assemble, errors, read, record
+from pipeline import aio, assemble, errors, read, record, staging
 from pipeline.assemble import Options
 from pipeline.books import NoBooks
 from pipeline.budget import Budget
-from pipeline.cluster import staging
+from pipeline.clock import Clock
 from pipeline.cluster.claims import Scan
-from pipeline.cluster.staging import Name
 from pipeline.config import Config
 from pipeline.errors import PipelineError, TryLaterError
 from pipeline.job import Job
+from pipeline.limits import Gate
 from pipeline.plan import Claims
 from pipeline.pricing import Prices
 from pipeline.send import Statistics
-from pipeline.sharing import Lessor
+from pipeline.sharing import Lessor, Sharing
 from pipeline.sources import Span, stamp_of
-from pipeline.types import Limit
-
-_SMALLEST_SHARE = 0.01  # of limits, where no part has left one
+from pipeline.staging import Name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A part to be done: some lines of an input, into the file `output`.
+    """A part to be done: some lines of the inputs, into the file `output`.
 
     `limit` bounds the lines, `known` are the keys of those that have results already, `before` is what must be known
-    of the ids of other parts, `grant` the money that may be spent (nano-dollars; None: as much as it takes).
+    of the ids of other parts, `grant` the money that may be spent (nano-dollars; None: as much as it takes), `ended`
+    the models that are given up.
     """
 
     number: int
-    span: Span
+    spans: tuple[Span, ...]
     output: Name
     limit: int | None
     known: Sequence[int]
     before: Claims
     grant: int | None
+    ended: assemble.Ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A part at a moment: its results so far (`Totals.as_state`), what is sent, the money that it waits for."""
+    """A part at a moment: its results so far (`Totals.as_state`), what is sent, the money that it wants."""
 
     number: int
     output: Name
     totals: dict[str, Any]
     sender: Statistics
     wanted: int
+    is_waiting: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How a part ended. Its results lie in its file; `sender` counts its calls, `spent` is its money.
 
-    `error` is why it could not be done, or its results not be brought to their store; `stopped` why nothing more may be
-    sent, `reasons` why some of it was not. `failures` tells the first few lines that failed.
+    `stopped` is why nothing more may be sent by anybody, `ended` which models were given up. `failures` tells the first
+    few lines that failed.
     """
 
     sender: Statistics | None = None
     spent: int = 0
     failures: tuple[str, ...] = ()
-    reasons: tuple[PipelineError, ...] = ()
+    ended: assemble.Ended = field(default_factory=dict)
     stopped: PipelineError | None = None
-    error: PipelineError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,30 +90,21 @@ class Greeting:
 
 
 class Worker:
-    """Does parts, `at_once` at most. Each has `first_share` of the limits until the lessor tells its own.
+    """Does parts, several at a time, behind the same gates: what one of them learns of a model's limits all heed.
 
-    A part that begins later takes the place of one that has ended, and so its share.
+    A gate begins with `first_share` of the limits, until the lessor tells the worker's own.
     """
 
-    def __init__(
-        self,
-        settings: Config,
-        options: Options,
-        *,
-        run_id: str,
-        lessor: Callable[[str], Lessor],
-        first_share: float,
-        at_once: int,
-    ) -> None:
+    def __init__(self, settings: Config, options: Options, *, run_id: str, lessor: Lessor, first_share: float) -> None:
         self._settings = settings
         self._options = options
         self._run_id = run_id
         self._lessor = lessor
-        self._largest_share = 1 / at_once
-        self._shares = [first_share] * at_once
+        self._first_share = first_share
         self._prices = Prices(settings)
-        self._told: dict[tuple[str, str], Sequence[Limit]] = {}
-        self._parts: dict[int, _Part] = {}
+        self._gates: dict[tuple[str, str], Gate] = {}
+        self._sharing = anyio.Lock()
+        self._parts: dict[int, ShardJob] = {}
         self._is_stopping = False
         aio.tune()
 
@@ -124,33 +117,20 @@ class Worker:
         await to_thread.run_sync(staging.check_visible, place, token)
         return Greeting(host=socket.gethostname(), process=os.getpid(), version=own_version())
 
-    async def scan(self, span: Span, before: Claims) -> Scan:
-        """Plan the lines of a span and tell what they are."""
-        return await to_thread.run_sync(self._scan, span, before)
+    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan:
+        """Plan the lines of some spans and tell what they are."""
+        return await to_thread.run_sync(self._scan, spans, before)
 
     async def work(self, task: Task) -> Outcome:
         """Do a part; what goes wrong is in the outcome."""
+        part: ShardJob | None = None
         try:
-            _require_unchanged(task.span)
-            part = _Part(
-                task,
-                self._settings,
-                self._options,
-                self._prices,
-                run_id=self._run_id,
-                lessor=self._lessor(f"{self._run_id}/{task.number}"),
-                first_share=self._shares.pop() if self._shares else _SMALLEST_SHARE,
-                told=self._told,
-            )
+            _require_unchanged(task.spans)
+            part = ShardJob(task, self)
             self._parts[task.number] = part
-            if self._is_stopping:
-                return Outcome()
-            outcome = await part.do()
-            self._told |= part.sender.told()
-            self._shares.append(min(part.sender.share(), self._largest_share))
-            return outcome
+            return Outcome() if self._is_stopping else await part.do()
         except PipelineError as exc:
-            return Outcome(error=exc)
+            return part.outcome(exc) if part else Outcome(stopped=exc)
         finally:
             self._parts.pop(task.number, None)
 
@@ -170,42 +150,57 @@ class Worker:
         for part in self._parts.values():
             part.end_early()
 
-    def _scan(self, span: Span, before: Claims) -> Scan:
-        _require_unchanged(span)
+    def _scan(self, spans: Sequence[Span], before: Claims) -> Scan:
+        _require_unchanged(spans)
         planner = assemble.planner(self._settings, self._options)
         planner.claim(before)
         keys = array("Q")
         lines = 0
-        for batch in read.batches([span], self._settings.input.max_line_bytes):
-            items = map(planner.plan, batch.lines())
-            keys.extend(record.key(item.custom_id, item.digest) for item in items)
-            lines += batch.count
+        for span in spans:
+            lines = 0
+            for batch in read.batches([span], self._settings.input.max_line_bytes):
+                items = map(planner.plan, batch.lines())
+                keys.extend(record.key(item.custom_id, item.digest) for item in items)
+                lines += batch.count
         return Scan(lines=lines, keys=keys, claims=planner.take_claims(), before=before)
 
+    # ── what its parts share ──────────────────────────────────────────────────────────────────────────────────────
 
-class _Part(Job):
-    """The ordinary job on some lines of an input; the driver has opened the books and draws the conclusions."""
+    def job(self, task: Task) -> tuple[Config, Options, Prices, str]:
+        """Return what the job of a part is made with."""
+        return self._settings, replace(self._options, limit=task.limit, fresh=False), self._prices, self._run_id
 
-    def __init__(
-        self,
-        task: Task,
-        settings: Config,
-        options: Options,
-        prices: Prices,
-        *,
-        run_id: str,
-        lessor: Lessor,
-        first_share: float,
-        told: assemble.Told,
-    ) -> None:
-        self.first_share = first_share
-        self.told = told
+    def gate_of(self, provider: str, model: str) -> Gate:
+        """Return the gate of a model, which stays as long as the worker."""
+        name = (provider, model)
+        if name not in self._gates:
+            self._gates[name] = assemble.gate(self._settings, provider, model)
+            self._gates[name].take_share(self._first_share, 0.0)
+        return self._gates[name]
+
+    async def keep_share(self, clock: Clock) -> None:
+        """Keep all parts to the worker's share of the limits; one of them does it at a time."""
+        async with self._sharing:
+            await Sharing(self._lessor, clock, gates=self._shared_gates, say=_say_nothing).keep()
+
+    def _shared_gates(self) -> dict[str, Gate]:
+        gates: dict[str, Gate] = {}
+        for part in self._parts.values():
+            gates |= part.sender.gates() if part.is_begun else {}
+        return gates
+
+
+class ShardJob(Job):
+    """The ordinary job on some lines of the inputs; the driver has opened the books and draws the conclusions."""
+
+    def __init__(self, task: Task, worker: Worker) -> None:
+        self.ended = task.ended
         self._task = task
-        self._share_lessor = lessor
+        self._worker = worker
         self.is_begun = False
         self._ends_early = False
-        options = replace(options, limit=task.limit, fresh=False)
-        super().__init__([task.span], task.output, settings, options, prices, NoBooks(), _say_nothing, run_id=run_id)
+        settings, options, prices, run_id = worker.job(task)
+        super().__init__(task.spans, task.output, settings, options, prices, NoBooks(), _say_nothing, run_id=run_id)
 
     async def do(self) -> Outcome:
         """Do the part and tell how it ended; its file is left to the driver."""
@@ -218,13 +213,17 @@ class _Part(Job):
             self.release()
         if isinstance(self._task.output, str) and trouble is None:  # what is at the store needs no spool any more
             await to_thread.run_sync(shutil.rmtree, self.recorder.path.parent)
+        return self.outcome(trouble)
+
+    def outcome(self, trouble: PipelineError | None) -> Outcome:
+        """Return how it ended; `trouble` is what kept it from going on, or its results from their store."""
+        ended = self.sender.ended_lanes if self.is_begun else ()
         return Outcome(
-            sender=self.statistics(),
+            sender=self.statistics() if self.is_begun else None,
             spent=self.budget.used if self.budget else 0,
             failures=tuple(self.failures),
-            reasons=tuple(self.reasons(is_unfinished=True)),
-            stopped=self.stopped,
-            error=trouble,
+            ended={(lane.provider, lane.model): lane.ended for lane in ended if lane.ended},
+            stopped=trouble or (self.stopped if self.is_begun else None),
         )
 
     def snapshot(self) -> Snapshot:
@@ -235,6 +234,7 @@ class _Part(Job):
             totals=self.run_totals.as_state(),
             sender=self.statistics(),
             wanted=self._wanted(),
+            is_waiting=self.budget is not None and self.budget.awaited > 0,
         )
 
     def end_early(self) -> None:
@@ -264,8 +264,14 @@ class _Part(Job):
     def _money(self) -> Budget | None:
         return None if self._task.grant is None else Budget(self._task.grant, is_final=False)
 
-    def _lessor(self) -> Lessor:
-        return self._share_lessor
+    def _left_over(self) -> AbstractContextManager[Callable[[], None]]:
+        return nullcontext(lambda: None)
+
+    def _gate_of(self, provider: str, model: str) -> Gate:
+        return self._worker.gate_of(provider, model)
+
+    def _sharing(self) -> Callable[[], Coroutine[Any, Any, None]]:
+        return partial(self._worker.keep_share, self.clock)
 
     def _wanted(self) -> int:
         """Return how much more money is waited for, or soon will be."""
@@ -279,9 +285,12 @@ def own_version() -> str:
     return version("pipeline")
 
 
-def _require_unchanged(span: Span) -> None:
-    if stamp_of(span.source) != span.stamp:
-        raise TryLaterError(f"the input {span.source!r} was changed while it was being read", hint="repeat the command")
+def _require_unchanged(spans: Sequence[Span]) -> None:
+    for span in spans:
+        if stamp_of(span.source) != span.stamp:
+            raise TryLaterError(
+                f"the input {span.source!r} was changed while it was being read", hint="repeat the command"
+            )
 
 
 def _say_nothing(message: str) -> None:

@@ -14,7 +14,6 @@ from pipeline.books import Books
 from pipeline.cluster.claims import Scan
 from pipeline.cluster.driver import Driver, WorkerLostError
 from pipeline.cluster.quota import Quota
-from pipeline.cluster.staging import Name
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
 from pipeline.config import Config
 from pipeline.limits import Need
@@ -23,6 +22,7 @@ from pipeline.pricing import Prices
 from pipeline.run import Watch
 from pipeline.sharing import Lease
 from pipeline.sources import Span
+from pipeline.staging import Name
 from pipeline.totals import Summary
 
 T = TypeVar("T")
@@ -59,12 +59,11 @@ class FakePool:
         self._version = version
         self._has_room = has_room
 
-    async def start_worker(self, settings: Config, options: Options, *, first_share: float, at_once: int) -> FakeWorker:
+    async def start_worker(self, settings: Config, options: Options, *, first_share: float) -> FakeWorker:
         if not self._has_room:
             await anyio.sleep_forever()
-        worker = Worker(
-            settings, options, run_id="run-x", lessor=self._lessor, first_share=first_share, at_once=at_once
-        )
+        lessor = _Lessor(self.quota, f"worker {len(self.started)}")
+        worker = Worker(settings, options, run_id="run-x", lessor=lessor, first_share=first_share)
         self.started.append(FakeWorker(self, worker))
         return self.started[-1]
 
@@ -78,9 +77,6 @@ class FakePool:
     def lines_before_death(self, task: Task) -> int | None:
         """Return after how many lines the worker of a task dies: the first time that the part is done."""
         return self._lose.pop(task.number, None)
-
-    def _lessor(self, holder: str) -> _Lessor:
-        return _Lessor(self.quota, holder)
 
 
 class FakeWorker:
@@ -97,8 +93,8 @@ class FakeWorker:
     async def greet(self, place: Name, token: str) -> Greeting:
         return self._pool.version_of(await self._living(self._worker.greet(place, token)))
 
-    async def scan(self, span: Span, before: Claims) -> Scan:
-        return await self._living(self._worker.scan(span, before))
+    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan:
+        return await self._living(self._worker.scan(spans, before))
 
     async def work(self, task: Task) -> Outcome:
         self._pool.tasks.append(task)
@@ -119,6 +115,9 @@ class FakeWorker:
 
     async def stop(self) -> None:
         await self._living(self._worker.stop())
+
+    async def kill(self) -> None:
+        self.die()
 
     async def _die_after(self, output: Path, lines: int | None) -> None:
         assert lines is not None
@@ -161,7 +160,7 @@ class _Lessor:
         return self._quota.renew(self._holder, needs, now)
 
     async def give_back(self) -> None:
-        self._quota.give_back(self._holder)
+        pass
 
 
 async def drive(

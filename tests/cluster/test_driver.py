@@ -293,7 +293,7 @@ async def test_another_version_is_refused(tmp_path: Path) -> None:
 
 async def test_a_staging_area_that_is_not_shared_is_told(tmp_path: Path) -> None:
     """A worker that does not see the folder of the parts says so before anything is sent."""
-    from pipeline.cluster import staging
+    from pipeline import staging
 
     area = staging.staging_of(tmp_path / "out.jsonl")
     token = area.open()

@@ -25,9 +25,6 @@ def test_who_waits_gets_equal_parts_and_who_is_gone_none() -> None:
     assert quota.renew("b", {"q": HUNGRY}, 100.1)["q"].share == 0.5
     assert quota.renew("a", {"q": HUNGRY, "r": HUNGRY}, 100.2)["r"].share == 1.0
     assert quota.renew("b", {"q": HUNGRY}, 101.3)["q"].share == 1.0
-    quota.renew("a", {"q": HUNGRY}, 101.4)
-    quota.give_back("b")
-    assert quota.renew("a", {"q": HUNGRY}, 101.5)["q"].share == 1.0
 
 
 def test_in_the_beginning_everyone_keeps_what_he_has() -> None:

@@ -1,4 +1,6 @@
-"""Where parts lie while they are worked on: in a folder that all machines see, beside the results or in theirs.
+"""Where the parts of a run on a cluster lie while they are worked on: a folder that all machines see.
+
+It is beside the results, or in their folder at an object store.
 
 On a file system each part is an ordinary results file with its journal, written and locked by one worker. Who died gave
 his lock back, so the driver can take what is whole out of it, with what was in flight, and nothing of it is paid twice.
@@ -11,8 +13,9 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +27,7 @@ from pipeline import disk, parts, results, stores
 from pipeline.disk import beside
 from pipeline.errors import StorageError, TryLaterError, UsageError
 from pipeline.journal import Sent
-from pipeline.record import SIDE_FILES, Recorder
+from pipeline.record import SIDE_FILES, Done, Recorder, key
 from pipeline.results import Record
 from pipeline.totals import Totals
 
@@ -34,17 +37,30 @@ Name = str | Path
 _TOKEN = "token"
 _GROUP_LINES = 256
 _LOCK_SECONDS = 0.5
+_LOOKS = 40
 
 
-class Part:
+class StagedPart:
     """A part whose worker has ended or died: nobody else writes it any more.
 
     `tells_calls` is true where a journal tells of the calls that no result tells of.
     """
 
-    def __init__(self, path: Path, name: str, *, remove: Callable[[], None], tells_calls: bool) -> None:
-        """Lock the file and repair its tail. Raises `TryLaterError` while somebody writes it."""
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        remove: Callable[[], None],
+        forget: Callable[[], None] = lambda: None,
+        tells_calls: bool,
+    ) -> None:
+        """Lock the file and repair its tail. Raises `TryLaterError` while somebody writes it.
+
+        `remove` removes the part, `forget` what was made of it only to read it.
+        """
         self.tells_calls = tells_calls
+        self._forget = forget
         self._path = path
         self._name = name
         self._remove = remove
@@ -53,7 +69,7 @@ class Part:
             self._recorder.open()
             self._recorder.done(Totals())
         except BaseException:
-            self._recorder.release()
+            self.release()
             raise
 
     def groups(self) -> Iterator[tuple[list[bytes], list[Record]]]:
@@ -81,11 +97,12 @@ class Part:
     def remove(self) -> None:
         """Remove it, once all of it is safe elsewhere."""
         self._remove()
-        self._recorder.release()
+        self.release()
 
     def release(self) -> None:
         """Leave it for later."""
         self._recorder.release()
+        self._forget()
 
 
 class Staging(Protocol):
@@ -108,7 +125,7 @@ class Staging(Protocol):
         """Return the parts that are there."""
         ...
 
-    def taken_over(self, name: Name) -> Part:
+    def taken_over(self, name: Name) -> StagedPart:
         """Take a part over; raises `TryLaterError` while somebody writes it."""
         ...
 
@@ -138,7 +155,51 @@ def check_visible(place: Name, token: str) -> None:
     )
 
 
-async def taken_over(area: Staging, name: Name, patience: float) -> Part:
+@contextmanager
+def taken_in(recorder: Recorder, area: Staging) -> Iterator[Callable[[], None]]:
+    """Take what the workers of a run that was killed have done into the results, before these are read.
+
+    Yields what removes it, for when the journal of the results is begun. Raises `TryLaterError` where somebody writes
+    a part for longer than a worker takes to notice that its driver is dead.
+    """
+    with ExitStack() as held:
+        staged: list[StagedPart] = []
+        for name in area.parts():
+            staged.append(_taken_over_soon(area, name))
+            held.callback(staged[-1].release)
+        done = recorder.done(Totals()) if staged else Done()
+        for part in staged:
+            for lines, records in part.groups():
+                pairs = zip(lines, records, strict=True)
+                recorder.take_in([line for line, record in pairs if _is_new(record, done)])
+            recorder.take_in([], part.unknown())
+
+        def remove() -> None:
+            for part in staged:
+                part.remove()
+            if staged:
+                area.close()
+
+        yield remove
+
+
+def _is_new(record: Record, done: Done) -> bool:
+    """Tell whether a result says more than what is known of its request: an answer more than a failure."""
+    outcome = done.outcome(key(record.custom_id, record.digest))
+    return outcome is None or (outcome is False and record.success)
+
+
+def _taken_over_soon(area: Staging, name: Name) -> StagedPart:
+    for _ in range(_LOOKS):
+        with suppress(TryLaterError):
+            return area.taken_over(name)
+        threading.Event().wait(_LOCK_SECONDS)
+    raise TryLaterError(
+        f"workers of another run are at work on {str(name)!r}", hint="wait until they have ended, then repeat"
+    )
+
+
+async def taken_over(area: Staging, name: Name, patience: float) -> StagedPart:
     """Take a part over as soon as nobody writes it; raises `TryLaterError` when that takes more than some seconds."""
     last = anyio.current_time() + patience
     while True:
@@ -173,21 +234,18 @@ class _Folder:
     def parts(self) -> list[Path]:
         return sorted(path for path in self.place.glob("part-*.jsonl") if not path.name.endswith(SIDE_FILES))
 
-    def taken_over(self, name: Name) -> Part:
+    def taken_over(self, name: Name) -> StagedPart:
         path = Path(name)
 
         def remove() -> None:
-            for suffix in SIDE_FILES:
-                beside(path, suffix).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            for each in self.place.glob(f"{path.stem}.*"):
+                each.unlink(missing_ok=True)
 
-        return Part(path, path.stem, remove=remove, tells_calls=True)
+        return StagedPart(path, path.stem, remove=remove, tells_calls=True)
 
     def close(self) -> None:
-        with suppress(OSError):
-            if not self.parts():
-                (self.place / _TOKEN).unlink(missing_ok=True)
-                self.place.rmdir()
+        if not self.parts():
+            shutil.rmtree(self.place, ignore_errors=True)
 
 
 class _RemoteFolder:
@@ -214,16 +272,23 @@ class _RemoteFolder:
         found = (each.url[len(self.place) :].partition("/") for each in stores.listed_deep(self.place))
         return sorted({f"{self.place}{name}/" for name, slash, _ in found if slash})
 
-    def taken_over(self, name: Name) -> Part:
+    def taken_over(self, name: Name) -> StagedPart:
         url = str(name)
         copy = Path(tempfile.mkdtemp(prefix="pipeline-"))
 
         def remove() -> None:
             for found in stores.listed_deep(url):
                 stores.delete(found.url)
+
+        def forget() -> None:
             shutil.rmtree(copy, ignore_errors=True)
 
-        return Part(parts.fetch(url, copy), url.split("/")[-2], remove=remove, tells_calls=False)
+        try:
+            path = parts.fetch(url, copy)
+        except BaseException:
+            forget()
+            raise
+        return StagedPart(path, url.split("/")[-2], remove=remove, forget=forget, tells_calls=False)
 
     def close(self) -> None:
         with suppress(StorageError):
