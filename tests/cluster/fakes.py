@@ -37,7 +37,8 @@ async def until(condition: Callable[[], object]) -> None:
 class FakePool:
     """Up to `size` workers. `lose` says after how many result lines of it a part's worker dies, for some parts.
 
-    `lose_first` are parts whose worker dies as soon as something is being sent.
+    `lose_first` are parts whose worker dies as soon as something is being sent, `poison` those that kill each of their
+    workers so, `vanish` those whose results are gone when they are done. A broken pool has no worker that lives.
     """
 
     def __init__(
@@ -45,8 +46,12 @@ class FakePool:
         size: int = 2,
         *,
         lose: Mapping[int, int] | None = None,
+        poison: Collection[int] = (),
+        vanish: Collection[int] = (),
         version: str | None = None,
         has_room: bool = True,
+        is_broken: bool = False,
+        is_first_silent: bool = False,
         lose_first: Collection[int] = (),
     ) -> None:
         self.size = size
@@ -56,6 +61,10 @@ class FakePool:
         self.spent: list[int] = []
         self._lose = dict(lose or {})
         self.lose_first = set(lose_first)
+        self.poison = poison
+        self.vanish = vanish
+        self.is_broken = is_broken
+        self.is_first_silent = is_first_silent
         self._version = version
         self._has_room = has_room
 
@@ -91,6 +100,8 @@ class FakeWorker:
         self._life.set()
 
     async def greet(self, place: Name, token: str) -> Greeting:
+        if self._pool.is_broken:
+            raise WorkerLostError("no such module")
         return self._pool.version_of(await self._living(self._worker.greet(place, token)))
 
     async def scan(self, spans: Sequence[Span], before: Claims) -> Scan:
@@ -99,11 +110,18 @@ class FakeWorker:
     async def work(self, task: Task) -> Outcome:
         self._pool.tasks.append(task)
         lines = self._pool.lines_before_death(task)
-        outcome = await self._living(self._worker.work(task), until=(Path(task.output), lines))
+        until = (Path(task.output), lines)
+        if task.number in self._pool.poison:
+            until = (Path(task.output).with_suffix(".attempts.jsonl"), 2)
+        outcome = await self._living(self._worker.work(task), until=until)
+        if task.number in self._pool.vanish:
+            Path(task.output).write_bytes(b"")  # noqa: ASYNC240
         self._pool.spent.append(outcome.spent)
         return outcome
 
     async def progress(self) -> list[Snapshot]:
+        if self._pool.is_first_silent and self is self._pool.started[0]:
+            await self._living(anyio.sleep_forever())
         snapshots = await self._living(self._worker.progress())
         if any(each.number in self._pool.lose_first and each.sender.attempts for each in snapshots):
             self._pool.lose_first.clear()
