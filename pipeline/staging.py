@@ -36,6 +36,7 @@ Name = str | Path
 
 _TOKEN = "token"
 _GROUP_LINES = 256
+BEAT_SECONDS = 10.0
 _LOCK_SECONDS = 0.5
 _LOOKS = 40
 
@@ -117,8 +118,16 @@ class Staging(Protocol):
         """Make the place if need be, and put a token there by which a worker can tell that it sees the same one."""
         ...
 
+    def beat(self) -> None:
+        """Show that this run is alive; to be called every `BEAT_SECONDS`."""
+        ...
+
+    def require_unused(self) -> None:
+        """Raise `TryLaterError` where a run is alive that uses it."""
+        ...
+
     def new_part(self, number: int) -> Name:
-        """Return a name that no part had; `number` is the place of its lines in the input."""
+        """Return a name that no other part has; `number` is the place of its lines in the input."""
         ...
 
     def parts(self) -> Sequence[Name]:
@@ -146,7 +155,7 @@ def check_visible(place: Name, token: str) -> None:
     except (OSError, StorageError) as exc:
         reason: object = exc
     else:
-        if found == token.encode():
+        if found.split()[:1] == [token.encode()]:
             return
         reason = "another one is seen"
     raise UsageError(
@@ -162,6 +171,7 @@ def taken_in(recorder: Recorder, area: Staging) -> Iterator[Callable[[], None]]:
     Yields what removes it, for when the journal of the results is begun. Raises `TryLaterError` where somebody writes
     a part for longer than a worker takes to notice that its driver is dead.
     """
+    area.require_unused()
     with ExitStack() as held:
         staged: list[StagedPart] = []
         for name in area.parts():
@@ -227,6 +237,12 @@ class _Folder:
         disk.write_file(self.place / _TOKEN, token.encode())
         return token
 
+    def beat(self) -> None:
+        """Locks tell it."""
+
+    def require_unused(self) -> None:
+        """The lock of the results tells it, and those of the parts."""
+
     def new_part(self, number: int) -> Path:
         self._count += 1
         return self.place / f"part-{number:05}-{self._count:05}.jsonl"
@@ -251,18 +267,35 @@ class _Folder:
 class _RemoteFolder:
     """A staging area at an object store: `answers/work/` in the folder of the results.
 
-    No name is used twice, by any run: on a machine of the cluster there may be a spool of it.
+    No name is used twice, by any run: on a machine of the cluster there may be a spool of it. Nothing is locked there,
+    so a run shows that it is alive, and one that finds a token looks twice.
     """
 
     def __init__(self, output: str) -> None:
         self.place = f"{output}work/"
         self._token = secrets.token_hex(8)
+        self._beats = 0
         self._count = 0
 
     def open(self) -> str:
-        with stores.before_sending():
-            stores.put(self.place + _TOKEN, self._token.encode())
+        self.beat()
         return self._token
+
+    def beat(self) -> None:
+        self._beats += 1
+        with suppress(StorageError):  # then another run may think that this one is dead, which it finds out
+            stores.put(self.place + _TOKEN, f"{self._token} {self._beats}".encode())
+
+    def require_unused(self) -> None:
+        with stores.before_sending():
+            if stores.head(self.place + _TOKEN) is None:
+                return
+            before = stores.read(self.place + _TOKEN)
+            threading.Event().wait(2.5 * BEAT_SECONDS)
+            if stores.head(self.place + _TOKEN) and stores.read(self.place + _TOKEN) != before:
+                raise TryLaterError(
+                    f"another run on a cluster is writing {self.place!r}", hint="wait until it has ended, then repeat"
+                )
 
     def new_part(self, number: int) -> str:
         self._count += 1

@@ -17,7 +17,7 @@ import anyio
 import anyio.abc
 from anyio import to_thread
 
-from pipeline import assemble, record
+from pipeline import assemble, record, staging
 from pipeline.assemble import Options
 from pipeline.books import Books
 from pipeline.chunks import Chunks
@@ -156,6 +156,7 @@ class Driver(Run):
         self._scheduler.begin(part_bytes, ahead=self._at_once * self._places)
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._expect_workers, assemble.patience(self.settings))
+            self._tasks.start_soon(self._beat)
             for _ in range(self._places):
                 self._tasks.start_soon(self._keep_worker)
             while not self._scheduler.is_over:
@@ -229,6 +230,11 @@ class Driver(Run):
                 hint="the cluster has no room: wait, or add machines to it",
             )
         )
+
+    async def _beat(self) -> None:
+        while True:
+            await anyio.sleep(staging.BEAT_SECONDS)
+            await to_thread.run_sync(self._staging.beat)
 
     async def _monitor(self, worker: WorkerHandle) -> None:
         """Ask a worker now and then how it is getting on, and give it the money that it needs."""

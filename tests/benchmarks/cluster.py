@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.driver import PARTS_AT_ONCE
 from pipeline.limits import Need
 from pipeline.sharing import RENEWED_EVERY
 from tests.benchmarks.throughput import serving, write_input
@@ -114,7 +113,7 @@ def _cpu_of(title: str) -> dict[int, float]:
 
 
 async def _capacity(address: str, holders: int) -> float:
-    """Return how many calls a second one budget actor answers when so many parts are at work."""
+    """Return how many calls a second one budget actor answers when there are so many workers."""
     import ray
 
     from pipeline.cluster.ray_pool import Budget
@@ -123,11 +122,11 @@ async def _capacity(address: str, holders: int) -> float:
     actor: Any = ray.remote(Budget).options(num_cpus=0).remote()
     need = {f"quota {n}": Need(used=0.1, is_hungry=True, closed_until=0.0) for n in range(2)}
     for number in range(holders):
-        await actor.renew.remote(f"part {number}", need)
+        await actor.renew.remote(f"worker {number}", need)
     await asyncio.sleep(1.1)
     began = time.perf_counter()
     for start in range(0, CALLS, ASKING):
-        await asyncio.gather(*(actor.renew.remote(f"part {(start + n) % holders}", need) for n in range(ASKING)))
+        await asyncio.gather(*(actor.renew.remote(f"worker {(start + n) % holders}", need) for n in range(ASKING)))
     seconds = time.perf_counter() - began
     ray.kill(actor)
     ray.shutdown()
@@ -148,10 +147,10 @@ def _table(rows: list[Row], capacities: dict[int, float], server: str) -> str:
         ),
         "",
     ]
-    each = PARTS_AT_ONCE / RENEWED_EVERY
+    each = 1 / RENEWED_EVERY
     for holders, capacity in capacities.items():
         lines.append(
-            f"The budget actor answers {capacity:,.0f} calls a second when {holders} parts are at work; a worker makes "
+            f"The budget actor answers {capacity:,.0f} calls a second when there are {holders} workers; a worker makes "
             f"{each:.0f}, so it serves {capacity / each:,.0f} workers."
         )
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from anyio import to_thread
 
 import pipeline
 from pipeline import config as configuration
-from pipeline import stores
+from pipeline import staging, stores
 from pipeline.cluster import driver
 from pipeline.config import Config
 from pipeline.errors import TryLaterError, UsageError
@@ -293,8 +293,6 @@ async def test_another_version_is_refused(tmp_path: Path) -> None:
 
 async def test_a_staging_area_that_is_not_shared_is_told(tmp_path: Path) -> None:
     """A worker that does not see the folder of the parts says so before anything is sent."""
-    from pipeline import staging
-
     area = staging.staging_of(tmp_path / "out.jsonl")
     token = area.open()
     staging.check_visible(area.place, token)
@@ -380,3 +378,22 @@ async def test_what_a_killed_driver_left_at_a_store_is_taken_in(bucket: Bucket, 
         assert server.statistics()["answered"] == 10
 
     assert (summary.exit_code, summary.reused, summary.run.succeeded) == (0, 5, 5)
+
+
+async def test_two_clusters_do_not_write_one_folder_at_a_store(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing is locked at a store: the second run sees that the first is alive, and leaves its parts alone."""
+    monkeypatch.setattr(staging, "BEAT_SECONDS", 0.2)
+    source, output = f"{bucket.url}in.jsonl", f"{bucket.url}answers/"
+    await to_thread.run_sync(stores.put, source, _write(tmp_path / "in.jsonl", _lines(12)).read_bytes())
+
+    with _world(latency=0.5) as (config, server):
+        config = config.with_("sending", concurrency=2)
+        async with anyio.create_task_group() as group:
+            group.start_soon(drive, [source], output, config, FakePool(1))
+            await until(lambda: server.statistics()["received"])
+            monkeypatch.setenv("PIPELINE_LEDGER", str(tmp_path / "another machine" / "ledger.sqlite"))
+            with pytest.raises(TryLaterError, match="another run on a cluster"):
+                await drive([source], output, config, FakePool(1))
+        assert server.statistics()["answered"] == 12
