@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -343,10 +343,13 @@ def _run_jobs(
     codes: list[int] = []
     summaries: list[Summary] = []
     run_batch = job.run_batch
+    end = ExitStack()
     if ray is not None:
         from pipeline import cluster
 
-        run_batch = partial(cluster.run_batch, ray=ray)
+        session = cluster.Session(ray)
+        end.callback(session.close)
+        run_batch = partial(cluster.run_batch, ray=session)
 
     async def work() -> None:
         for each in jobs:
@@ -374,7 +377,8 @@ def _run_jobs(
 
     if not jobs:
         screen.tell("message", "nothing to do: no inputs there")
-    aio.run(work)
+    with end:
+        aio.run(work)
     if left := len(jobs) - len(codes):
         screen.tell("warning", f"{left:,} further inputs were not begun", not_begun=left)
     return codes, summaries

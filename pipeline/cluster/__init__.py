@@ -20,7 +20,7 @@ from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.books import Books
 from pipeline.cluster.driver import Driver
-from pipeline.cluster.ray_pool import RayPool
+from pipeline.cluster.ray_pool import Session
 from pipeline.config import Config
 from pipeline.errors import UsageError
 from pipeline.pricing import LIVE, Prices
@@ -28,12 +28,14 @@ from pipeline.run import Watch, place_of
 from pipeline.sources import can_be_read_again
 from pipeline.totals import Summary
 
+__all__ = ["Session", "run_batch"]
+
 
 async def run_batch(
     inputs: Sequence[str | os.PathLike[str]],
     *,
     output: str | os.PathLike[str],
-    ray: str,
+    ray: str | Session,
     config: Config | None = None,
     options: Options | None = None,
     watch: Watch | None = None,
@@ -42,25 +44,28 @@ async def run_batch(
 ) -> Summary:
     """Answer every line of the inputs on a Ray cluster: what `pipeline.run_batch` does here, and as resumable.
 
-    `ray` is the address of a cluster (`auto`, `HOST:PORT`, `ray://HOST:10001`) or `local`. Output and inputs must be
-    seen by all its machines under the same names: on a shared file system, or at an object store. Raises `UsageError`
-    also where Ray is not installed or of another version than the cluster's, `TryLaterError` where the cluster cannot
-    be reached.
+    `ray` is the address of a cluster (`auto`, `HOST:PORT`, `ray://HOST:10001`), or `local`, or a session for several
+    runs. Output and inputs must be seen by all machines under the same names: on a shared file system, or at an object
+    store. Raises `UsageError` also where Ray is not installed or of another version than the cluster's,
+    `TryLaterError` where the cluster cannot be reached.
     """
     options = options or Options()
     config = config or configuration.load()
-    _refuse(config, options, ray)
+    session = ray if isinstance(ray, Session) else Session(ray)
+    _refuse(config, options, session.address)
     place = place_of(output)
     place = place if isinstance(place, str) else place.absolute()
     sources = _sources([os.fspath(item) for item in inputs], place)
     with assemble.settings_for(config, options) as settings:
         books = Books(configuration.ledger_path(config))
         driver = Driver(sources, place, settings, options, Prices(config), books, say)
-        pool = await to_thread.run_sync(RayPool.connect, ray, settings, driver.run_id)
+        pool = await to_thread.run_sync(session.pool, settings, driver.run_id)
         try:
             return await driver.lead(pool, watch, handle_signals=handle_signals)
         finally:
             await to_thread.run_sync(pool.close)
+            if session is not ray:
+                await to_thread.run_sync(session.close)
 
 
 def _refuse(settings: Config, options: Options, ray: str) -> None:

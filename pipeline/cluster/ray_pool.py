@@ -45,6 +45,64 @@ _ON_THE_HEAD = {"node:__internal_head__": 0.001}
 _ADDRESS = re.compile(r"(?:(?P<scheme>ray)://)?(?P<host>\[[^]]+\]|[^:/]+)(?::(?P<port>\d+))?")
 
 
+class Session:
+    """A connection to a cluster, made when it is first needed; several runs may use it, one after the other.
+
+    `address` is that of a cluster, or `local`: then one is started on this machine.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._ray: Any = None
+        self._pad = b""
+
+    def pool(self, settings: Config, run_id: str) -> RayPool:
+        """Return the workers of a run.
+
+        Raises `UsageError` where Ray is not there or does not fit the cluster's, `TryLaterError` where the cluster
+        cannot be reached.
+        """
+        if self._ray is None:
+            self._ray = self._connected(settings)
+        return RayPool(self._ray, settings, run_id, self._pad)
+
+    def close(self) -> None:
+        """Leave the cluster; a local one ends."""
+        if self._ray is not None:
+            self._ray.shutdown()
+            self._ray = None
+
+    def _connected(self, settings: Config) -> Any:
+        configuration.default_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
+        try:
+            import ray
+        except ImportError as exc:
+            raise UsageError(
+                f"--ray wants Ray, which is not installed here ({exc})", hint="pip install 'pipeline[ray]'"
+            ) from exc
+        if self.address != LOCAL:
+            _require_reachable(self.address)
+        sealed, self._pad = sealing.seal(configuration.variables_of(settings))
+        try:
+            ray.init(
+                address=self.address,
+                namespace=_NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": {sealing.VARIABLE: sealed}},
+            )
+        except (ConnectionError, TimeoutError) as exc:
+            raise TryLaterError(
+                f"the Ray cluster at {self.address!r} cannot be reached: {exc}", hint=_IS_IT_UP
+            ) from exc
+        except (RuntimeError, ValueError) as exc:
+            raise UsageError(
+                f"the Ray cluster at {self.address!r} cannot be used: {exc}",
+                hint=f"all machines must have what is here: Ray {ray.__version__}, Python {sys.version.split()[0]}",
+            ) from exc
+        return ray
+
+
 class RayPool:
     """The workers of one run, on a cluster that is connected. `size` is how many there should be."""
 
@@ -66,40 +124,6 @@ class RayPool:
             .remote()
         )
         self.size = settings.cluster.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-    @classmethod
-    def connect(cls, address: str, settings: Config, run_id: str) -> RayPool:
-        """Join a cluster, or start one on this machine (`local`).
-
-        Raises `UsageError` where Ray is not there or does not fit the cluster's, `TryLaterError` where the cluster
-        cannot be reached.
-        """
-        configuration.default_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
-        try:
-            import ray
-        except ImportError as exc:
-            raise UsageError(
-                f"--ray wants Ray, which is not installed here ({exc})", hint="pip install 'pipeline[ray]'"
-            ) from exc
-        if address != LOCAL:
-            _require_reachable(address)
-        sealed, pad = sealing.seal(configuration.variables_of(settings))
-        try:
-            ray.init(
-                address=address,
-                namespace=_NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": {sealing.VARIABLE: sealed}},
-            )
-        except (ConnectionError, TimeoutError) as exc:
-            raise TryLaterError(f"the Ray cluster at {address!r} cannot be reached: {exc}", hint=_IS_IT_UP) from exc
-        except (RuntimeError, ValueError) as exc:
-            raise UsageError(
-                f"the Ray cluster at {address!r} cannot be used: {exc}",
-                hint=f"all machines must have what is here: Ray {ray.__version__}, Python {sys.version.split()[0]}",
-            ) from exc
-        return cls(ray, settings, run_id, pad)
 
     async def start_worker(self, settings: Config, options: Options, *, first_share: float) -> _RayWorker:
         number = next(self._numbers)
@@ -126,10 +150,9 @@ class RayPool:
         self._actors.clear()
 
     def close(self) -> None:
-        """Leave the cluster; a local one ends."""
+        """End the budget actor."""
         with suppress(Exception):  # what is gone already needs no killing
             self._ray.kill(self._quota)
-        self._ray.shutdown()
 
 
 class RemoteWorker(Worker):
