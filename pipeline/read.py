@@ -30,10 +30,12 @@ else:
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # What this program writes: x.results.jsonl and what comes to lie beside it, compressed by somebody or not.
-_OURS = re.compile(r"\.(results(\.old-[0-9]+|\.tmp)?|superseded|attempts)\.jsonl(\.gz|\.zst)?$")
+_OURS = re.compile(
+    r"(\.(results(\.old-[0-9]+|\.tmp)?|superseded|attempts)|\.parts/part-[0-9]+-[0-9]+)\.jsonl(\.gz|\.zst)?$"
+)
 _BESIDE = re.compile(r"(\.old-[0-9]+\.jsonl|\.(superseded|attempts)\.jsonl|\.(usage\.json|torn|index)|\.jsonl)(\.tmp)?")
 # The same of results at an object store, which are a folder.
-_PART_OF = re.compile(r"(part-[0-9]{5,}|superseded-[0-9a-f]+)\.jsonl|usage\.json|old-[0-9]+/.*")
+_PART_OF = re.compile(r"(part-[0-9]{5,}|superseded-[0-9a-f]+)\.jsonl|usage\.json|(old-[0-9]+|work)/.*")
 _BOM = b"\xef\xbb\xbf"
 _ENDLESS_BYTES = 2**30  # nobody's line, and soon read
 _BATCH_LINES = 256

@@ -444,3 +444,12 @@ def test_an_archive_that_is_cut_in_its_first_line_ends_with_a_problem(kept: int,
 
     assert line.number == 1
     assert "cannot be read beyond this line" in (line.problem or "")
+
+
+def test_parts_of_a_run_on_a_cluster_are_no_inputs(here: Path) -> None:
+    """A glob of any depth leaves alone what workers have in work."""
+    before = read.sources(["**/*.jsonl"])
+    (here / "data" / "answers.parts").mkdir()
+    (here / "data" / "answers.parts" / "part-00003-00007.jsonl").write_bytes(GOOD)
+
+    assert read.sources(["**/*.jsonl"]) == before

@@ -240,6 +240,7 @@ def inbox(folder: str) -> str:
     keys = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "notes.txt", "a.results/part-00000.jsonl", "deep/d.jsonl")
     for key in (*keys, "out/part-00000.jsonl", "out/usage.json", "out/superseded-0a.jsonl", "out/part-of-mine.jsonl"):
         stores.put(folder + key, b"{}\n")
+    stores.put(f"{folder}out/work/part-00000-00001-0a/part-00000.jsonl", b"{}\n")
     return folder
 
 

@@ -78,7 +78,7 @@ class Scheduler:
         return self._changed
 
     def stop(self) -> None:
-        """Scheduler out nothing more; what is in work is finished."""
+        """Begin nothing more; what is in work is finished."""
         self.is_stopped = True
         self._tell()
 

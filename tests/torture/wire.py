@@ -27,8 +27,8 @@ class Wire:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        # `drain` returns when the kernel has taken everything. Under TLS it waits from so many bytes on, else for more: a
-        # limit of 0 would have it wait under TLS although nothing is left, until the client does something or leaves.
+        # `drain` returns when the kernel has taken everything. Under TLS it waits from so many bytes on, else for more:
+        # a limit of 0 would have it wait under TLS although nothing is left, until the client does something or leaves.
         self._writer.transport.set_write_buffer_limits(1 if writer.get_extra_info("sslcontext") else 0, 0)
         host, port = writer.get_extra_info("peername")[:2]
         self.peer = f"{host}:{port}"
