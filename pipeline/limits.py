@@ -1,8 +1,8 @@
 """Gate: how fast one model may be called, and when not at all.
 
-One gate stands before each (provider, model). Whoever wants to call passes it alone and in turn: a sender keeps one task
-at each gate, and senders that share a gate take turns, so aiolimiter's queue, which lets small amounts overtake large
-ones, never has two to choose from, and a large request is not starved.
+One gate stands before each (provider, model). Whoever wants to call passes it alone and in turn: a sender keeps one
+task at each gate, and senders that share a gate take turns, so aiolimiter's queue, which lets small amounts overtake
+large ones, never has two to choose from, and a large request is not starved.
 
 What binds is told apart. The user's caps are kept as they are, a second's worth at a time. What the provider says in
 its headers is mirrored: a bucket as large as its own, with the level that it reports, so the allowance is used to the
