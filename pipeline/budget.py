@@ -39,13 +39,17 @@ class Budget:
         while not self.try_reserve(amount):
             self.awaited = amount
             if not self._reserved and self.is_final:
-                raise BudgetReachedError(
-                    f"the budget is reached: {money.text(self.used)} of {money.text(self.cap)} are spent or held for "
-                    f"batches, and the next call may cost {money.text(amount)}; raise --max-cost, or budget in the "
-                    "configuration"
-                )
+                raise self.reached(amount)
             await self._settled.wait()
             self.awaited = 0
+
+    def reached(self, amount: int) -> BudgetReachedError:
+        """Return the error that says that this amount is not there any more."""
+        return BudgetReachedError(
+            f"the budget is reached: {money.text(self.used)} of {money.text(self.cap)} are spent or held for batches, "
+            f"and the next call may cost {money.text(amount)}; raise --max-cost, or budget in the configuration",
+            amount=amount,
+        )
 
     @property
     def room(self) -> int:

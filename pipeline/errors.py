@@ -65,9 +65,13 @@ class ConfigError(UsageError):
 
 
 class BudgetReachedError(PipelineError):
-    """The cap on spending does not cover the next call; what was paid for is recorded."""
+    """The cap on spending does not cover the next call, of `amount` nano-dollars; what was paid for is recorded."""
 
     exit_code = 4
+
+    def __init__(self, message: str, *, hint: str | None = None, amount: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.amount = amount
 
 
 class StorageError(PipelineError):

@@ -97,7 +97,7 @@ class Intake:
         where = "have results or are in batches" if len(held) else "have results"
         return (
             f"{known:,} of the first {len(self._previewed):,} requests {where}; the others are sent: "
-            "they are new, or a changed line, model or setting made them new"
+            "they are not done yet, or new, also by a changed line, model or setting"
         )
 
     def hold(self, requests: Iterable[Request]) -> None:

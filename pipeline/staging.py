@@ -187,8 +187,7 @@ def taken_in(recorder: Recorder, area: Staging) -> Iterator[Callable[[], None]]:
         def remove() -> None:
             for part in staged:
                 part.remove()
-            if staged:
-                area.close()
+            area.close()
 
         yield remove
 
@@ -260,7 +259,7 @@ class _Folder:
         return StagedPart(path, path.stem, remove=remove, tells_calls=True)
 
     def close(self) -> None:
-        if not self.parts():
+        if self.place.is_dir() and not self.parts():
             shutil.rmtree(self.place, ignore_errors=True)
 
 
@@ -275,6 +274,7 @@ class _RemoteFolder:
         self.place = f"{output}work/"
         self._token = secrets.token_hex(8)
         self._beats = 0
+        self._has_token = False
         self._count = 0
 
     def open(self) -> str:
@@ -283,6 +283,7 @@ class _RemoteFolder:
 
     def beat(self) -> None:
         self._beats += 1
+        self._has_token = True
         with suppress(StorageError):  # then another run may think that this one is dead, which it finds out
             stores.put(self.place + _TOKEN, f"{self._token} {self._beats}".encode())
 
@@ -290,6 +291,7 @@ class _RemoteFolder:
         with stores.before_sending():
             if stores.head(self.place + _TOKEN) is None:
                 return
+            self._has_token = True
             before = stores.read(self.place + _TOKEN)
             threading.Event().wait(2.5 * BEAT_SECONDS)
             if stores.head(self.place + _TOKEN) and stores.read(self.place + _TOKEN) != before:
@@ -325,5 +327,6 @@ class _RemoteFolder:
 
     def close(self) -> None:
         with suppress(StorageError):
-            if not self.parts():
+            if self._has_token and not self.parts():
                 stores.delete(self.place + _TOKEN)
+                self._has_token = False

@@ -20,7 +20,7 @@ from pipeline import config as configuration
 from pipeline.assemble import Options
 from pipeline.books import Books
 from pipeline.cluster.driver import Driver
-from pipeline.cluster.ray_pool import Session
+from pipeline.cluster.ray_pool import LOCAL, Session
 from pipeline.config import Config
 from pipeline.errors import UsageError
 from pipeline.pricing import LIVE, Prices
@@ -59,6 +59,9 @@ async def run_batch(
     with assemble.settings_for(config, options) as settings:
         books = Books(configuration.ledger_path(config))
         driver = Driver(sources, place, settings, options, Prices(config), books, say)
+        if not session.is_open:
+            here = session.address == LOCAL
+            say("starting a Ray cluster on this machine" if here else f"joining the Ray cluster at {session.address}")
         pool = await to_thread.run_sync(session.pool, settings, driver.run_id)
         try:
             return await driver.lead(pool, watch, handle_signals=handle_signals)
@@ -71,9 +74,11 @@ async def run_batch(
 def _refuse(settings: Config, options: Options, ray: str) -> None:
     """Refuse what needs one machine."""
     if settings.lane != LIVE:
-        raise UsageError(f"--ray sends live: --lane {settings.lane} needs no cluster, the provider does the work")
+        reason = f"--ray sends live: --lane {settings.lane} needs no cluster, the provider does the work"
+        raise UsageError(reason, hint="leave out --ray")
     if options.dedupe:
-        raise UsageError("--dedupe wants one machine: no worker sees what the others send")
+        reason = "--dedupe wants one machine: no worker sees what the others send"
+        raise UsageError(reason, hint="leave out --ray, or --dedupe")
     if options.simulate and ray != "local":
         raise UsageError(
             "--simulate with --ray wants --ray local: machines cannot reach the simulator inside this command",
@@ -86,5 +91,6 @@ def _sources(inputs: Sequence[str], output: str | Path) -> list[str]:
     sources = read.sources(inputs, but=output)
     for source in sources:
         if not can_be_read_again(source):
-            raise UsageError(f"--ray wants files that all machines see, and {source!r} can be read only once, and here")
+            reason = f"--ray wants inputs that all machines can read, and {source!r} can be read only once, and here"
+            raise UsageError(reason, hint="save it to a file that they all see, and give that")
     return [source if stores.is_url(source) else os.path.abspath(source) for source in sources]

@@ -352,9 +352,11 @@ class Driver(Run):
             self._counts.update(merging.counts(outcome.sender))
         self.failures += outcome.failures[: max(0, SHOWN_FAILURES - len(self.failures))]
         self._ended.update(outcome.ended)
-        if outcome.stopped is not None:
+        if isinstance(outcome.stopped, BudgetReachedError) and self.budget:
             # What others were granted they may spend.
-            self._end(outcome.stopped, is_for_all=not isinstance(outcome.stopped, BudgetReachedError))
+            self._end(self.budget.reached(outcome.stopped.amount), is_for_all=False)
+        elif outcome.stopped is not None:
+            self._end(outcome.stopped)
 
     async def _collect(self, name: Name, *, is_lost: bool = False) -> _Collected:
         """Take the results of a part into ours, then remove it.

@@ -56,6 +56,11 @@ class Session:
         self._ray: Any = None
         self._pad = b""
 
+    @property
+    def is_open(self) -> bool:
+        """Tell whether the cluster was joined already."""
+        return self._ray is not None
+
     def pool(self, settings: Config, run_id: str) -> RayPool:
         """Return the workers of a run.
 
@@ -251,6 +256,9 @@ class _Lessor:
         """Keep it, for the next part of this worker; what is not renewed is given back in a second."""
 
 
+_ADDRESSES = (
+    "give HOST:PORT, ray://HOST:10001, auto for the cluster that this machine is in, or local for one of its own"
+)
 _IS_IT_UP = (
     "is the address right, and the cluster up (ray status)? One that asks for a token wants RAY_AUTH_MODE=token, and "
     "the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
@@ -264,6 +272,8 @@ def _require_reachable(address: str) -> None:
         return
     try:
         socket.create_connection(place, timeout=_CONNECT_SECONDS).close()
+    except socket.gaierror as exc:
+        raise UsageError(f"the Ray cluster {address!r} has no address: {exc}", hint=_ADDRESSES) from exc
     except OSError as exc:
         raise TryLaterError(f"the Ray cluster at {address!r} cannot be reached: {exc}", hint=_IS_IT_UP) from exc
 

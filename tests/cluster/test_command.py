@@ -61,6 +61,14 @@ def test_a_cluster_out_of_reach_is_another_times_matter(monkeypatch: pytest.Monk
     assert f"the Ray cluster at '{address}' cannot be reached" in done.stderr
 
 
+def test_a_name_that_no_machine_has_is_a_mistake() -> None:
+    """No later time makes it right."""
+    done = _run("--ray", "Local")
+
+    assert done.exit_code in (2, 75)  # 75 where some resolver knows every name
+    assert "'Local'" in done.stderr
+
+
 def test_no_cluster_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` finds none."""
     monkeypatch.setitem(sys.modules, "ray", _ray(init=_failing(ConnectionError("Could not find any running Ray"))))
@@ -106,7 +114,7 @@ def test_a_pipe_is_refused() -> None:
     done = subprocess.run(command, input=LINE, capture_output=True, text=True, check=False)
 
     assert done.returncode == 2
-    assert "files that all machines see" in done.stderr
+    assert "inputs that all machines can read" in done.stderr
 
 
 @pytest.mark.parametrize(
