@@ -460,8 +460,7 @@ def _refuse_parts(folder: str, sources: Sequence[str], settings: Config) -> None
 
 def _stopped(summary: Summary, trouble: PipelineError) -> Summary:
     """Return the summary of a run whose results did not get to their store, whatever else it did."""
-    reason = f"{trouble.message} ({trouble.hint})" if trouble.hint else trouble.message
-    return replace(summary, status="stopped", stop_reason=reason, exit_code=trouble.exit_code)
+    return replace(summary, status="stopped", stop_reason=_explain(trouble), exit_code=trouble.exit_code)
 
 
 def _as_json(summary: Summary) -> bytes:
@@ -476,7 +475,7 @@ def _retirement(settings: Config, provider: str, model: str) -> str | None:
 def _explain(reason: PipelineError) -> str:
     status = getattr(reason, "status", None)
     request_id = getattr(reason, "request_id", None)
-    details = [f"HTTP {status}" if status else "", f"request id {request_id}" if request_id else ""]
+    details = [f"HTTP {status}" if status else "", f"request id {request_id}" if request_id else "", reason.hint or ""]
     known = ", ".join(detail for detail in details if detail)
     return f"{reason.message} ({known})" if known else reason.message
 

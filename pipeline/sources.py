@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import stores
-from pipeline.errors import StorageError, UsageError
+from pipeline.errors import StorageError, TryLaterError, UsageError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -63,7 +63,7 @@ def size_of(source: str) -> int:
 def cut(source: str, size: int) -> Iterator[Span]:
     """Cut an input into spans of about so many bytes, at line ends, without reading more than these; numbers are 1.
 
-    What is compressed is one span. Raises `UsageError` where it cannot be read.
+    What is compressed is one span. Raises `UsageError` where it cannot be read, `TryLaterError` where it changes.
     """
     total, stamp = _seen(source)
     whole = Span(source=source, stamp=stamp)
@@ -77,17 +77,27 @@ def cut(source: str, size: int) -> Iterator[Span]:
             yield Span(source=source, start=start, end=end, stamp=stamp)
             start = end
     except OSError as exc:
+        require_unchanged(whole)
         raise UsageError(f"the input {source!r} cannot be read: {exc.strerror or exc}") from exc
 
 
+def require_unchanged(span: Span) -> None:
+    """Raise `TryLaterError` where an input is not what it was when a span was cut out of it."""
+    if stamp_of(span.source) != span.stamp:
+        raise TryLaterError(f"the input {span.source!r} was changed while it was being read", hint="repeat the command")
+
+
 def opened(span: Span) -> BufferedReader:
-    """Open an input, or a part of it, for reading in one pass. Raises `OSError`."""
+    """Open an input, or a part of it, for reading in one pass.
+
+    Raises `OSError`, then or while it is read: also where it is not, or no longer, what it was when the span was cut.
+    """
     if stores.is_url(span.source):
         try:
             return stores.open_reader(span.source, span.start, span.end, etag=span.stamp or None)
         except StorageError as exc:
             raise OSError(exc.message) from exc
-    if span.is_whole:
+    if span.is_whole and not span.stamp:
         is_stdin = span.source == STDIN
         return open(sys.stdin.fileno() if is_stdin else span.source, "rb", closefd=not is_stdin)
     return BufferedReader(_Slice(span))
@@ -99,6 +109,7 @@ class _Slice(io.RawIOBase):
     def __init__(self, span: Span) -> None:
         self._file = io.FileIO(span.source)
         self._file.seek(span.start)
+        self._span = span
         self._left = sys.maxsize if span.end is None else span.end - span.start
 
     def readable(self) -> bool:
@@ -106,6 +117,8 @@ class _Slice(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        if self._span.stamp not in ("", _stamp(os.fstat(self._file.fileno()))):
+            raise OSError(f"{self._span.source!r} was changed while it was read")
         self._left -= count
         return count
 
@@ -126,7 +139,11 @@ def _seen(source: str) -> tuple[int, str]:
         status = os.stat(source)
     except OSError as exc:
         raise UsageError(f"the input {source!r} cannot be read: {exc.strerror}") from exc
-    return status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
+    return status.st_size, _stamp(status)
+
+
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def _is_compressed(whole: Span) -> bool:

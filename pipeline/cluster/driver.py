@@ -322,7 +322,11 @@ class Driver(Run):
             spent = outcome.spent
         except WorkerLostError:
             with anyio.CancelScope(shield=True):
-                lost = await self._collect(output, is_lost=True)
+                try:
+                    lost = await self._collect(output, is_lost=True)
+                except PipelineError:
+                    self._scheduler.done()  # nobody can do it as long as it lies there
+                    raise
                 spent = lost.spent
                 self._scheduler.undone(shard, lost.keys)
                 self._look_at_losses(shard)
@@ -331,8 +335,10 @@ class Driver(Run):
             self._settle(shard.number, spent)
         self._heed(outcome)
         with anyio.CancelScope(shield=True):
-            collected = await self._collect(output)
-            self._scheduler.done()
+            try:
+                collected = await self._collect(output)
+            finally:
+                self._scheduler.done()
         is_whole = outcome.sender is not None and not (outcome.stopped or outcome.ended or outcome.sender.dropped)
         if is_whole and not self.is_draining and len(collected.keys) < shard.wanted:
             missing = shard.wanted - len(collected.keys)

@@ -23,14 +23,14 @@ from pipeline.budget import Budget
 from pipeline.clock import Clock
 from pipeline.cluster.claims import Scan
 from pipeline.config import Config
-from pipeline.errors import PipelineError, TryLaterError
+from pipeline.errors import PipelineError
 from pipeline.job import Job
 from pipeline.limits import Gate
 from pipeline.plan import Claims
 from pipeline.pricing import Prices
 from pipeline.send import Statistics
 from pipeline.sharing import Lessor, Sharing
-from pipeline.sources import Span, stamp_of
+from pipeline.sources import Span, require_unchanged
 from pipeline.staging import Name
 
 
@@ -125,7 +125,8 @@ class Worker:
         """Do a part; what goes wrong is in the outcome."""
         part: ShardJob | None = None
         try:
-            _require_unchanged(task.spans)
+            for span in task.spans:
+                require_unchanged(span)
             part = ShardJob(task, self)
             self._parts[task.number] = part
             return Outcome() if self._is_stopping else await part.do()
@@ -151,17 +152,18 @@ class Worker:
             part.end_early()
 
     def _scan(self, spans: Sequence[Span], before: Claims) -> Scan:
-        _require_unchanged(spans)
         planner = assemble.planner(self._settings, self._options)
         planner.claim(before)
         keys = array("Q")
         lines = 0
         for span in spans:
             lines = 0
+            require_unchanged(span)
             for batch in read.batches([span], self._settings.input.max_line_bytes):
                 items = map(planner.plan, batch.lines())
                 keys.extend(record.key(item.custom_id, item.digest) for item in items)
                 lines += batch.count
+            require_unchanged(span)
         return Scan(lines=lines, keys=keys, claims=planner.take_claims(), before=before)
 
     # ── what its parts share ──────────────────────────────────────────────────────────────────────────────────────
@@ -283,14 +285,6 @@ class ShardJob(Job):
 def own_version() -> str:
     """Return the version of this program that is installed here."""
     return version("pipeline")
-
-
-def _require_unchanged(spans: Sequence[Span]) -> None:
-    for span in spans:
-        if stamp_of(span.source) != span.stamp:
-            raise TryLaterError(
-                f"the input {span.source!r} was changed while it was being read", hint="repeat the command"
-            )
 
 
 def _say_nothing(message: str) -> None:

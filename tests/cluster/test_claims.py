@@ -111,3 +111,19 @@ async def test_a_changed_input_is_not_planned(tmp_path: Path) -> None:
 
     with pytest.raises(TryLaterError, match="was changed"):
         await worker.scan([span], NONE)
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_mixture(tmp_path: Path) -> None:
+    """What was read until then stands; the rest is an error that says so, and not what has come in its place."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"".join(b'{"n":%07d}\n' % n for n in range(100_000)))
+    (span,) = cut(str(path), 10**9)
+    lines = read.lines(span, 100)
+    first = next(lines)
+
+    path.write_bytes(b'{"other":1}\n' * 100_000)
+    *rest, last = lines
+
+    assert first.data == b'{"n":0000000}'
+    assert all(line.data.startswith(b'{"n"') for line in rest)
+    assert "was changed while it was read" in (last.problem or "")

@@ -169,15 +169,9 @@ async def test_what_a_killed_driver_left_is_taken_in(monkeypatch: pytest.MonkeyP
     source = _write(tmp_path / "in.jsonl", _lines())
     output = tmp_path / "out.jsonl"
 
-    async def kill(get: Callable[[], Progress]) -> None:
-        await until(lambda: any(path.read_bytes() for path in _parts(tmp_path)))
-        killed.cancel()
-
     with _world(latency=0.05) as (config, server):
         config = config.with_("sending", concurrency=4)
-        with anyio.CancelScope() as killed:
-            await drive([source], output, config, FakePool(2), watch=kill)
-        written = sum(path.read_bytes().count(b"\n") for path in _parts(tmp_path))
+        written = await _drive_and_kill(source, output, config)
         summary = await drive([source], output, config, FakePool(2))
         repeated = server.statistics()["answered"] - COUNT
 
@@ -186,6 +180,18 @@ async def test_what_a_killed_driver_left_is_taken_in(monkeypatch: pytest.MonkeyP
     assert summary.reused >= written > 0
     assert repeated <= len(summary.possibly_billed) <= 2 * 4
     assert not (tmp_path / "out.parts").exists()
+
+
+async def _drive_and_kill(source: Path, output: Path, config: Config) -> int:
+    """Have a job done and kill its driver as soon as a part has a result; return how many lie in parts then."""
+
+    async def kill(get: Callable[[], Progress]) -> None:
+        await until(lambda: any(path.read_bytes() for path in _parts(output.parent)))
+        killed.cancel()
+
+    with anyio.CancelScope() as killed:
+        await drive([source], output, config, FakePool(2), watch=kill)
+    return sum(path.read_bytes().count(b"\n") for path in _parts(output.parent))
 
 
 def _parts(folder: Path) -> list[Path]:

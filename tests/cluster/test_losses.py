@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 import pytest
@@ -14,11 +14,11 @@ import pytest
 import pipeline
 from pipeline import disk
 from pipeline.cluster import driver
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, TryLaterError
 from pipeline.run import Progress
 from pipeline.verifying import verify
 from tests.cluster.fakes import FakePool, drive, until
-from tests.cluster.test_driver import COUNT, _line, _lines, _parts, _results, _world, _write
+from tests.cluster.test_driver import COUNT, _drive_and_kill, _line, _lines, _results, _world, _write
 
 IDS = sorted(f"q-{n}" for n in range(COUNT))
 
@@ -73,15 +73,9 @@ async def test_a_run_without_the_cluster_goes_on_with_what_lies_in_parts(tmp_pat
     """What a killed driver's workers have answered is not sent again by anybody, and their calls in flight are told."""
     source, output = _write(tmp_path / "in.jsonl", _lines()), tmp_path / "out.jsonl"
 
-    async def kill(get: Callable[[], Progress]) -> None:
-        await until(lambda: any(path.read_bytes() for path in _parts(tmp_path)))
-        killed.cancel()
-
     with _world(latency=0.05) as (config, server):
         config = config.with_("sending", concurrency=4)
-        with anyio.CancelScope() as killed:
-            await drive([source], output, config, FakePool(2), watch=kill)
-        written = sum(path.read_bytes().count(b"\n") for path in _parts(tmp_path))
+        written = await _drive_and_kill(source, output, config)
         summary = await pipeline.run_batch([source], output=output, config=config)
         repeated = server.statistics()["answered"] - COUNT
 
@@ -214,3 +208,21 @@ async def test_many_workers_use_most_of_a_cap(tmp_path: Path) -> None:
     assert summary.cap is not None
     assert 0.6 * summary.cap <= summary.run.spending.nanos == summary.cap_used <= summary.cap
     assert summary.exit_code == 4
+
+
+async def test_a_part_that_nobody_gives_back_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A lost worker that still holds its part (a machine that hangs) is not waited for without end."""
+    source, output = _write(tmp_path / "in.jsonl", _lines()), tmp_path / "out.jsonl"
+
+    async def held(*words: object) -> NoReturn:
+        raise TryLaterError("another run is writing the part", hint="wait")
+
+    with _world() as (config, _):
+        with monkeypatch.context() as patch, anyio.fail_after(20):
+            patch.setattr(driver, "taken_over", held)
+            summary = await drive([source], output, config, FakePool(2, lose={0: 1}))
+        again = await drive([source], output, config, FakePool(2))
+
+    assert (summary.exit_code, summary.stop_reason) == (75, "another run is writing the part (wait)")
+    assert again.exit_code == 0
+    assert sorted(result["custom_id"] for result in _results(output)) == IDS
