@@ -13,6 +13,7 @@ import anyio
 from anyio import to_thread
 
 from pipeline.cluster.claims import NONE, Register, Scan
+from pipeline.errors import PipelineError
 from pipeline.intake import Intake
 from pipeline.plan import Claims
 from pipeline.sources import Span, cut
@@ -85,7 +86,10 @@ class Scheduler:
     # ── planning ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def next_to_scan(self) -> Shard | None:
-        """Return a part to be planned, to be followed by `scanned` or `unscanned`; None if there is none now."""
+        """Return a part to be planned, to be followed by `scanned` or `unscanned`; None if there is none now.
+
+        Raises `UsageError` or `TryLaterError` where an input cannot be read, or changes; nothing is begun after that.
+        """
         shard = await self._next_to_scan()
         if shard is not None:
             self._in_scan += 1
@@ -97,9 +101,14 @@ class Scheduler:
         if self._to_scan:
             return heapq.heappop(self._to_scan)[1]
         async with self._cutting:
-            if self._is_cut or len(self._scanned) + len(self._to_do) + self._in_scan >= self._ahead:
+            is_ahead = len(self._scanned) + len(self._to_do) + self._in_scan >= self._ahead
+            if self._is_cut or is_ahead or self.is_stopped:
                 return None
-            spans = None if self._is_limit_reached() else await to_thread.run_sync(next, self._shards, None)
+            try:
+                spans = None if self._is_limit_reached() else await to_thread.run_sync(next, self._shards, None)
+            except PipelineError:
+                self.stop()  # before another looks: cutting has come to its end, the input has not
+                raise
             if spans is None:
                 self._is_cut = True
                 self._settle()

@@ -38,7 +38,8 @@ class FakePool:
     """Up to `size` workers. `lose` says after how many result lines of it a part's worker dies, for some parts.
 
     `lose_first` are parts whose worker dies as soon as something is being sent, `poison` those that kill each of their
-    workers so, `vanish` those whose results are gone when they are done. A broken pool has no worker that lives.
+    workers so, `vanish` those whose results are gone when they are done. A broken pool has no worker that lives; where
+    `is_first_silent` the first worker does its parts, but answers nothing that it is asked.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class FakePool:
         self.quota = Quota()
         self.tasks: list[Task] = []
         self.started: list[FakeWorker] = []
+        self.killed: list[FakeWorker] = []
         self.spent: list[int] = []
         self._lose = dict(lose or {})
         self.lose_first = set(lose_first)
@@ -114,13 +116,15 @@ class FakeWorker:
         if task.number in self._pool.poison:
             until = (Path(task.output).with_suffix(".attempts.jsonl"), 2)
         outcome = await self._living(self._worker.work(task), until=until)
+        if self._is_silent:
+            await self._living(anyio.sleep_forever())
         if task.number in self._pool.vanish:
             Path(task.output).write_bytes(b"")  # noqa: ASYNC240
         self._pool.spent.append(outcome.spent)
         return outcome
 
     async def progress(self) -> list[Snapshot]:
-        if self._pool.is_first_silent and self is self._pool.started[0]:
+        if self._is_silent:
             await self._living(anyio.sleep_forever())
         snapshots = await self._living(self._worker.progress())
         if any(each.number in self._pool.lose_first and each.sender.attempts for each in snapshots):
@@ -135,7 +139,12 @@ class FakeWorker:
         await self._living(self._worker.stop())
 
     async def kill(self) -> None:
+        self._pool.killed.append(self)
         self.die()
+
+    @property
+    def _is_silent(self) -> bool:
+        return self._pool.is_first_silent and self is self._pool.started[0]
 
     async def _die_after(self, output: Path, lines: int | None) -> None:
         assert lines is not None

@@ -66,7 +66,7 @@ async def test_a_silent_worker_is_as_good_as_dead(monkeypatch: pytest.MonkeyPatc
 
     assert summary.exit_code == 0
     assert sorted(result["custom_id"] for result in _results(tmp_path / "out.jsonl")) == IDS
-    assert len(pool.started) >= 3
+    assert pool.started[0] in pool.killed
 
 
 async def test_a_run_without_the_cluster_goes_on_with_what_lies_in_parts(tmp_path: Path) -> None:
