@@ -54,12 +54,9 @@ class Books:
     def close(self, run: Run, unknown: Sequence[Sent], results: Path) -> None:
         """Record a run as it ended, and what its results file holds of earlier runs that were killed."""
         self._record(run, self.accounts.entries(unknown))
+        name = run.results_file or str(results)
         with Ledger.open(self._path) as ledger:
-            killed = [
-                each
-                for each in ledger.runs(include_simulated=True)
-                if each.status == RUNNING and each.results_file == run.results_file
-            ]
+            killed = ledger.runs(include_simulated=True, status=RUNNING, results_file=name)
             for each in killed:
                 ledger.record(replace(each, status=KILLED), ())
             if killed:

@@ -197,10 +197,16 @@ class Ledger:
             self._connection.execute(_insert("INSERT OR REPLACE", "runs", _RUN_COLUMNS), _run_row(run))
             self._connection.executemany(_insert("INSERT", "entries", ("run_id", *_ENTRY_COLUMNS)), rows)
 
-    def runs(self, *, include_simulated: bool = False) -> list[Run]:
-        """Return the runs, the oldest first."""
-        sql = f"SELECT {', '.join(_RUN_COLUMNS)} FROM runs WHERE simulated <= ? ORDER BY started_at, run_id"
-        return [_to_run(row) for row in self._select(sql, (int(include_simulated),))]
+    def runs(
+        self, *, include_simulated: bool = False, status: str | None = None, results_file: str | None = None
+    ) -> list[Run]:
+        """Return the runs, the oldest first; those of one status or one results file, where these are given."""
+        sql = (
+            f"SELECT {', '.join(_RUN_COLUMNS)} FROM runs WHERE simulated <= ? "
+            "AND status = COALESCE(?, status) AND results_file IS COALESCE(?, results_file) "
+            "ORDER BY started_at, run_id"
+        )
+        return [_to_run(row) for row in self._select(sql, (int(include_simulated), status, _text(results_file)))]
 
     def entries(
         self, *, since: date | None = None, until: date | None = None, include_simulated: bool = False

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, date, datetime, timedelta, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ def book(path: Path) -> Iterator[Ledger]:
         )
         opened.record(run("rehearsal", simulated=True), [entry("2026-11-26", cost_nano=10**9, succeeded=9)])
         yield opened
+
+
+def test_runs_of_one_file_and_status(book: Ledger) -> None:
+    """A run that ends asks for those that were killed over its results, and never for all that there ever were."""
+    for number, (status, name) in enumerate(product(("running", "completed"), ("a.jsonl", "a\udcff.jsonl", None))):
+        book.record(run(run_id=f"run-{number}", status=status, results_file=name), [])
+
+    found = [each.run_id for each in book.runs(status="running", results_file="a\udcff.jsonl")]
+    assert found == ["run-1"]
+    assert [each.run_id for each in book.runs(results_file="a.jsonl")] == ["run-0", "run-3"]
+    assert len(book.runs()) == 7  # with that of the fixture
 
 
 def test_simulated_runs_stay_out(book: Ledger) -> None:
