@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import anyio
 
 from pipeline import config as configuration
+from pipeline import cores
 from pipeline.assemble import Options
 from pipeline.cluster import sealing
 from pipeline.cluster.claims import Scan
@@ -166,6 +167,7 @@ class RemoteWorker(Worker):
     def __init__(self, pad: bytes, *words: Any, **named: Any) -> None:
         configuration.take_variables(sealing.unseal(configuration.default_variable(sealing.VARIABLE, ""), pad))
         super().__init__(*words, **named)
+        cores.watch()
 
 
 class Budget:

@@ -25,12 +25,13 @@ GROUP_SECONDS = 0.005  # as in `record`
 
 def ours(url: str, source: str, requests: int, in_flight: int) -> None:
     """The whole program: read, plan, gate, send, record durably."""
-    from pipeline.cli import main
+    from pipeline.__main__ import start
 
     os.environ |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "k"}
     with tempfile.TemporaryDirectory() as folder:
         words = ["run", source, "-o", f"{folder}/out.jsonl", "--concurrency", str(in_flight), "-q"]
-        main([*words, "--limit", str(requests)], standalone_mode=False)
+        sys.argv = ["pipeline", *words, "--limit", str(requests)]
+        start()
 
 
 def floor(url: str, source: str, requests: int, in_flight: int) -> None:

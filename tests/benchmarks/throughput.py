@@ -2,8 +2,7 @@
 
     pip install -e '.[dev,bench]' && python -m tests.benchmarks.throughput build/benchmark
 
-`--short` makes few calls: it proves that the benchmark works, its numbers mean nothing. `--one-core` holds each
-contender on one core (Linux), and the server on the others.
+`--short` makes few calls: it proves that the benchmark works, its numbers mean nothing.
 
 The server is nginx with a fixed answer of 1.3 kB where it is installed, else the simulator in its own process; the
 table says which. Each contender is a process of its own and runs in turn, round by round; medians count, and ratios
@@ -11,10 +10,12 @@ within a run, as machines differ and are shared. Writes `throughput.md` and `thr
 
 What was learned (2 cores): the thread of reqwest and ours hand Python's lock to each other from core to core, some
 three times a request where nothing else keeps the cores busy; on one core they hardly do, and a request costs a third
-less. Neither shorter switch intervals (0.2 to 1 ms) nor a faster `__init__` of frozen values (4 µs in a loop) were told
-from noise. httpx's Request and Response cost more than the call under them unless headers and body are given ready;
-`anyio.current_time()` is worth binding once; a semaphore that hands over costs more than one that is only counted; a
-stream hop for each line costs 50 µs, so lines travel in batches.
+less (`pipeline/cores.py`). To hold only the thread of reqwest where ours ran last makes both wander for ever; to let
+the loop sleep half a millisecond now and then, so that answers come in groups, saves half as much. Neither shorter
+switch intervals (0.2 to 1 ms) nor a faster `__init__` of frozen values (4 µs in a loop) were told from noise. Python's
+last collection of cycles was a fifth of a run of one line. httpx's Request and Response cost more than the call under
+them unless headers and body are given ready; `anyio.current_time()` is worth binding once; a semaphore that hands over
+costs more than one that is only counted; a stream hop for each line costs 50 µs, so lines travel in batches.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ IN_FLIGHT = (64, 1_000, 8_000)
 SHORT = 20  # how many times fewer calls
 REQUESTS = {"ours": 40_000, "floor": 40_000, "transport": 40_000, "aiohttp": 40_000, "openai": 2_000}
 ROUNDS = 3
+STARTS = 5  # how many times more often the start is measured
 PORT = 8_719
 
 
@@ -56,13 +58,12 @@ class Row:
     memory: float
 
 
-def main(folder: Path, *, short: bool, one_core: bool) -> None:
+def main(folder: Path, *, short: bool) -> None:
     """Run the contenders, print the table, write table and plot."""
     divisor = SHORT if short else 1
     rounds = 1 if short else ROUNDS
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, serving(Path(scratch)) as (server, url):
-        server += _hold_on_one_core() if one_core else ""
         source = Path(scratch) / "in.jsonl"
         write_input(source, max(REQUESTS.values()))
         counts = {name: requests // divisor for name, requests in REQUESTS.items()}
@@ -71,7 +72,8 @@ def main(folder: Path, *, short: bool, one_core: bool) -> None:
             for in_flight in IN_FLIGHT[: 1 if short else None]
             for row in _measure(in_flight, url, source, counts, rounds)
         ]
-    table = _table(rows, server, rounds)
+        starts = _starts(url, source, rounds * STARTS)
+    table = _table(rows, server, rounds) + "\n" + starts
     print(table)
     (folder / "throughput.md").write_text(table)
     _plot(rows, folder / "throughput.svg")
@@ -90,10 +92,24 @@ def _measure(in_flight: int, url: str, source: Path, counts: Mapping[str, int], 
         yield Row(name=name, in_flight=in_flight, rate=count / seconds, cpu=cpu / count, memory=memory)
 
 
-def _timed(command: list[str]) -> tuple[float, float, float]:
+def _starts(url: str, source: Path, rounds: int) -> str:
+    """Return what the command needs to say its help, and to get one line answered."""
+    command = [sys.executable, "-m", "pipeline"]
+    os.environ |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "k"}
+    with Path(os.devnull).open("wb") as nowhere, tempfile.TemporaryDirectory() as folder:
+        one = [*command, "run", str(source), "--limit", "1", "--fresh", "-q", "-o", f"{folder}/out.jsonl"]
+        told, done = (
+            statistics.median(_timed(words, stdout=nowhere.fileno())[0] for _ in range(rounds))
+            for words in ([*command, "--help"], one)
+        )
+    return f"`--help`: {told:.2f} s; one line, its request included: {done:.2f} s\n"
+
+
+def _timed(command: list[str], *, stdout: int = 1) -> tuple[float, float, float]:
     """Run a process; return its wall and CPU seconds and its peak memory in bytes."""
     start = time.perf_counter()
-    pid = os.posix_spawn(command[0], command, os.environ)
+    actions = [(os.POSIX_SPAWN_DUP2, stdout, 1)]
+    pid = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
@@ -123,16 +139,6 @@ def serving(scratch: Path) -> Iterator[tuple[str, str]]:
             yield name, f"http://127.0.0.1:{PORT}/v1"
         finally:
             process.terminate()
-
-
-def _hold_on_one_core() -> str:
-    """Leave the first core to the contenders, which inherit it, and the others to the server; return what was done."""
-    first, *others = sorted(os.sched_getaffinity(0))
-    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        for child in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-            os.sched_setaffinity(int(child), others)
-    os.sched_setaffinity(0, {first})
-    return "; contenders on one core"
 
 
 def _nginx_settings(scratch: Path) -> Path:
@@ -198,4 +204,4 @@ def _plot(rows: list[Row], path: Path) -> None:
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
     folder = Path(words[0] if words else "build/benchmark")
-    main(folder, short="--short" in sys.argv, one_core="--one-core" in sys.argv)
+    main(folder, short="--short" in sys.argv)

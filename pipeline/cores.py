@@ -1,0 +1,84 @@
+"""Holds the program on one core while its threads would only hand Python's lock to each other from core to core.
+
+The event loop and the thread of the transport need the lock some three times a request. Where each has a core of its
+own, every hand-over wakes a thread on another core: a third of all time, when nothing else limits the program (README,
+Speed). On one core they take turns without that. A program that waits for its provider is left alone, as is one whose
+threads work side by side: a look now and then tells. Linux only; other systems have no way to ask for it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import NoReturn
+
+_LOOK_SECONDS = 0.05
+_PAUSE_SECONDS = 0.25  # between looks at a program that is left alone
+_HOLD_SECONDS = 2.0
+_BUSY = 0.8  # of one core
+_HANDOVERS = 2_000.0  # a second; with the lock going back and forth at full speed it is more than ten thousand
+_TASKS = Path("/proc/self/task")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What the program used so far: wall seconds, processor seconds, and how often a thread of it waited."""
+
+    wall: float
+    processor: float
+    waits: int
+
+
+def watch() -> None:
+    """Begin to look after the cores of this process, which must be a program of its own; does so once."""
+    if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
+        Thread(target=keep, name="cores", daemon=True).start()
+
+
+def keep(wait: Callable[[float], None] = time.sleep, use: Callable[[], Use] | None = None) -> NoReturn:
+    """Hold the program on one core whenever a look says so, for some seconds each time."""
+    use = use or _use
+    cores = os.sched_getaffinity(0)
+    while True:
+        before = use()
+        wait(_LOOK_SECONDS)
+        if not is_contended(before, use()):
+            wait(_PAUSE_SECONDS)
+            continue
+        hold({_current()})
+        wait(_HOLD_SECONDS)
+        hold(cores)
+
+
+def is_contended(before: Use, now: Use) -> bool:
+    """Tell whether the program uses up a core, and its threads wait for each other all the time."""
+    seconds = now.wall - before.wall
+    return (
+        seconds > 0
+        and (now.processor - before.processor) / seconds >= _BUSY
+        and (now.waits - before.waits) / seconds >= _HANDOVERS
+    )
+
+
+def hold(cores: Collection[int]) -> None:
+    """Let all threads of this process run on these cores only."""
+    for task in _TASKS.iterdir():
+        try:
+            os.sched_setaffinity(int(task.name), cores)
+        except OSError:
+            continue  # the thread has ended, or the machine lost that core
+
+
+def _use() -> Use:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return Use(wall=time.monotonic(), processor=usage.ru_utime + usage.ru_stime, waits=usage.ru_nvcsw)
+
+
+def _current() -> int:
+    """Return the core on which the main thread ran last: `processor` of proc(5), the 39th field."""
+    return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[36])

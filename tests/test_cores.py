@@ -1,0 +1,130 @@
+"""Who is held on one core, and for how long; and that all threads are meant."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import cores
+from pipeline.cores import Use, is_contended, keep
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot hold a program on a core")
+
+
+class Over(Exception):
+    """The end of the story that a test tells."""
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """What would have been held, on a machine with the cores 0 to 3, of which the main thread runs on 2."""
+    held: list[set[int]] = []
+    monkeypatch.setattr(cores, "hold", held.append)
+    monkeypatch.setattr(cores, "_current", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    return held
+
+
+def _use(wall: float, processor: float, waits: int) -> Use:
+    return Use(wall=wall, processor=processor, waits=waits)
+
+
+def _keep(looks: list[tuple[float, int]]) -> list[float]:
+    """Let a program use, look by look, so much of a core and so many waits a second; return what was waited."""
+    moments = iter([use for busy, waits in looks for use in (_use(0, 0, 0), _use(1, busy, waits))])
+    waited: list[float] = []
+
+    def use() -> Use:
+        try:
+            return next(moments)
+        except StopIteration:
+            raise Over from None
+
+    with pytest.raises(Over):
+        keep(waited.append, use)
+    return waited
+
+
+def test_a_program_that_hands_its_lock_around_is_held_and_let_go(held: list[set[int]]) -> None:
+    """It is let go before each look: one that is held could not be told from one that need not be."""
+    waited = _keep([(1.2, 13_000), (1.1, 9_000)])
+
+    assert held == [{2}, {0, 1, 2, 3}] * 2
+    assert waited == [cores._LOOK_SECONDS, cores._HOLD_SECONDS] * 2
+
+
+@pytest.mark.parametrize(
+    ("busy", "waits"),
+    [
+        pytest.param(0.1, 200, id="waits for its provider"),
+        pytest.param(0.4, 4_000, id="is not the limit"),
+        pytest.param(1.0, 100, id="one thread works"),
+        pytest.param(1.9, 500, id="threads work side by side"),
+    ],
+)
+def test_others_are_left_alone(held: list[set[int]], busy: float, waits: int) -> None:
+    """Who waits for answers, starts, or compresses and hashes in several threads, gains nothing by one core."""
+    assert _keep([(busy, waits)]) == [cores._LOOK_SECONDS, cores._PAUSE_SECONDS]
+    assert held == []
+
+
+def test_a_clock_that_stands_still_proves_nothing() -> None:
+    """Two looks at one moment are no measure."""
+    assert not is_contended(_use(1, 1, 1), _use(1, 2, 9_999))
+
+
+@pytest.fixture
+def all_cores() -> Iterator[set[int]]:
+    """The cores of this process, which it has again afterwards."""
+    before = os.sched_getaffinity(0)
+    yield before
+    cores.hold(before)
+
+
+def test_all_threads_are_held(all_cores: set[int]) -> None:
+    """A thread that began before is held, one that begins later inherits it, and all are let go."""
+    done = threading.Event()
+    seen: list[set[int]] = []
+
+    def look() -> None:
+        seen.append(os.sched_getaffinity(0))
+
+    def look_when_done() -> None:
+        done.wait()
+        look()
+
+    early = threading.Thread(target=look_when_done)
+    early.start()
+    core = cores._current()
+    cores.hold({core})
+    done.set()
+    early.join()
+    late = threading.Thread(target=look)
+    late.start()
+    late.join()
+    look()
+    cores.hold(all_cores)
+    look()
+
+    assert seen == [{core}, {core}, {core}, all_cores]
+
+
+def test_the_core_is_one_of_ours(all_cores: set[int]) -> None:
+    """What proc(5) tells is where this process may run, whatever its name looks like there."""
+    name = Path("/proc/self/comm").read_text()
+    assert cores._current() in all_cores
+    Path("/proc/self/comm").write_text("a) b (c")
+    assert cores._current() in all_cores
+    Path("/proc/self/comm").write_text(name)
+
+
+def test_a_thread_that_ends_meanwhile_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between the look and the hold a thread may be gone, or the core: the others are held."""
+    (tmp_path / "4194305").touch()
+    monkeypatch.setattr(cores, "_TASKS", tmp_path)
+    cores.hold({0})
