@@ -45,6 +45,7 @@ _LOOK_SECONDS = 0.5
 _SILENT_SECONDS = 60.0  # a worker that does not say how it is getting on for so long is as good as dead
 _LONGEST_PAUSE = 10.0  # before a worker is started in the place of one that did nothing
 _MOST_LOSSES = 3  # in a row: of one part with its worker, of workers that did nothing
+_LAST_SECONDS = 20.0  # in which what is in flight is finished when the cluster is lost: Ray ends a program after 60
 _PARTS_OF_MONEY = 4  # so much smaller is what a part may hold than its share of what is left
 
 
@@ -83,6 +84,10 @@ class WorkerPool(Protocol):
         """Let all workers go at once, whatever they do."""
         ...
 
+    async def until_lost(self) -> PipelineError:
+        """Return why nothing can go on, once that is so."""
+        ...
+
 
 class Driver(Run):
     """A run whose requests are sent by workers."""
@@ -112,6 +117,7 @@ class Driver(Run):
         self._counts: Counter[str] = Counter()
         self._ended: dict[tuple[str, str], PipelineError] = {}
         self._stopped: PipelineError | None = None
+        self._is_lost = False  # the cluster is
 
     async def lead(self, pool: WorkerPool, watch: Watch | None, *, handle_signals: bool) -> Summary:
         """Do all of it with these workers."""
@@ -156,6 +162,7 @@ class Driver(Run):
         self._scheduler.begin(part_bytes, ahead=self._at_once * self._places)
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._expect_workers, assemble.patience(self.settings))
+            self._tasks.start_soon(self._expect_loss, scope)
             self._tasks.start_soon(self._beat)
             for _ in range(self._places):
                 self._tasks.start_soon(self._keep_worker)
@@ -230,6 +237,12 @@ class Driver(Run):
                 hint="the cluster has no room: wait, or add machines to it",
             )
         )
+
+    async def _expect_loss(self, scope: anyio.CancelScope) -> None:
+        """When the cluster is lost, finish what is in flight while the workers are there, and conclude the run."""
+        self._end(await self._pool.until_lost())
+        self._is_lost = True
+        scope.deadline = min(scope.deadline, anyio.current_time() + _LAST_SECONDS)
 
     async def _beat(self) -> None:
         while True:
@@ -371,7 +384,7 @@ class Driver(Run):
         """
         keys: list[int] = []
         totals, counts = Totals(), Counter[str]()
-        part = await taken_over(self._staging, name, assemble.patience(self.settings))
+        part = await taken_over(self._staging, name, 0.0 if self._is_lost else assemble.patience(self.settings))
         try:
             groups = part.groups()
             while group := await to_thread.run_sync(next, groups, None):

@@ -40,6 +40,9 @@ LOCAL = "local"
 _NAMESPACE = "pipeline"
 _CONNECT_SECONDS = 10.0
 _ASK_AGAIN_SECONDS = 0.25
+# Ray ends the program, with code 1, when the head was away for 60 s (gcs_rpc_server_reconnect_timeout_s).
+_HEADLESS_SECONDS = 20.0
+_CHECK_SECONDS = 2.0
 _DEFAULT_PORTS = {"ray": 10_001, "": 6_379}
 # The head's machine is the one that must not be lost anyway; Ray gives each node such a resource.
 _ON_THE_HEAD = {"node:__internal_head__": 0.001}
@@ -70,13 +73,18 @@ class Session:
         """
         if self._ray is None:
             self._ray = self._connected(settings)
-        return RayPool(self._ray, settings, run_id, self._pad)
+        return RayPool(self._ray, settings, run_id, self._pad, self._head())
 
     def close(self) -> None:
         """Leave the cluster; a local one ends."""
         if self._ray is not None:
             self._ray.shutdown()
             self._ray = None
+
+    def _head(self) -> tuple[str, int] | None:
+        """Return where the head, or the server that stands for it, answers as long as it lives."""
+        is_client = self.address.startswith("ray://")
+        return place_of(self.address if is_client else self._ray.get_runtime_context().gcs_address)
 
     def _connected(self, settings: Config) -> Any:
         configuration.default_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
@@ -112,9 +120,10 @@ class Session:
 class RayPool:
     """The workers of one run, on a cluster that is connected. `size` is how many there should be."""
 
-    def __init__(self, ray: Any, settings: Config, run_id: str, pad: bytes) -> None:
+    def __init__(self, ray: Any, settings: Config, run_id: str, pad: bytes, head: tuple[str, int] | None) -> None:
         self._ray = ray
         self._pad = pad
+        self._head = head
         self._run_id = run_id
         self._numbers = count(1)
         self._actors: list[Any] = []
@@ -154,6 +163,19 @@ class RayPool:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors.clear()
+
+    async def until_lost(self) -> PipelineError:
+        """Return once the head was away for so long that it may not come back before Ray ends this program."""
+        reached = anyio.current_time()
+        while self._head is None or anyio.current_time() - reached < _HEADLESS_SECONDS:
+            await anyio.sleep(_CHECK_SECONDS)
+            if self._head and await _is_open(self._head):
+                reached = anyio.current_time()
+        host, port = self._head
+        return TryLaterError(
+            f"the head of the Ray cluster, {host}:{port}, cannot be reached any more",
+            hint="bring the cluster up again, then repeat the command",
+        )
 
     def close(self) -> None:
         """End the budget actor."""
@@ -278,6 +300,13 @@ def _require_reachable(address: str) -> None:
         raise UsageError(f"the Ray cluster {address!r} has no address: {exc}", hint=_ADDRESSES) from exc
     except OSError as exc:
         raise TryLaterError(f"the Ray cluster at {address!r} cannot be reached: {exc}", hint=_IS_IT_UP) from exc
+
+
+async def _is_open(place: tuple[str, int]) -> bool:
+    with anyio.move_on_after(_CONNECT_SECONDS), suppress(OSError):
+        async with await anyio.connect_tcp(*place):
+            return True
+    return False
 
 
 def place_of(address: str) -> tuple[str, int] | None:

@@ -16,6 +16,7 @@ from pipeline.cluster.driver import Driver, WorkerLostError
 from pipeline.cluster.quota import Quota
 from pipeline.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
 from pipeline.config import Config
+from pipeline.errors import PipelineError, TryLaterError
 from pipeline.limits import Need
 from pipeline.plan import Claims
 from pipeline.pricing import Prices
@@ -60,6 +61,7 @@ class FakePool:
         self.tasks: list[Task] = []
         self.started: list[FakeWorker] = []
         self.killed: list[FakeWorker] = []
+        self.loss = anyio.Event()
         self.spent: list[int] = []
         self._lose = dict(lose or {})
         self.lose_first = set(lose_first)
@@ -77,6 +79,10 @@ class FakePool:
         worker = Worker(settings, options, run_id="run-x", lessor=lessor, first_share=first_share)
         self.started.append(FakeWorker(self, worker))
         return self.started[-1]
+
+    async def until_lost(self) -> PipelineError:
+        await self.loss.wait()
+        return TryLaterError("the cluster is lost")
 
     async def kill_all(self) -> None:
         for worker in self.started:

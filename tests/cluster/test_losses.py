@@ -210,6 +210,33 @@ async def test_many_workers_use_most_of_a_cap(tmp_path: Path) -> None:
     assert summary.exit_code == 4
 
 
+@pytest.mark.parametrize("last", [20.0, 0.0], ids=["in time", "too late"])
+async def test_a_lost_cluster_ends_the_run_in_good_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: float
+) -> None:
+    """What is in flight is finished while there is time; the code is one to try again on, and nothing is lost."""
+    monkeypatch.setattr(driver, "_LAST_SECONDS", last)
+    source, output = _write(tmp_path / "in.jsonl", _lines()), tmp_path / "out.jsonl"
+
+    async def lose(get: Callable[[], Progress]) -> None:
+        await until(lambda: get().run.succeeded >= 5)
+        pool.loss.set()
+
+    with _world(latency=0.05) as (config, server):
+        config = config.with_("sending", concurrency=4)
+        pool = FakePool(2)
+        summary = await drive([source], output, config, pool, watch=lose)
+        answered = server.statistics()["answered"]
+        again = await drive([source], output, config, FakePool(2))
+
+    assert (summary.exit_code, summary.status, summary.stop_reason) == (75, "stopped", "the cluster is lost")
+    assert 0 < summary.run.succeeded < COUNT
+    assert answered <= summary.run.succeeded + len(summary.possibly_billed)
+    assert bool(summary.possibly_billed) == (last == 0)
+    assert again.exit_code == 0
+    assert sorted(result["custom_id"] for result in _results(output)) == IDS
+
+
 async def test_a_part_that_nobody_gives_back_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A lost worker that still holds its part (a machine that hangs) is not waited for without end."""
     source, output = _write(tmp_path / "in.jsonl", _lines()), tmp_path / "out.jsonl"
