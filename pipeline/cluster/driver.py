@@ -175,8 +175,8 @@ class Driver(Run):
         settings = self.settings.with_("sending", concurrency=self.settings.sending.concurrency // self._at_once)
         losses = 0
         while not self._scheduler.is_over:
-            worker = await self._pool.start_worker(settings, self.options, first_share=1 / self._places)
             try:
+                worker = await self._pool.start_worker(settings, self.options, first_share=1 / self._places)
                 _require_same_version(await worker.greet(self._staging.place, self._token))
                 is_new = not await self._employ(worker)
             except PipelineError as exc:

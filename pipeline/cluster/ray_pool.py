@@ -11,7 +11,7 @@ import logging
 import re
 import socket
 import sys
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -81,13 +81,16 @@ class Session:
             self._ray.shutdown()
             self._ray = None
 
-    def _head(self) -> tuple[str, int] | None:
+    def _head(self) -> tuple[str, int]:
         """Return where the head, or the server that stands for it, answers as long as it lives."""
         is_client = self.address.startswith("ray://")
-        return place_of(self.address if is_client else self._ray.get_runtime_context().gcs_address)
+        place = place_of(self.address if is_client else self._ray.get_runtime_context().gcs_address)
+        assert place is not None
+        return place
 
     def _connected(self, settings: Config) -> Any:
         configuration.default_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
+        configuration.default_variable("RAY_ENABLE_AUTO_CONNECT", "0")  # what is lost is not replaced by a local one
         try:
             import ray
         except ImportError as exc:
@@ -120,7 +123,7 @@ class Session:
 class RayPool:
     """The workers of one run, on a cluster that is connected. `size` is how many there should be."""
 
-    def __init__(self, ray: Any, settings: Config, run_id: str, pad: bytes, head: tuple[str, int] | None) -> None:
+    def __init__(self, ray: Any, settings: Config, run_id: str, pad: bytes, head: tuple[str, int]) -> None:
         self._ray = ray
         self._pad = pad
         self._head = head
@@ -142,18 +145,19 @@ class RayPool:
 
     async def start_worker(self, settings: Config, options: Options, *, first_share: float) -> _RayWorker:
         number = next(self._numbers)
-        actor = (
-            self._ray.remote(RemoteWorker)
-            .options(name=f"pipeline worker {number} ({self._run_id})", num_cpus=1, max_restarts=0)
-            .remote(
-                self._pad,
-                settings,
-                options,
-                run_id=self._run_id,
-                lessor=_Lessor(self._quota, f"worker {number}"),
-                first_share=first_share,
+        words = (self._pad, settings, options)
+        lessor = _Lessor(self._quota, f"worker {number}")
+        named = {"run_id": self._run_id, "lessor": lessor, "first_share": first_share}
+        try:
+            actor = (
+                self._ray.remote(RemoteWorker)
+                .options(name=f"pipeline worker {number} ({self._run_id})", num_cpus=1, max_restarts=0)
+                .remote(*words, **named)
             )
-        )
+        except Exception as exc:
+            if self._ray.is_initialized():
+                raise
+            raise self._loss() from exc
         self._actors.append(actor)
         worker = _RayWorker(self._ray, actor)
         await worker.wait_ready()
@@ -161,26 +165,27 @@ class RayPool:
 
     async def kill_all(self) -> None:
         for actor in self._actors:
-            self._ray.kill(actor)
+            _kill(self._ray, actor)
         self._actors.clear()
 
     async def until_lost(self) -> PipelineError:
         """Return once the head was away for so long that it may not come back before Ray ends this program."""
         reached = anyio.current_time()
-        while self._head is None or anyio.current_time() - reached < _HEADLESS_SECONDS:
+        while anyio.current_time() - reached < _HEADLESS_SECONDS and self._ray.is_initialized():
             await anyio.sleep(_CHECK_SECONDS)
-            if self._head and await _is_open(self._head):
+            if await _is_open(self._head):
                 reached = anyio.current_time()
-        host, port = self._head
-        return TryLaterError(
-            f"the head of the Ray cluster, {host}:{port}, cannot be reached any more",
-            hint="bring the cluster up again, then repeat the command",
-        )
+        return self._loss()
 
     def close(self) -> None:
         """End the budget actor."""
-        with suppress(Exception):  # what is gone already needs no killing
-            self._ray.kill(self._quota)
+        _kill(self._ray, self._quota)
+
+    def _loss(self) -> TryLaterError:
+        return TryLaterError(
+            f"the head of the Ray cluster, {self._head[0]}:{self._head[1]}, cannot be reached any more",
+            hint="bring the cluster up again, then repeat the command",
+        )
 
 
 class RemoteWorker(Worker):
@@ -214,40 +219,50 @@ class _RayWorker:
 
     async def wait_ready(self) -> None:
         """Wait until the actor has found a place; one that died before is told by the first call."""
-        with suppress(self._ray.exceptions.RayActorError):
-            await self._actor.__ray_ready__.remote()
+        with suppress(WorkerLostError):
+            await self._ask(lambda: self._actor.__ray_ready__.remote())
 
     async def greet(self, place: Name, token: str) -> Greeting:
-        return await self._ask(self._actor.greet.remote(place, token))
+        return await self._ask(lambda: self._actor.greet.remote(place, token))
 
     async def scan(self, spans: Sequence[Span], before: Claims) -> Scan:
-        return await self._ask(self._actor.scan.remote(spans, before))
+        return await self._ask(lambda: self._actor.scan.remote(spans, before))
 
     async def work(self, task: Task) -> Outcome:
-        return await self._ask(self._actor.work.remote(task))
+        return await self._ask(lambda: self._actor.work.remote(task))
 
     async def progress(self) -> list[Snapshot]:
-        return await self._ask(self._actor.progress.remote())
+        return await self._ask(lambda: self._actor.progress.remote())
 
     async def grant(self, number: int, amount: int | None) -> None:
-        await self._ask(self._actor.grant.remote(number, amount))
+        await self._ask(lambda: self._actor.grant.remote(number, amount))
 
     async def stop(self) -> None:
-        await self._ask(self._actor.stop.remote())
+        await self._ask(lambda: self._actor.stop.remote())
 
     async def kill(self) -> None:
-        self._ray.kill(self._actor)
+        _kill(self._ray, self._actor)
 
-    async def _ask(self, answer: Awaitable[T]) -> T:
+    async def _ask(self, call: Callable[[], Awaitable[T]]) -> T:
         exceptions = self._ray.exceptions
         try:
-            return await answer
+            return await call()
         except exceptions.RayTaskError as exc:
             raise (exc.cause if isinstance(exc.cause, PipelineError) else exc) from None
         except (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.NodeDiedError) as exc:
             if isinstance(exc, exceptions.ActorUnavailableError):
-                self._ray.kill(self._actor)  # it may come back, when another does its work
+                _kill(self._ray, self._actor)  # it may come back, when another does its work
             raise WorkerLostError(str(exc).partition("\n")[0]) from exc
+        except Exception as exc:  # what Ray's client raises without its server, has no class of its own
+            if self._ray.is_initialized():
+                raise
+            raise WorkerLostError("the cluster cannot be reached") from exc
+
+
+def _kill(ray: Any, actor: Any) -> None:
+    """End an actor; what is gone already, or out of reach, needs no killing."""
+    with suppress(Exception):
+        ray.kill(actor)
 
 
 class _Lessor:

@@ -103,6 +103,11 @@ def kill_worker() -> None:
     _kill_one("Worker")
 
 
+def kill_head() -> None:
+    """Kill the process that knows all others of the cluster, which is lost without it."""
+    subprocess.run(["pkill", "-KILL", "-x", "gcs_server"], check=True)
+
+
 def kill_budget() -> None:
     """Kill the actor that keeps the leases."""
     _kill_one("Budget")
@@ -132,12 +137,12 @@ class Trial:
 class ClusterJob(Job):
     """A job whose runs are sent to a cluster."""
 
-    def run_on(self, address: str, *, key: str = "any") -> subprocess.Popen[bytes]:
-        """Start the command, in an interpreter of its own."""
+    def run_on(self, address: str | None, *, key: str = "any") -> subprocess.Popen[bytes]:
+        """Start the command, in an interpreter of its own; without an address it works here."""
         keys = dict.fromkeys(("ANTHROPIC_API_KEY", "OPENAI_API_KEY"), key)
         with (self.folder / "stderr").open("ab") as errors:
             return subprocess.Popen(
-                [*self.cold, "--ray", address],
+                [*self.cold, *(["--ray", address] if address else [])],
                 cwd=self.folder,
                 env={**self.environ, **_QUIET, **keys, "HOME": str(self.folder)},
                 stdout=errors,
@@ -150,7 +155,10 @@ class ClusterJob(Job):
 
 
 def torture(cluster: Cluster, job: ClusterJob, harms: Sequence[Harm], *, rpm: int) -> Trial:
-    """Run a job and do it harm, one after the other at even distances; let it come to its end by itself; judge."""
+    """Run a job and do it harm, one after the other at even distances; let it come to its end by itself; judge.
+
+    A run that ends with 75, to be tried another time, is gone on with on this machine.
+    """
     began = time.monotonic()
     process = job.run_on(cluster.address)
     durable: list[bytes] = []
@@ -166,6 +174,11 @@ def torture(cluster: Cluster, job: ClusterJob, harms: Sequence[Harm], *, rpm: in
             done.append(name)
         time.sleep(0.05)
     job.note()
+    if process.returncode == 75:
+        durable += jobs.whole_lines(job.output)
+        process = job.run_on(None)
+        process.wait(HANG_SECONDS)
+        job.note()
     return Trial(
         harms=tuple(done),
         verdict=jobs.judge(job, stops=len(done), durable=durable, exit_code=process.returncode),
@@ -200,6 +213,7 @@ def _main() -> int:
         [("worker killed", kill_worker)],
         [("budget killed", kill_budget)],
         [("node killed", cluster.kill_node)],
+        [("head killed", kill_head)],
     )
     is_good = True
     print(f"{'harm':16}{'used':>7}{'refused':>9}{'repeated':>10}{'listed':>8}{'lost':>6}{'twice':>7}{'seconds':>9}")
