@@ -12,10 +12,10 @@ import os
 import resource
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import NoReturn
 
 _LOOK_SECONDS = 0.05
 _PAUSE_SECONDS = 0.25  # between looks at a program that is left alone
@@ -40,19 +40,20 @@ def watch() -> None:
         Thread(target=keep, name="cores", daemon=True).start()
 
 
-def keep(wait: Callable[[float], None] = time.sleep, use: Callable[[], Use] | None = None) -> NoReturn:
-    """Hold the program on one core whenever a look says so, for some seconds each time."""
+def keep(wait: Callable[[float], None] = time.sleep, use: Callable[[], Use] | None = None) -> None:
+    """Hold the program on one core whenever a look says so, for some seconds each time; end where it cannot."""
     use = use or _use
-    cores = os.sched_getaffinity(0)
-    while True:
-        before = use()
-        wait(_LOOK_SECONDS)
-        if not is_contended(before, use()):
-            wait(_PAUSE_SECONDS)
-            continue
-        hold({_current()})
-        wait(_HOLD_SECONDS)
-        hold(cores)
+    with suppress(OSError):  # no /proc: then nothing is held
+        while True:
+            before = use()
+            wait(_LOOK_SECONDS)
+            if not is_contended(before, use()):
+                wait(_PAUSE_SECONDS)
+                continue
+            cores = os.sched_getaffinity(0)  # now: who runs the machine may have changed them
+            hold({_current()})
+            wait(_HOLD_SECONDS)
+            hold(cores)
 
 
 def is_contended(before: Use, now: Use) -> bool:

@@ -58,6 +58,17 @@ def test_a_program_that_hands_its_lock_around_is_held_and_let_go(held: list[set[
     assert waited == [cores._LOOK_SECONDS, cores._HOLD_SECONDS] * 2
 
 
+def test_without_proc_nothing_is_held(held: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread ends in silence, and the program runs as it would without it."""
+
+    def current() -> int:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(cores, "_current", current)
+    keep(lambda seconds: None, iter([_use(0, 0, 0), _use(1, 1.2, 13_000)]).__next__)
+    assert held == []
+
+
 @pytest.mark.parametrize(
     ("busy", "waits"),
     [
