@@ -57,10 +57,11 @@ class Books:
         name = run.results_file or str(results)
         with Ledger.open(self._path) as ledger:
             killed = ledger.runs(include_simulated=True, status=RUNNING, results_file=name)
+            killed = [replace(each, status=KILLED) for each in killed]
             for each in killed:
-                ledger.record(replace(each, status=KILLED), ())
+                ledger.record(each, ())
             if killed:
-                rebuilding.rebuild(ledger, [results], only={each.run_id for each in killed})
+                rebuilding.rebuild(ledger, [results], only={each.run_id: each for each in killed})
 
     def _record(self, run: Run, entries: Sequence[Entry]) -> None:
         with Ledger.open(self._path) as ledger:

@@ -21,6 +21,7 @@ _LOOK_SECONDS = 0.05
 _PAUSE_SECONDS = 0.25  # between looks at a program that is left alone
 _HOLD_SECONDS = 2.0
 _BUSY = 0.8  # of one core
+_SIDE_BY_SIDE = 1.2  # cores: with more, threads unpack or decrypt large answers beside the loop, which needs two
 _HANDOVERS = 2_000.0  # a second; with the lock going back and forth at full speed it is more than ten thousand
 _TASKS = Path("/proc/self/task")
 
@@ -35,7 +36,7 @@ class Use:
 
 
 def watch() -> None:
-    """Begin to look after the cores of this process, which must be a program of its own; does so once."""
+    """Begin to look after the cores of this process, which must be a program of its own."""
     if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
         Thread(target=keep, name="cores", daemon=True).start()
 
@@ -51,9 +52,12 @@ def keep(wait: Callable[[float], None] = time.sleep, use: Callable[[], Use] | No
                 wait(_PAUSE_SECONDS)
                 continue
             cores = os.sched_getaffinity(0)  # now: who runs the machine may have changed them
-            hold({_current()})
-            wait(_HOLD_SECONDS)
-            hold(cores)
+            core = _busiest()
+            try:
+                hold({core})
+                wait(_HOLD_SECONDS)
+            finally:
+                _let_go(cores, wait)
 
 
 def is_contended(before: Use, now: Use) -> bool:
@@ -61,18 +65,30 @@ def is_contended(before: Use, now: Use) -> bool:
     seconds = now.wall - before.wall
     return (
         seconds > 0
-        and (now.processor - before.processor) / seconds >= _BUSY
+        and _BUSY <= (now.processor - before.processor) / seconds <= _SIDE_BY_SIDE
         and (now.waits - before.waits) / seconds >= _HANDOVERS
     )
 
 
 def hold(cores: Collection[int]) -> None:
-    """Let all threads of this process run on these cores only."""
-    for task in _TASKS.iterdir():
+    """Let all threads of this process run on these cores only, also those that begin meanwhile."""
+    held: set[str] = set()
+    while tasks := {task.name for task in _TASKS.iterdir()} - held:
+        for task in tasks:
+            with suppress(OSError):  # the thread has ended, or the machine lost that core
+                os.sched_setaffinity(int(task), cores)
+        held |= tasks
+
+
+def _let_go(cores: Collection[int], wait: Callable[[float], None]) -> None:
+    """Give the cores back, come what may: where no file can be opened to list the threads, a little later."""
+    while True:
         try:
-            os.sched_setaffinity(int(task.name), cores)
+            hold(cores)
         except OSError:
-            continue  # the thread has ended, or the machine lost that core
+            wait(_PAUSE_SECONDS)
+        else:
+            return
 
 
 def _use() -> Use:
@@ -80,6 +96,11 @@ def _use() -> Use:
     return Use(wall=time.monotonic(), processor=usage.ru_utime + usage.ru_stime, waits=usage.ru_nvcsw)
 
 
-def _current() -> int:
-    """Return the core on which the main thread ran last: `processor` of proc(5), the 39th field."""
-    return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[36])
+def _busiest() -> int:
+    """Return the core on which the thread ran last that used most: `utime`, `stime` and `processor` of proc(5)."""
+    used: list[tuple[int, int]] = []
+    for task in _TASKS.iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            values = (task / "stat").read_text().rpartition(")")[2].split()
+            used.append((int(values[11]) + int(values[12]), int(values[36])))
+    return max(used)[1]

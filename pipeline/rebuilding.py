@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,16 +54,16 @@ class _Found:
     is_simulated: bool = False
 
 
-def rebuild(ledger: Ledger, files: Sequence[Path], only: Collection[str] | None = None) -> Rebuilt:
+def rebuild(ledger: Ledger, files: Sequence[Path], only: Mapping[str, Run] | None = None) -> Rebuilt:
     """Record the runs of these result files and of what was set aside beside them; other runs stay as they are.
 
-    With `only` just the runs with these ids; else a file that holds no result is somebody's mistake: `UsageError`.
+    With `only` just these runs, by id; else a file that holds no result is somebody's mistake: `UsageError`.
     """
     found: dict[str, _Found] = {}
     seen = FingerprintSet()
     damaged = sum(_read(path, found, seen, may_be_empty=only is not None) for path in files)
     summaries = {str(summary.get("run_id")): summary for summary in map(_summary, files)}
-    known = {run.run_id: run for run in ledger.runs(include_simulated=True)}
+    known = only if only is not None else {run.run_id: run for run in ledger.runs(include_simulated=True)}
     for run_id, what in found.items():
         if only is not None and run_id not in only:
             continue

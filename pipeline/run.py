@@ -280,7 +280,7 @@ class Run(ABC):
 
     def _stop_sending(self) -> str:
         assert self.scope is not None
-        self.scope.deadline = anyio.current_time() + self.settings.sending.drain_timeout
+        self.scope.deadline = min(self.scope.deadline, anyio.current_time() + self.settings.sending.drain_timeout)
         return self.stop()
 
     def _heed_trouble(self, trouble: PipelineError) -> None:

@@ -208,14 +208,17 @@ def _taken_over_soon(area: Staging, name: Name) -> StagedPart:
     )
 
 
-async def taken_over(area: Staging, name: Name, patience: float) -> StagedPart:
-    """Take a part over as soon as nobody writes it; raises `TryLaterError` when that takes more than some seconds."""
-    last = anyio.current_time() + patience
+async def taken_over(area: Staging, name: Name, patience: Callable[[], float]) -> StagedPart:
+    """Take a part over as soon as nobody writes it.
+
+    Raises `TryLaterError` when that takes longer than `patience` says, in seconds; it is asked again and again.
+    """
+    began = anyio.current_time()
     while True:
         try:
             return await to_thread.run_sync(area.taken_over, name)
         except TryLaterError:
-            if anyio.current_time() >= last:
+            if anyio.current_time() - began >= patience():
                 raise
         await anyio.sleep(_LOCK_SECONDS)
 

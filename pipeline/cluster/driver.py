@@ -46,6 +46,7 @@ _SILENT_SECONDS = 60.0  # a worker that does not say how it is getting on for so
 _LONGEST_PAUSE = 10.0  # before a worker is started in the place of one that did nothing
 _MOST_LOSSES = 3  # in a row: of one part with its worker, of workers that did nothing
 _LAST_SECONDS = 20.0  # in which what is in flight is finished when the cluster is lost: Ray ends a program after 60
+_LOCK_SECONDS = 5.0  # for which parts are waited for then
 _PARTS_OF_MONEY = 4  # so much smaller is what a part may hold than its share of what is left
 
 
@@ -174,7 +175,7 @@ class Driver(Run):
         """Keep one place manned while there is work."""
         settings = self.settings.with_("sending", concurrency=self.settings.sending.concurrency // self._at_once)
         losses = 0
-        while not self._scheduler.is_over:
+        while not (self._scheduler.is_over or self._scheduler.is_stopped):
             try:
                 worker = await self._pool.start_worker(settings, self.options, first_share=1 / self._places)
                 _require_same_version(await worker.greet(self._staging.place, self._token))
@@ -384,7 +385,7 @@ class Driver(Run):
         """
         keys: list[int] = []
         totals, counts = Totals(), Counter[str]()
-        part = await taken_over(self._staging, name, 0.0 if self._is_lost else assemble.patience(self.settings))
+        part = await taken_over(self._staging, name, self._patience)
         try:
             groups = part.groups()
             while group := await to_thread.run_sync(next, groups, None):
@@ -413,16 +414,28 @@ class Driver(Run):
             self._counts.update(counts)
         return _Collected(keys=keys, spent=None if unknown else totals.spending.nanos)
 
+    def _patience(self) -> float:
+        return _LOCK_SECONDS if self._is_lost else assemble.patience(self.settings)
+
     async def _collect_rest(self) -> None:
         """Collect what workers have done that were sent away; what cannot be collected is left to the next run."""
         await self._pool.kill_all()
         try:
             for name in await to_thread.run_sync(self._staging.parts):
-                await self._collect(name, is_lost=True)
+                await self._collect_one_more(name)
             await to_thread.run_sync(self._staging.close)
         except PipelineError as exc:
-            self._stopped = self._stopped or exc
-            self.say(exc.message)
+            self._heed_leftover(exc)
+
+    async def _collect_one_more(self, name: Name) -> None:
+        try:
+            await self._collect(name, is_lost=True)
+        except PipelineError as exc:
+            self._heed_leftover(exc)
+
+    def _heed_leftover(self, error: PipelineError) -> None:
+        self._stopped = self._stopped or error
+        self.say(error.message)
 
     # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
 

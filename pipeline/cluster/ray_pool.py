@@ -8,6 +8,7 @@ https://docs.ray.io/en/latest/ray-core/actors.html
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import sys
@@ -90,6 +91,7 @@ class Session:
 
     def _connected(self, settings: Config) -> Any:
         configuration.default_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
+        configuration.default_variable("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "10")  # all stands still meanwhile
         configuration.default_variable("RAY_ENABLE_AUTO_CONNECT", "0")  # what is lost is not replaced by a local one
         try:
             import ray
@@ -144,6 +146,7 @@ class RayPool:
         self.size = settings.cluster.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     async def start_worker(self, settings: Config, options: Options, *, first_share: float) -> _RayWorker:
+        await _until_open(self._head)  # else the next call stands still, and all of us with it
         number = next(self._numbers)
         words = (self._pad, settings, options)
         lessor = _Lessor(self._quota, f"worker {number}")
@@ -155,7 +158,7 @@ class RayPool:
                 .remote(*words, **named)
             )
         except Exception as exc:
-            if self._ray.is_initialized():
+            if _is_about_work(self._ray, exc):
                 raise
             raise self._loss() from exc
         self._actors.append(actor)
@@ -165,6 +168,8 @@ class RayPool:
 
     async def kill_all(self) -> None:
         for actor in self._actors:
+            with suppress(Exception):  # the head may be gone, through which the other goes
+                actor.leave.remote()
             _kill(self._ray, actor)
         self._actors.clear()
 
@@ -195,6 +200,10 @@ class RemoteWorker(Worker):
         configuration.take_variables(sealing.unseal(configuration.default_variable(sealing.VARIABLE, ""), pad))
         super().__init__(*words, **named)
         cores.watch()
+
+    async def leave(self) -> None:
+        """End this process at once, whatever it does."""
+        os._exit(1)
 
 
 class Budget:
@@ -253,10 +262,15 @@ class _RayWorker:
             if isinstance(exc, exceptions.ActorUnavailableError):
                 _kill(self._ray, self._actor)  # it may come back, when another does its work
             raise WorkerLostError(str(exc).partition("\n")[0]) from exc
-        except Exception as exc:  # what Ray's client raises without its server, has no class of its own
-            if self._ray.is_initialized():
+        except Exception as exc:
+            if _is_about_work(self._ray, exc):
                 raise
             raise WorkerLostError("the cluster cannot be reached") from exc
+
+
+def _is_about_work(ray: Any, error: Exception) -> bool:
+    """Tell an error of the work from what Ray's client raises without its server, which has no class of its own."""
+    return not isinstance(error, ConnectionError) and bool(ray.is_initialized())
 
 
 def _kill(ray: Any, actor: Any) -> None:
@@ -315,6 +329,13 @@ def _require_reachable(address: str) -> None:
         raise UsageError(f"the Ray cluster {address!r} has no address: {exc}", hint=_ADDRESSES) from exc
     except OSError as exc:
         raise TryLaterError(f"the Ray cluster at {address!r} cannot be reached: {exc}", hint=_IS_IT_UP) from exc
+
+
+async def _until_open(place: tuple[str, int]) -> None:
+    while True:
+        if await _is_open(place):
+            return
+        await anyio.sleep(_CHECK_SECONDS)
 
 
 async def _is_open(place: tuple[str, int]) -> bool:

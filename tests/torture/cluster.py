@@ -104,8 +104,9 @@ def kill_worker() -> None:
 
 
 def kill_head() -> None:
-    """Kill the process that knows all others of the cluster, which is lost without it."""
+    """Kill a worker, and before it the process that knows all others of the cluster, which is lost without it."""
     subprocess.run(["pkill", "-KILL", "-x", "gcs_server"], check=True)
+    kill_worker()
 
 
 def kill_budget() -> None:
