@@ -33,8 +33,11 @@ def test_a_planted_defect_is_caught(name: str) -> None:
 
 
 def test_the_power_cut_can_fail(tmp_path: Path) -> None:
-    """Without syncing, cutting the power undoes what was reported: the test above it has teeth."""
+    """Without syncing, cutting the power undoes what was reported: the test above it has teeth.
+
+    Not at every moment: on a busy machine the kernel may have written all by itself before the cut.
+    """
     if not can_mount(tmp_path):
         pytest.skip("needs root and loop devices")
 
-    assert is_caught(BY_NAME["results are not synced, and the power fails"])
+    assert any(is_caught(BY_NAME["results are not synced, and the power fails"]) for _ in range(3))
