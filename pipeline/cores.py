@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.2  # in a shorter one the work of a group of lines looks like that of a busier program
 _PAUSE_SECONDS = 0.25  # between looks at a program that is left alone
-_HOLD_SECONDS = 2.0
+_HOLD_SECONDS = 10.0
 _BUSY = 0.8  # of one core
-_SIDE_BY_SIDE = 1.2  # cores: with more, threads unpack or decrypt large answers beside the loop, which needs two
+# Cores. With answers of 1 to 6 kB it is 1.07 to 1.13, and on one core a quarter less time is needed; of 13 kB, packed,
+# 1.15, and it makes no difference; of 22 kB and more, 1.25, and one core needs a quarter more, as they are unpacked
+# beside the loop.
+_SIDE_BY_SIDE = 1.14
 _HANDOVERS = 2_000.0  # a second; with the lock going back and forth at full speed it is more than ten thousand
 _TASKS = Path("/proc/self/task")
 
@@ -44,11 +47,15 @@ def watch() -> None:
 def keep(wait: Callable[[float], None] = time.sleep, use: Callable[[], Use] | None = None) -> None:
     """Hold the program on one core whenever a look says so, for some seconds each time; end where it cannot."""
     use = use or _use
+
+    def look() -> bool:
+        before = use()
+        wait(_LOOK_SECONDS)
+        return is_contended(before, use())
+
     with suppress(OSError):  # no /proc: then nothing is held
         while True:
-            before = use()
-            wait(_LOOK_SECONDS)
-            if not is_contended(before, use()):
+            if not (look() and look()):  # one alone may have seen the start of the work
                 wait(_PAUSE_SECONDS)
                 continue
             cores = os.sched_getaffinity(0)  # now: who runs the machine may have changed them

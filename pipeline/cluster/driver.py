@@ -8,7 +8,8 @@ what it had in flight: its part is taken over as it lies there, and another does
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -420,22 +421,19 @@ class Driver(Run):
     async def _collect_rest(self) -> None:
         """Collect what workers have done that were sent away; what cannot be collected is left to the next run."""
         await self._pool.kill_all()
-        try:
+        with self._saying_what_is_left():
             for name in await to_thread.run_sync(self._staging.parts):
-                await self._collect_one_more(name)
+                with self._saying_what_is_left():
+                    await self._collect(name, is_lost=True)
             await to_thread.run_sync(self._staging.close)
-        except PipelineError as exc:
-            self._heed_leftover(exc)
 
-    async def _collect_one_more(self, name: Name) -> None:
+    @contextmanager
+    def _saying_what_is_left(self) -> Iterator[None]:
         try:
-            await self._collect(name, is_lost=True)
+            yield
         except PipelineError as exc:
-            self._heed_leftover(exc)
-
-    def _heed_leftover(self, error: PipelineError) -> None:
-        self._stopped = self._stopped or error
-        self.say(error.message)
+            self._stopped = self._stopped or exc
+            self.say(exc.message)
 
     # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
 
