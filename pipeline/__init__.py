@@ -12,9 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.assemble import Options
-    from pipeline.config import Config, load
-    from pipeline.errors import (
+    from pipeline.core.config import Config, load
+    from pipeline.core.errors import (
         AnthropicAPIError,
         BudgetReachedError,
         ConfigError,
@@ -26,9 +25,10 @@ if TYPE_CHECKING:
         TryLaterError,
         UsageError,
     )
-    from pipeline.job import run_batch
-    from pipeline.streaming import stream
-    from pipeline.types import Failure, Reply, Request, Result, ToolCall, Usage
+    from pipeline.core.types import Failure, Reply, Request, Result, ToolCall, Usage
+    from pipeline.runner.local import run_batch
+    from pipeline.runner.stream import stream
+    from pipeline.runner.wiring import Options
 
 __all__ = [
     "AnthropicAPIError",
@@ -55,11 +55,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "pipeline.config": ("Config", "load"),
-    "pipeline.assemble": ("Options",),
-    "pipeline.job": ("run_batch",),
-    "pipeline.streaming": ("stream",),
-    "pipeline.types": ("Failure", "Reply", "Request", "Result", "ToolCall", "Usage"),
+    "pipeline.core.config": ("Config", "load"),
+    "pipeline.runner.wiring": ("Options",),
+    "pipeline.runner.local": ("run_batch",),
+    "pipeline.runner.stream": ("stream",),
+    "pipeline.core.types": ("Failure", "Reply", "Request", "Result", "ToolCall", "Usage"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -71,4 +71,4 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF.get(name, "pipeline.errors")), name)
+    return getattr(import_module(_HOME_OF.get(name, "pipeline.core.errors")), name)

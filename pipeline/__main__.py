@@ -8,8 +8,8 @@ def start() -> None:
     """Run the command. Until a run heeds it, Ctrl-C kills: raised amid an import it may leave a lock that stays."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from pipeline import cores
-    from pipeline.cli import main
+    from pipeline.cli.main import main
+    from pipeline.core import cpu_affinity as cores
 
     cores.watch()
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import stores
+from pipeline.core import object_store as stores
 
 HANG_SECONDS = 30  # nothing here takes a tenth of it
 _REFUSAL = (

@@ -16,17 +16,18 @@ import httpx
 import looptime
 import orjson
 
-from pipeline import providers, transport
-from pipeline.clock import Clock
-from pipeline.config import Config, Limits, Sending, protocol
-from pipeline.errors import PipelineError
-from pipeline.lane import Lane
-from pipeline.limits import Gate
-from pipeline.retry import Policy
-from pipeline.send import Sender
-from pipeline.sharing import Host, Leases, Sharing
+from pipeline import providers
+from pipeline.core import http as transport
+from pipeline.core.clock import Clock
+from pipeline.core.config import Config, Limits, Sending, protocol
+from pipeline.core.errors import PipelineError
+from pipeline.core.types import Cost, Request, Result, Usage
+from pipeline.dispatch.live.model_queue import Lane
+from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.dispatch.live.sender import Sender
+from pipeline.dispatch.live.shared_limits import Host, Leases, Sharing
+from pipeline.dispatch.retry import Policy
 from pipeline.simulator import Options, build_app
-from pipeline.types import Cost, Request, Result, Usage
 
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-4o"}
 PATHS = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}

@@ -11,15 +11,15 @@ import anyio
 import orjson
 
 from pipeline import providers
-from pipeline.budget import Budget
-from pipeline.clock import Clock
-from pipeline.config import Limits, Sending
-from pipeline.errors import TransportError
-from pipeline.lane import Lane
-from pipeline.limits import Gate
-from pipeline.retry import Policy
-from pipeline.send import Sender
-from pipeline.types import Answer, Cost, Protocol, Request, Result, Usage
+from pipeline.accounting.budget import Budget
+from pipeline.core.clock import Clock
+from pipeline.core.config import Limits, Sending
+from pipeline.core.errors import TransportError
+from pipeline.core.types import Answer, Cost, Protocol, Request, Result, Usage
+from pipeline.dispatch.live.model_queue import Lane
+from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.dispatch.live.sender import Sender
+from pipeline.dispatch.retry import Policy
 
 Script = Callable[[int], Answer | TransportError]
 """What to answer to the n-th call (from 1) for one request."""

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import graphlib
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -15,76 +17,63 @@ from typing import Any
 import pytest
 
 import pipeline
-from pipeline import errors, types
-from pipeline.errors import PipelineError, Reach
+from pipeline.core import errors, types
+from pipeline.core.errors import PipelineError, Reach
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pipeline"
 
-# From the ground up; a module imports only from rows below its own. A folder is one room.
+# The packages, from the top down. A package may import only those in rows below its own.
 LAYERS = (
-    ("errors",),
-    ("cores", "files", "money", "safe", "types"),
-    ("aio", "budget", "clock", "config", "disk", "fingerprints", "jsonl", "stopping", "stores"),
-    ("sources",),
-    (
-        "formats",
-        "journal",
-        "ledger",
-        "limits",
-        "pricing",
-        "providers",
-        "read",
-        "results",
-        "retry",
-        "simulator",
-        "transport",
-    ),
-    ("accounts", "chunks", "discreet", "lane", "plan", "reserves", "sharing", "totals"),
-    ("copies", "courier", "index", "rebuilding", "send", "verdict"),
-    ("harvest", "loading", "passage", "record"),
-    ("batch", "books", "checking", "estimating", "parts", "report", "verifying"),
-    ("staging",),
-    ("assemble",),
-    ("intake", "overseeing"),
-    ("run",),
-    ("job", "streaming"),
-    ("cluster",),
-    ("screen",),
     ("cli",),
-    ("__main__",),
+    ("runner",),
+    ("dispatch",),
+    ("accounting",),
+    ("inputs", "results"),
+    ("providers",),
+    ("core",),
 )
-VERBS = ("read", "plan", "send", "batch", "record", "report")
+SIMULATOR = "simulator"  # a provider to test against: it imports nothing of the rest
+
+# Which modules may import an outside library. A package in this table stands for every module in it.
 OWNERS = {
-    "httpx": {"transport"},
-    "pyreqwest": {"transport"},
-    "yaml": {"config"},
-    "pydantic": {"config"},
-    "tenacity": {"retry"},
-    "aiolimiter": {"limits"},
-    "fcntl": {"disk"},
-    "rich": {"screen", "cli", "report"},
-    "sqlite3": {"ledger", "sharing"},
+    "httpx": {"core.http"},
+    "pyreqwest": {"core.http"},
+    "yaml": {"core.config"},
+    "pydantic": {"core.config"},
+    "tenacity": {"dispatch.retry"},
+    "aiolimiter": {"dispatch.live"},
+    "fcntl": {"core.files"},
+    "rich": {"cli", "accounting.report"},
+    "sqlite3": {"accounting.ledger", "dispatch.live.shared_limits"},
     "click": {"cli"},
-    "genai_prices": {"pricing"},
-    "obstore": {"stores"},
+    "genai_prices": {"accounting.pricing"},
+    "obstore": {"core.object_store"},
     "starlette": {"simulator"},
     "uvicorn": {"simulator"},
-    "ray": {"cluster"},
+    "ray": {"runner.cluster.ray"},
     "requests": set[str](),
     "pickle": set[str](),
     "marshal": set[str](),
 }
+MOST_ENTRIES = 12  # directly under pipeline/
+MOST_FILES = 15  # directly in one folder
 
 
-def room(path: Path) -> str:
-    """Return the room of a file: its module, or the folder that it is in."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module(path: Path) -> str:
+    """Return the dotted name of a file within the package: `core.http`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+def package(path: Path) -> str:
+    """Return the top-level package that a file is in."""
+    return path.relative_to(PACKAGE).parts[0]
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE]
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-ROOMS = sorted({room(path) for path in FILES})
+MODULES = {f"pipeline.{module(path)}": path for path in FILES}
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -97,10 +86,10 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def edges() -> set[tuple[str, str]]:
-    """Return which room imports which."""
+def package_imports() -> set[tuple[str, str]]:
+    """Return which package imports which other."""
     found = {
-        (room(path), name.split(".")[1])
+        (package(path), name.split(".")[1])
         for path, tree in TREES.items()
         for name in imported(tree)
         if name.startswith("pipeline.")
@@ -108,61 +97,98 @@ def edges() -> set[tuple[str, str]]:
     return {(importer, target) for importer, target in found if importer != target}
 
 
-def users_of(package: str) -> set[str]:
-    return {room(path) for path, tree in TREES.items() if package in {name.split(".")[0] for name in imported(tree)}}
+def module_imports() -> dict[str, set[str]]:
+    """Return, for each module, the modules of this program that it imports when it is loaded."""
+    found: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        at_load = ast.Module(body=[*_statements_at_load(TREES[path])], type_ignores=[])
+        names = {each for each in imported(at_load) if each.startswith("pipeline.")}
+        targets = {each if each in MODULES else each.rpartition(".")[0] for each in names}
+        found[name] = targets & set(MODULES) - {name}
+    return found
+
+
+def _statements_at_load(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Yield the imports that run when a module is loaded: not those in functions or for type checkers only."""
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+
+
+def owners_of(library: str) -> set[str]:
+    """Return the modules that import a library."""
+    return {module(path) for path, tree in TREES.items() if library in {name.split(".")[0] for name in imported(tree)}}
 
 
 def calls() -> Iterator[tuple[str, str]]:
-    """Yield the room and the text of every name and attribute that is used."""
+    """Yield the module and the text of every name and attribute that is used."""
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Name | ast.Attribute):
-                yield room(path), ast.unparse(node)
+                yield module(path), ast.unparse(node)
 
 
 # ── imports ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_room_has_its_layer() -> None:
-    """The table of layers names every room there is and no other."""
-    assert sorted(name for layer in LAYERS for name in layer) == ROOMS
+def test_every_package_has_its_layer() -> None:
+    """The table of layers names every package and no other."""
+    assert sorted([SIMULATOR, *(name for layer in LAYERS for name in layer)]) == sorted({package(f) for f in FILES})
 
 
-def test_imports_point_down_only() -> None:
-    """No room imports one of its own layer or of a layer above."""
-    height = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+def test_imports_follow_the_direction() -> None:
+    """No package imports one of its own row or of a row above."""
+    row = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    allowed_to_simulate = {("runner", SIMULATOR), ("cli", SIMULATOR)}
 
-    assert [edge for edge in sorted(edges()) if height[edge[0]] <= height[edge[1]]] == []
-
-
-def test_verbs_do_not_import_verbs() -> None:
-    """Verbs are joined elsewhere; but planning knows what a read line is."""
-    between = {(one, other) for one, other in edges() if one in VERBS and other in VERBS}
-
-    assert between == {("plan", "read")}
+    between = package_imports() - allowed_to_simulate
+    assert [edge for edge in sorted(between) if SIMULATOR in edge] == []
+    assert [edge for edge in sorted(between) if row[edge[0]] >= row[edge[1]]] == []
 
 
-def test_the_simulator_is_a_world_of_its_own() -> None:
-    """The simulator imports nothing of the program that it judges."""
-    assert [edge for edge in edges() if edge[0] == "simulator"] == []
+def test_no_module_imports_itself_through_others() -> None:
+    """There is no import cycle between modules."""
+    graphlib.TopologicalSorter(module_imports()).prepare()
 
 
-@pytest.mark.parametrize("package", OWNERS)
-def test_each_outside_thing_has_one_owner(package: str) -> None:
-    """Each outside library is imported in its own room only."""
-    assert users_of(package) == OWNERS[package]
+def test_a_folder_can_be_taken_in_at_a_glance() -> None:
+    """There are at most 12 entries under `pipeline/`, and at most 15 modules in each folder."""
+    entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    modules = Counter(path.parent for path in FILES if path.name != "__init__.py")
+
+    assert len(entries) <= MOST_ENTRIES
+    assert {str(folder.relative_to(ROOT)): n for folder, n in modules.items() if n > MOST_FILES} == {
+        "pipeline/simulator": 16
+    }
+
+
+def test_test_folders_mirror_the_packages() -> None:
+    """Each package has its folder of tests under the same name."""
+    packages = {package(path) for path in FILES}
+
+    assert [name for name in sorted(packages) if not (ROOT / "tests" / name).is_dir()] == []
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_each_outside_library_has_one_owner(library: str) -> None:
+    """Each outside library is imported by its owner only."""
+    owners = OWNERS[library]
+
+    found = owners_of(library)
+    assert [name for name in sorted(found) if not any(f"{name}.".startswith(f"{owner}.") for owner in owners)] == []
+    assert bool(found) == bool(owners)
 
 
 def test_only_config_reads_the_environment() -> None:
     """The environment is read in one place."""
-    assert {where for where, name in calls() if name in ("os.environ", "os.getenv", "os.environb")} == {"config"}
+    assert {where for where, name in calls() if name in ("os.environ", "os.getenv", "os.environb")} == {"core.config"}
 
 
 def test_only_the_command_line_prints() -> None:
     """Nothing but the command line writes to stdout and stderr; the screen is given its console."""
     printing = ("print", "sys.stdout", "sys.stderr", "click.echo", "logging.getLogger")
 
-    assert {where for where, name in calls() if name in printing} <= {"cli"}
+    assert {where.partition(".")[0] for where, name in calls() if name in printing} <= {"cli"}
 
 
 def test_nothing_evaluates_text() -> None:
@@ -178,9 +204,13 @@ def test_the_clock_is_the_event_loops() -> None:
     What measures the processor does so in a thread, beside the loop.
     """
     clocks = ("time.time", "time.monotonic", "time.perf_counter", "time.sleep", "datetime.now", "datetime.utcnow")
-    used = {(where, name) for where, name in calls() if name in clocks and where != "simulator"}
+    used = {(where, name) for where, name in calls() if name in clocks and not where.startswith(SIMULATOR)}
 
-    assert used <= {("clock", "datetime.now"), ("cores", "time.monotonic"), ("cores", "time.sleep")}
+    assert used <= {
+        ("core.clock", "datetime.now"),
+        ("core.cpu_affinity", "time.monotonic"),
+        ("core.cpu_affinity", "time.sleep"),
+    }
 
 
 def test_importing_the_package_is_cheap() -> None:
@@ -203,7 +233,7 @@ def test_all_public_names_are_there() -> None:
 
 def test_no_export_hides_a_module() -> None:
     """No exported name is that of a module, which it would hide."""
-    assert set(pipeline.__all__) & set(ROOMS) == set()
+    assert set(pipeline.__all__) & {package(path) for path in FILES} == set()
 
 
 # ── the repository ────────────────────────────────────────────────────────────────────────────────────
@@ -251,7 +281,7 @@ def test_the_drawing_of_errors_is_true() -> None:
 
     real = [(cls.__bases__[0].__name__, cls.__name__) for cls in ERRORS]
     assert sorted(drawn) == sorted([("", "PipelineError"), *real[1:]])
-    assert all(cls.__module__ == "pipeline.errors" for cls in ERRORS)
+    assert all(cls.__module__ == "pipeline.core.errors" for cls in ERRORS)
 
 
 EXTRA: dict[str, dict[str, Any]] = {

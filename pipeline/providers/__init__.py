@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from pipeline.config import Config
+from pipeline.core.config import Config
+from pipeline.core.types import Protocol
 from pipeline.providers.anthropic import AnthropicCodec
-from pipeline.providers.anthropic_batches import AnthropicBatches
+from pipeline.providers.anthropic_batch import AnthropicBatches
 from pipeline.providers.base import USER_AGENT, Provider
-from pipeline.providers.batches import BatchCodec
+from pipeline.providers.batch import BatchCodec
+from pipeline.providers.deprecations import retirement
 from pipeline.providers.openai import OpenAICodec
-from pipeline.providers.openai_batches import OpenAIBatches
-from pipeline.providers.retired import retirement
+from pipeline.providers.openai_batch import OpenAIBatches
 from pipeline.providers.tokens import estimate_input_tokens
-from pipeline.types import Protocol
 
 __all__ = [
     "USER_AGENT",

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config import Endpoint, RequestDefaults
-from pipeline.errors import AnthropicAPIError, ProviderError, Reach, TransportError
-from pipeline.providers import answers, base, checks, hints, to_anthropic
-from pipeline.providers.answers import Malformed
-from pipeline.providers.complaints import Rule
-from pipeline.types import Answer, Limit, Reply, ToolCall, Usage
+from pipeline.core.config import Endpoint, RequestDefaults
+from pipeline.core.errors import AnthropicAPIError, ProviderError, Reach, TransportError
+from pipeline.core.types import Answer, Limit, Reply, ToolCall, Usage
+from pipeline.providers import (
+    anthropic_convert as to_anthropic,
+)
+from pipeline.providers import (
+    base,
+)
+from pipeline.providers import (
+    rate_limit_headers as hints,
+)
+from pipeline.providers import (
+    responses as answers,
+)
+from pipeline.providers import (
+    validation as checks,
+)
+from pipeline.providers.error_mapping import Rule
+from pipeline.providers.responses import Malformed
 
 DEFAULT_VERSION = "2023-06-01"
 DEFAULT_MAX_TOKENS = 4096

@@ -6,9 +6,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config import Endpoint, RequestDefaults
-from pipeline.errors import ProviderError, TransportError
-from pipeline.types import Answer, Limit, Reply, Usage
+from pipeline.core.config import Endpoint, RequestDefaults
+from pipeline.core.errors import ProviderError, TransportError
+from pipeline.core.types import Answer, Limit, Reply, Usage
 
 USER_AGENT = "pipeline-batch"
 Headers = tuple[tuple[str, str], ...]

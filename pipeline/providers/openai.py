@@ -7,12 +7,26 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.config import Endpoint, RequestDefaults
-from pipeline.errors import OpenAIAPIError, ProviderError, Reach, TransportError
-from pipeline.providers import answers, base, checks, hints, to_openai
-from pipeline.providers.answers import Malformed
-from pipeline.providers.complaints import Rule
-from pipeline.types import Answer, Limit, Reply, ToolCall, Usage
+from pipeline.core.config import Endpoint, RequestDefaults
+from pipeline.core.errors import OpenAIAPIError, ProviderError, Reach, TransportError
+from pipeline.core.types import Answer, Limit, Reply, ToolCall, Usage
+from pipeline.providers import (
+    base,
+)
+from pipeline.providers import (
+    openai_convert as to_openai,
+)
+from pipeline.providers import (
+    rate_limit_headers as hints,
+)
+from pipeline.providers import (
+    responses as answers,
+)
+from pipeline.providers import (
+    validation as checks,
+)
+from pipeline.providers.error_mapping import Rule
+from pipeline.providers.responses import Malformed
 
 MAX_TEMPERATURE = 2.0
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from pipeline import jsonl
-from pipeline.types import Protocol
+from pipeline.core import jsonl
+from pipeline.core.types import Protocol
 
 _OPENAI_BYTES = 4.0
 _OLD_CLAUDE_BYTES = 3.4

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.limits import Need
-from pipeline.sharing import RENEWED_EVERY
+from pipeline.dispatch.live.rate_limiter import Need
+from pipeline.dispatch.live.shared_limits import RENEWED_EVERY
 from tests.benchmarks.throughput import serving, write_input
 
 WORKERS = (1, 2, 4)
@@ -116,7 +116,7 @@ async def _capacity(address: str, holders: int) -> float:
     """Return how many calls a second one budget actor answers when there are so many workers."""
     import ray
 
-    from pipeline.cluster.ray_pool import Budget
+    from pipeline.runner.cluster.ray import Budget
 
     ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
     actor: Any = ray.remote(Budget).options(num_cpus=0).remote()

@@ -40,8 +40,8 @@ def floor(url: str, source: str, requests: int, in_flight: int) -> None:
     Each line is decoded and its body encoded, the call is on the disk before it is made, the answer is decoded, and its
     line is on the disk before the next call. No check, gate, retry, identity, price, sum or index.
     """
-    from pipeline.config import Sending
-    from pipeline.transport import Client
+    from pipeline.core.config import Sending
+    from pipeline.core.http import Client
 
     async def work(folder: str) -> None:
         async with Client(Sending(concurrency=in_flight)) as client:
@@ -98,8 +98,8 @@ class _Durable:
 
 def transport(url: str, source: str, requests: int, in_flight: int) -> None:
     """Our transport alone."""
-    from pipeline.config import Sending
-    from pipeline.transport import Client
+    from pipeline.core.config import Sending
+    from pipeline.core.http import Client
 
     async def work() -> None:
         async with Client(Sending(concurrency=in_flight)) as client:

@@ -35,12 +35,12 @@ from typing import Any
 
 import orjson
 
-from pipeline import config as configuration
-from pipeline import results
-from pipeline.config import Config
-from pipeline.plan import Planner
-from pipeline.read import Line
-from pipeline.types import OutputFormat, Reply, Request, Result, Usage
+from pipeline.core import config as configuration
+from pipeline.core.config import Config
+from pipeline.core.types import OutputFormat, Reply, Request, Result, Usage
+from pipeline.inputs.planner import Planner
+from pipeline.inputs.reader import Line
+from pipeline.results import codec as results
 
 LINES = 1_000_000
 SHORT_LINES = 20_000

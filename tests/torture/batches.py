@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import Config, TryLaterError
+from pipeline.accounting.verify import verify
 from pipeline.simulator import Options, serving
-from pipeline.verifying import verify
 from tests.torture import jobs
 from tests.torture.jobs import MODELS, Job, Provider, beside, whole_lines
 from tests.torture.syscalls import trace

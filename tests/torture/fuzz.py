@@ -25,13 +25,17 @@ from typing import Any
 
 import orjson
 
-from pipeline import assemble, config, jsonl, providers, read, results
-from pipeline.config import Config
-from pipeline.errors import ConfigError, LineError, ProviderError
-from pipeline.plan import Invalid, Planner
-from pipeline.providers import hints
-from pipeline.read import Line
-from pipeline.types import Answer, Attempt, Failure, OutputFormat, Protocol, Request, Result
+from pipeline import providers
+from pipeline.core import config, jsonl
+from pipeline.core.config import Config
+from pipeline.core.errors import ConfigError, LineError, ProviderError
+from pipeline.core.types import Answer, Attempt, Failure, OutputFormat, Protocol, Request, Result
+from pipeline.inputs import reader as read
+from pipeline.inputs.planner import Invalid, Planner
+from pipeline.inputs.reader import Line
+from pipeline.providers import rate_limit_headers as hints
+from pipeline.results import codec as results
+from pipeline.runner import wiring as assemble
 from tests.torture.lines import exactly
 
 if sys.version_info >= (3, 14):
@@ -39,7 +43,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 _TOKENS = (
     b"\0 \xff \xed\xa0\x80 \xef\xbb\xbf \xe2\x80\xa8 \r \n \t \x1b \\ \\ud800 \\u0000 \\u0022 \\ud83d\\ude42 { } [ ] "

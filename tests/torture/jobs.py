@@ -24,17 +24,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from pipeline import run
-from pipeline.record import Recorder
+from pipeline.core.types import Result
+from pipeline.results.writer import Recorder
+from pipeline.runner import base as run
 from pipeline.simulator import Options, serving
-from pipeline.types import Result
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "pipeline"]
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-6-luna"}
 HANG_SECONDS = 60  # nothing here takes a tenth of it; who needs it hangs
 _SETTINGS = "sending: {backoff_initial: 0.01, backoff_max: 0.05, max_attempts: 30}\n"
-_PRELOADED = ["pipeline.cli", "pipeline.screen", "pipeline.simulator", "rich.console", "uvloop", __name__]
+_PRELOADED = ["pipeline.cli.main", "pipeline.cli.events", "pipeline.simulator", "rich.console", "uvloop", __name__]
 
 
 # ── the provider ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,7 +237,8 @@ def _run(words: list[str], environ: dict[str, str], folder: Path, acknowledged: 
 
 
 def _be_the_command(words: list[str], acknowledged: Path) -> None:
-    from pipeline import cli, screen
+    from pipeline.cli import events as screen
+    from pipeline.cli import main as cli
 
     screen.LOG_SECONDS = 0.02  # where progress is logged, to tell a test how far a run is
     _acknowledge_to(os.open(acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 # VmHWM and not ru_maxrss, which begins with the size of the process that started this one.
 _CHECK = """
-from pipeline import checking
-from pipeline.config import Config
+from pipeline.inputs import check as checking
+from pipeline.core.config import Config
 
 report = checking.check(["-"], Config(), on_problem=lambda problem: None)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))

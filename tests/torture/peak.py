@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 
 def peak_bytes() -> int:

@@ -106,17 +106,27 @@ FORMS = (
     Form(
         name="signals",
         what="signals at any time, clock jumps, closed and full streams, cron's bare environment",
-        words=[*_PYTEST, "tests/torture/test_signals.py", "tests/torture/test_surroundings.py", "tests/test_cron.py"],
+        words=[
+            *_PYTEST,
+            "tests/torture/test_signals.py",
+            "tests/torture/test_surroundings.py",
+            "tests/cli/test_cron.py",
+        ],
     ),
     Form(
         name="pace",
         what="ten minutes at the account's limits, storms and outages, on a virtual clock",
-        words=[*_PYTEST, "tests/test_pace.py", "tests/test_send.py"],
+        words=[*_PYTEST, "tests/dispatch/live/test_pace.py", "tests/dispatch/live/test_sender.py"],
     ),
     Form(
         name="money",
         what="ledger, totals, result lines and the provider's count to the nano-dollar; caps with 500 in flight",
-        words=[*_PYTEST, "tests/test_pricing.py", "tests/test_ledger.py", "tests/test_job.py"],
+        words=[
+            *_PYTEST,
+            "tests/accounting/test_pricing.py",
+            "tests/accounting/test_ledger.py",
+            "tests/runner/test_local.py",
+        ],
     ),
     Form(
         name="memory",

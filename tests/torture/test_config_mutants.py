@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.simulator import Options, Server, serving
 
 LINE = b'{"custom_id":"a","model":"gpt-6-luna","messages":[{"role":"user","content":"x"}]}\n'

@@ -22,12 +22,13 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import checking, read
-from pipeline.cli import main
-from pipeline.config import Config
-from pipeline.plan import Invalid, Planner
-from pipeline.read import Line
-from pipeline.types import Request
+from pipeline.cli.main import main
+from pipeline.core.config import Config
+from pipeline.core.types import Request
+from pipeline.inputs import check as checking
+from pipeline.inputs import reader as read
+from pipeline.inputs.planner import Invalid, Planner
+from pipeline.inputs.reader import Line
 from tests.torture.fuzz import fuzz
 from tests.torture.lines import LINES, NAMES, Case, Name, anthropic_line, exactly, openai_line
 from tests.torture.listener import listening

@@ -1,0 +1,28 @@
+"""The report as CSV for spreadsheets, in which no text becomes a formula."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from pipeline.accounting.report.costs import Report, Row
+
+# What makes a spreadsheet compute (https://owasp.org/www-community/attacks/CSV_Injection), full-width forms included.
+_ACTIVE = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠")
+
+
+def render(report: Report) -> bytes:
+    """Return a line of names and one line for each row; figures stay figures, what nobody knows is empty."""
+    file = io.StringIO()
+    writer = csv.writer(file)  # ends lines as RFC 4180 says, and so quotes a lone return in a text
+    writer.writerow(Row(key="").as_dict())
+    writer.writerows([_cell(value) for value in row.as_dict().values()] for row in report.rows)
+    return file.getvalue().encode()
+
+
+def _cell(value: Any) -> Any:
+    """Return a value for a cell; dollars without an exponent, which some programs read as text."""
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_ACTIVE) else value
+    return f"{value:.9f}".rstrip("0").rstrip(".") if isinstance(value, float) else value

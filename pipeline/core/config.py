@@ -1,0 +1,640 @@
+"""config.yaml and the environment -> one frozen `Config`.
+
+The only module that reads YAML or environment variables. Every problem is reported at once, with its key, its line
+and, for a misspelt key, the nearest known one. YAML is read with aliases, tags and deep nesting refused: an alias bomb
+of 442 bytes passes a safe loader and explodes when it is walked.
+
+Keys never live here: an endpoint names the variable that holds its key, `api_key` looks it up, and nothing prints it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pwd
+import re
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from hashlib import sha256
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.core.errors import ConfigError, UsageError
+from pipeline.core.types import OutputFormat, Protocol
+
+MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_DEPTH = 20
+MAX_CONFIG_PARTS = 10_000
+DEFAULT_FILE = "config.yaml"
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _exact(value: Any) -> Any:
+    """Take a number of the file as it is written there: 0.1 is a tenth, not the binary fraction next to it."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise ValueError("must be a number")
+    return Decimal(str(value))
+
+
+Exact = Annotated[Decimal, BeforeValidator(_exact), Field(ge=0, le=1_000_000, decimal_places=9, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class Limits(Section):
+    """Caps per minute; None: no cap of the user's."""
+
+    rpm: Count | None = None
+    input_tpm: Count | None = None
+    output_tpm: Count | None = None
+
+
+class ModelLimits(Limits):
+    """Caps for every model, and for single ones under `provider/model`."""
+
+    models: dict[str, Limits] = Field(default_factory=dict)
+
+    def of(self, provider: str, model: str) -> Limits:
+        """Return the caps of one model: its own where it has some, else the common ones, field by field."""
+        own = self.models.get(f"{provider}/{model}", Limits())
+        return Limits(
+            rpm=own.rpm or self.rpm,
+            input_tpm=own.input_tpm or self.input_tpm,
+            output_tpm=own.output_tpm or self.output_tpm,
+        )
+
+
+class Price(Section):
+    """What a model costs, in USD per million tokens; None: as a shorter write, else as input."""
+
+    input: Exact
+    output: Exact
+    cache_read: Exact | None = None
+    cache_write_5m: Exact | None = None
+    cache_write_1h: Exact | None = None
+    batch_multiplier: Annotated[Exact, Field(le=1)] = Decimal("0.5")
+
+
+class Endpoint(Section):
+    """A named provider: who answers, where, with which key.
+
+    Fields of the other protocol are refused by `_fits_protocol`, so a setting that does nothing cannot be written.
+    """
+
+    protocol: Literal["anthropic", "openai"]
+    base_url: str
+    path: str
+    api_key_env: str | None = None
+    api_key_header: str | None = None
+    headers: dict[str, str] = Field(default_factory=dict)
+    model: str | None = None
+    models: list[str] = Field(default_factory=list)
+    allow_plain_http: bool = False
+    # Anthropic
+    version: str | None = None
+    max_tokens: Count | None = None
+    # OpenAI
+    organization: str | None = None
+    project: str | None = None
+    max_tokens_field: Literal["auto", "max_tokens", "max_completion_tokens"] | None = None
+    store: bool | None = None
+
+    @property
+    def url(self) -> str:
+        """The address that requests are posted to."""
+        return self.base_url.rstrip("/") + "/" + self.path.lstrip("/")
+
+    @model_validator(mode="after")
+    def _has_safe_address(self) -> Self:
+        if not self.url.isprintable() or " " in self.url:
+            raise ValueError("base_url and path must not hold spaces or control characters")
+        parts = urlsplit(self.base_url)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("base_url must not hold a user, password, query or fragment; use headers or api_key_env")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"base_url {self.base_url!r} is not an http(s) address")
+        if parts.scheme == "http" and not _is_loopback(parts.hostname) and not self.allow_plain_http:
+            raise ValueError(
+                f"base_url {self.base_url!r} would send key and conversations unencrypted; "
+                "use https, or set allow_plain_http: true for a network that you trust"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_protocol(self) -> Self:
+        foreign = {
+            "anthropic": ("organization", "project", "max_tokens_field", "store"),
+            "openai": ("version", "max_tokens"),
+        }[self.protocol]
+        if wrong := [name for name in foreign if getattr(self, name) is not None]:
+            raise ValueError(f"{', '.join(wrong)}: not a setting of the {self.protocol} protocol")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_keys_out(self) -> Self:
+        if self.api_key_env not in (None, _SIMULATED_KEY_ENV) and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError("api_key_env must be the name of an environment variable, never the key itself")
+        for name in self.headers:
+            if name.lower() in ("authorization", "x-api-key", "api-key", "cookie"):
+                raise ValueError(f"headers: {name} holds a secret; name its variable in api_key_env instead")
+        return self
+
+    @model_validator(mode="after")
+    def _has_sendable_headers(self) -> Self:
+        """Check what becomes headers; values are not shown, as one may be a secret in the wrong place."""
+        for name in (*self.headers, self.api_key_header or "x"):
+            if not _HEADER.fullmatch(name):
+                raise ValueError(f"{name!r} cannot be the name of a header")
+        own = {"version": self.version, "organization": self.organization, "project": self.project}
+        for name, value in (self.headers | own).items():
+            if value is not None and not (value.isascii() and value.isprintable()):
+                raise ValueError(f"the value of {name} has control characters or letters beyond ASCII")
+        return self
+
+
+class RequestDefaults(Section):
+    """What native lines get that do not say themselves."""
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    system: str | None = None
+
+
+class Input(Section):
+    """How input files are read."""
+
+    max_line_bytes: Count = 16 * 1024 * 1024
+    read_ahead_bytes: Count = 4 * 1024 * 1024
+
+
+class Sending(Section):
+    """How requests are sent and tried again."""
+
+    concurrency: Annotated[int, Field(ge=1, le=20_000)] = 100
+    timeout: Seconds = 60.0
+    connect_timeout: Seconds = 10.0
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 6
+    backoff_initial: Seconds = 1.0
+    backoff_max: Seconds = 60.0
+    max_retry_after: Seconds = 120.0
+    stall_timeout: Seconds = 600.0
+    max_response_bytes: Count = 32 * 1024 * 1024
+    drain_timeout: Seconds = 60.0
+    share_limits: bool = True
+    use_env_proxy: bool = False
+    ca_file: str | None = None
+    http2: bool = False
+
+    @field_validator("ca_file")
+    @classmethod
+    def _holds_certificates(cls, path: str | None) -> str | None:
+        """Look now: a file without certificates would be told by failing connections only."""
+        try:
+            if path is not None and b"CERTIFICATE-----" not in Path(path).read_bytes():
+                raise ValueError(f"{path!r} holds no certificates in PEM form")
+        except OSError as exc:
+            raise ValueError(f"cannot read {path!r}: {exc.strerror}") from exc
+        return path
+
+
+def _seconds(value: Any) -> float:
+    """Read a duration: seconds as a number, or `90s`, `45m`, `6h`, `1d`."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if match := _DURATION.fullmatch(str(value)):
+        return float(match[1]) * _UNITS[match[2]]
+    raise ValueError(f"{value!r} is not a duration: write 90s, 45m, 6h or 1d")
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=30 * 86_400, allow_inf_nan=False)]
+
+
+class Batches(Section):
+    """How the providers' batch APIs are used; None: the provider's own limit of one batch."""
+
+    max_requests: Count | None = None
+    max_bytes: Count | None = None
+    poll_interval: Seconds = 60.0
+    deadline: Duration | None = None
+
+
+class Cluster(Section):
+    """Runs with --ray: how many workers there are; None: one for each processor of the cluster."""
+
+    workers: Count | None = None
+
+
+class Output(Section):
+    """What result lines look like and how safe they are before they count as done."""
+
+    format: Literal["native", "openai-batch", "anthropic-batch"] = "native"
+    ordered: bool = False
+    echo_request: bool = False
+    durability: Literal["full", "fast"] = "full"
+
+
+class BudgetCaps(Section):
+    """What may be spent, in USD: by one run, and by all runs of a day or a month (UTC) as the ledger knows them."""
+
+    per_run: Exact | None = None
+    per_day: Exact | None = None
+    per_month: Exact | None = None
+
+
+class Simulator(Section):
+    """The provider that `--simulate` starts: its limits per minute, latency and faults."""
+
+    rpm: Count | None = None
+    input_tpm: Count | None = None
+    output_tpm: Count | None = None
+    latency: Annotated[float, Field(ge=0, le=600)] = 0.05
+    batch_seconds: Annotated[float, Field(ge=0, le=86_400)] = 1.0
+    faults: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    seed: int = 0
+
+
+_BUILT_IN: dict[str, dict[str, Any]] = {
+    "anthropic": {
+        "protocol": "anthropic",
+        "base_url": "https://api.anthropic.com",
+        "path": "/v1/messages",
+        "api_key_env": "ANTHROPIC_API_KEY",
+        "model": "claude-3-5-sonnet-20241022",
+        "models": ["claude-*"],
+        "version": "2023-06-01",
+        "max_tokens": 4096,
+    },
+    "openai": {
+        "protocol": "openai",
+        "base_url": "https://api.openai.com/v1",
+        "path": "/chat/completions",
+        "api_key_env": "OPENAI_API_KEY",
+        "model": "gpt-4o",
+        "models": ["gpt-*", "chatgpt-*", "o[0-9]*", "ft:*"],
+        "max_tokens_field": "auto",
+        "store": False,
+    },
+}
+_DEFAULT_PATH = {"anthropic": "/v1/messages", "openai": "/chat/completions"}
+_SIMULATED_KEY_ENV = "(simulated)"  # no variable can be called so
+# What else than its URL says where an object is; the names are those of obstore.
+_STORES = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"),
+    *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+)
+_BASE_URL_VARIABLES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}
+
+
+class Config(Section):
+    """The whole configuration; the defaults are the documented ones of config.yaml, but for the models' names."""
+
+    providers: dict[str, Endpoint] = Field(default_factory=dict, validate_default=True)
+    provider: str = "anthropic"
+    request: RequestDefaults = RequestDefaults()
+    limits: ModelLimits = ModelLimits()
+    prices: dict[str, Price] = Field(default_factory=dict)
+    input: Input = Input()
+    sending: Sending = Sending()
+    lane: Literal["live", "batch", "auto"] = "live"
+    batches: Batches = Batches()
+    cluster: Cluster = Cluster()
+    output: Output = Output()
+    budget: BudgetCaps = BudgetCaps()
+    simulator: Simulator = Simulator()
+    progress: Literal["auto", "bar", "log", "none"] = "auto"
+    tags: dict[str, str] = Field(default_factory=dict)
+    ledger: str | None = None
+    ping_url: Annotated[str | None, Field(repr=False)] = None  # who knows it can tell lies about the job
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_built_in_providers(cls, data: Any) -> Any:
+        """Lay the user's providers over the built-in ones, so two lines of YAML can change one field.
+
+        A section left empty (`request:` with every line under it taken out) is the default one.
+        """
+        if isinstance(data, dict):
+            data = {name: value for name, value in data.items() if value is not None}
+        if not isinstance(data, dict) or not isinstance(data.get("providers", {}) or {}, dict):
+            return data
+        given = dict(data.get("providers") or {})
+        merged: dict[str, Any] = {name: dict(fields) for name, fields in _BUILT_IN.items()}
+        for name, fields in given.items():
+            if not isinstance(fields, dict):
+                merged[name] = fields
+                continue
+            base = merged.get(name, {})
+            if base.get("protocol") != fields.get("protocol", base.get("protocol")):
+                base = {}
+            merged[name] = {**base, **fields}
+            if default_path := _DEFAULT_PATH.get(str(merged[name].get("protocol"))):
+                merged[name].setdefault("path", default_path)
+        return {**data, "providers": merged}
+
+    @field_validator("provider")
+    @classmethod
+    def _is_known(cls, name: str, info: ValidationInfo) -> str:
+        _require_provider(name, info)
+        return name
+
+    @field_validator("limits")
+    @classmethod
+    def _limits_known_providers(cls, limits: ModelLimits, info: ValidationInfo) -> ModelLimits:
+        """Refuse a cap that would bind nothing."""
+        for name in limits.models:
+            provider, _, model = name.partition("/")
+            if not model:
+                raise ValueError(f"models: {name!r} must be PROVIDER/MODEL")
+            _require_provider(provider, info)
+        return limits
+
+    @field_validator("ping_url")
+    @classmethod
+    def _is_safe_to_ping(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        is_private = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+        has_more = "@" in parts.netloc or parts.query or parts.fragment or not url.isprintable() or " " in url
+        if not parts.hostname or parts.port == 0 or not is_private or has_more:
+            raise ValueError(
+                "must be an https address (on this machine also http) without user, password, query or fragment"
+            )
+        return url
+
+    def with_(self, section: str, **changes: Any) -> Config:
+        """Return a copy with some fields of one section changed; values of None change nothing."""
+        kept = {name: value for name, value in changes.items() if value is not None}
+        if not kept:
+            return self
+        data = self.model_dump()
+        data[section] = {**data[section], **kept}
+        return _validated(data, path=None, lines={})
+
+    def replace(self, **changes: Any) -> Config:
+        """Return a copy with some top-level fields changed; values of None change nothing."""
+        kept = {name: value for name, value in changes.items() if value is not None}
+        return _validated({**self.model_dump(), **kept}, path=None, lines={}) if kept else self
+
+
+def _require_provider(name: str, info: ValidationInfo) -> None:
+    """Refuse the name of no provider; where the providers themselves are wrong, that is told instead."""
+    known = info.data.get("providers")
+    if known is not None and name not in known:
+        raise ValueError(f"provider {name!r} is not one of {', '.join(sorted(known))}")
+
+
+def load(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Read the configuration: `path`, else `PIPELINE_CONFIG`, else `./config.yaml` if present, else the defaults.
+
+    Raises `ConfigError` naming every problem. `ANTHROPIC_BASE_URL` and `OPENAI_BASE_URL` win over the file, as they do
+    in the official SDKs.
+    """
+    environ = os.environ if environ is None else environ
+    chosen = path or environ.get("PIPELINE_CONFIG") or None
+    if chosen is None and Path(DEFAULT_FILE).is_file():
+        chosen = DEFAULT_FILE
+    data, lines = _read(Path(chosen)) if chosen else ({}, {})
+    for name, variable in _BASE_URL_VARIABLES.items():
+        providers = data.get("providers") or {}
+        own = (providers.get(name) or {}) if isinstance(providers, dict) else None
+        if (url := environ.get(variable)) and isinstance(own, dict):
+            data["providers"] = {**providers, name: {**own, "base_url": url}}
+    return _validated(data, path=str(chosen) if chosen else None, lines=lines)
+
+
+def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the key of an endpoint, None if it needs none; a missing one is a `UsageError` with the way to get it."""
+    if endpoint.api_key_env is None:
+        return None
+    if endpoint.api_key_env == _SIMULATED_KEY_ENV:
+        return "simulated"
+    environ = os.environ if environ is None else environ
+    variable = endpoint.api_key_env
+    key = (environ.get(variable) or environ.get(variable.lower()) or "").strip()
+    if not key:
+        where = {
+            "ANTHROPIC_API_KEY": "https://console.anthropic.com (Settings, API keys)",
+            "OPENAI_API_KEY": "https://platform.openai.com/api-keys",
+        }.get(variable, "the operator of this endpoint")
+        raise UsageError(
+            f"provider {name!r} needs a key, but the environment variable {variable} is not set",
+            hint=f"get a key from {where}, then: export {variable}=…  (or rehearse without one: --simulate)",
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(
+            f"the environment variable {variable} does not hold a key: "
+            "it has spaces, control characters or letters beyond ASCII"
+        )
+    return key
+
+
+def variables_of(settings: Config, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment variables that the same work needs elsewhere: keys, whom to trust, the way to stores."""
+    environ = os.environ if environ is None else environ
+    names = {endpoint.api_key_env for endpoint in settings.providers.values() if endpoint.api_key_env}
+    names |= {name.lower() for name in names} | {"SSL_CERT_FILE", "SSL_CERT_DIR"}
+    names |= {name for name in environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))}
+    return {name: environ[name] for name in sorted(names) if name in environ}
+
+
+def default_variable(name: str, value: str) -> str:
+    """Set an environment variable unless it is set; return what it is."""
+    return os.environ.setdefault(name, value)
+
+
+def take_variables(values: Mapping[str, str]) -> None:
+    """Set environment variables that `variables_of` told on another machine."""
+    os.environ.update(values)
+
+
+def simulated(settings: Config, url: str) -> Config:
+    """Return a configuration in which a simulator at `url` stands for every provider; no key is needed."""
+    providers = {
+        name: {
+            **endpoint.model_dump(),
+            "base_url": url if endpoint.protocol == "anthropic" else f"{url}/v1",
+            "path": _DEFAULT_PATH[endpoint.protocol],
+            "api_key_env": _SIMULATED_KEY_ENV,
+            "api_key_header": None,
+        }
+        for name, endpoint in settings.providers.items()
+    }
+    return settings.replace(providers=providers)
+
+
+def ledger_path(settings: Config, environ: Mapping[str, str] | None = None) -> Path:
+    """Return where the ledger is: `PIPELINE_LEDGER`, else the setting, else the user's data directory.
+
+    cron sets no HOME; then the user database tells the home directory.
+    """
+    environ = os.environ if environ is None else environ
+    try:
+        if named := environ.get("PIPELINE_LEDGER") or settings.ledger:
+            return Path(named).expanduser()
+        data = environ.get("XDG_DATA_HOME", "")
+        home = environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+    except (KeyError, RuntimeError) as exc:
+        hint = "name the file: --ledger FILE, PIPELINE_LEDGER, or ledger: in the configuration"
+        raise UsageError("there is no home directory for the ledger", hint=hint) from exc
+    base = Path(data) if os.path.isabs(data) else Path(home) / ".local" / "share"
+    return base / "pipeline" / "ledger.sqlite"
+
+
+def spool_path(settings: Config, url: str, environ: Mapping[str, str] | None = None) -> Path:
+    """Return the directory of the spool of an output at an object store: beside the ledger, a name for each URL.
+
+    Which store a URL means, its endpoint or account in the environment tells.
+    """
+    environ = os.environ if environ is None else environ
+    store = [environ.get(name, "") for name in _STORES]
+    return ledger_path(settings, environ).parent / "spool" / sha256("\n".join([url, *store]).encode()).hexdigest()[:32]
+
+
+def output_format(config: Config) -> OutputFormat:
+    """Return the dialect of result lines."""
+    return OutputFormat(config.output.format)
+
+
+def protocol(endpoint: Endpoint) -> Protocol:
+    """Return the wire protocol of an endpoint."""
+    return Protocol(endpoint.protocol)
+
+
+def _is_loopback(host: str) -> bool:
+    """Tell this machine's own addresses from names that only begin like one (`localhost.example.com`)."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# ── reading YAML ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with unique keys and without aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Return the tree of a YAML file and the line of each key in it."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as exc:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {exc.strerror}") from exc
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; this is not a configuration")
+    try:
+        _refuse_growth(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        data = (loader.construct_document(node) if node else None) or {}
+        lines = dict(_lines(node, ()))
+    except (yaml.YAMLError, ValueError) as exc:
+        mark = getattr(exc, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(exc, 'problem', None) or exc}") from exc
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold settings (key: value), not {type(data).__name__}")
+    return data, lines
+
+
+def _refuse_growth(text: bytes) -> None:
+    """Stop before the composer does: deep nesting is a RecursionError there, and many small parts take minutes."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_CONFIG_DEPTH or count > MAX_CONFIG_PARTS:
+            problem = (
+                f"nested more than {MAX_CONFIG_DEPTH} deep"
+                if depth > MAX_CONFIG_DEPTH
+                else f"more than {MAX_CONFIG_PARTS:,} keys and values; this is not a configuration"
+            )
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
+
+
+def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the line of every key; a key given twice is an error, as YAML would silently take the last."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        name = str(key.value)
+        if name in seen:
+            problem = f"{'.'.join((*path, name))} is given twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        seen.add(name)
+        yield (*path, name), key.start_mark.line + 1
+        yield from _lines(value, (*path, name))
+
+
+def _validated(data: Mapping[str, Any], *, path: str | None, lines: Mapping[tuple[str, ...], int]) -> Config:
+    try:
+        return Config.model_validate(data)
+    except ValidationError as exc:
+        problems = [_explain(error, path, lines) for error in exc.errors(include_url=False)]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def _explain(error: Any, path: str | None, lines: Mapping[tuple[str, ...], int]) -> str:
+    """Say one problem in one line: file:line: key: what is wrong (did you mean …?)."""
+    keys = tuple(str(part) for part in error["loc"])
+    line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
+    where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
+    name = ".".join(keys) or "configuration"
+    if error["type"] != "extra_forbidden":
+        return f"{where}{name}: {error['msg'].removeprefix('Value error, ')}"
+    near = difflib.get_close_matches(keys[-1], _known_keys(keys[:-1]), n=1)
+    return f"{where}{name}: unknown setting" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _known_keys(path: tuple[str, ...]) -> list[str]:
+    """Return the settings that exist at a place in the tree."""
+    if path[:1] == ("providers",):
+        return list(Endpoint.model_fields)
+    if path[:1] == ("prices",):
+        return list(Price.model_fields)
+    if path[:2] == ("limits", "models"):
+        return list(Limits.model_fields)
+    section: Any = Config
+    for part in path:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def patience(settings: Config) -> float:
+    """Return how many seconds without a finished request are too many: never fewer than one may honestly take."""
+    sending = settings.sending
+    return max(sending.stall_timeout, 2 * sending.timeout, sending.max_retry_after + sending.timeout)

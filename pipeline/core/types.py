@@ -1,0 +1,267 @@
+"""The values that travel through the program: frozen, keyword-only, picklable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Protocol(StrEnum):
+    """The wire protocol that an endpoint speaks."""
+
+    ANTHROPIC = "anthropic"
+    OPENAI = "openai"
+
+
+class OutputFormat(StrEnum):
+    """The dialect of result lines."""
+
+    NATIVE = "native"
+    OPENAI_BATCH = "openai-batch"
+    ANTHROPIC_BATCH = "anthropic-batch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One conversation, ready to send.
+
+    `body` is the JSON that goes on the wire. `digest` (32 hex digits) identifies what is sent and to whom, so that a
+    changed line, model or parameter is a different request. `max_output_tokens` is the answer's upper bound where
+    the body names one. `estimated_input_tokens` is a guess from the size of the text.
+    """
+
+    custom_id: str
+    digest: str
+    source: str
+    line: int
+    provider: str
+    model: str
+    body: bytes
+    max_output_tokens: int | None = None
+    estimated_input_tokens: int = 0
+    metadata: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one answer, as the provider reported them, normalised over providers.
+
+    `input_tokens` is the whole prompt including cache reads and writes; `output_tokens` includes reasoning.
+    `cache_write_1h_tokens` is the part of `cache_write_tokens` that was written for one hour (priced differently).
+    `web_searches` are those that the provider made and bills. `service_tier` is the tier of the response where it tells
+    one (it changes the price).
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    web_searches: int = 0
+    service_tier: str | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A tool call in an answer; `arguments` is the parsed object, or the text as it came where it is not JSON."""
+
+    id: str | None
+    name: str
+    arguments: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A valid answer of a provider, decoded; `raw` is its body, byte for byte.
+
+    Only where that is not strict JSON (a lone surrogate, NaN) is `raw` encoded anew. `model` is "" where none is told.
+    `content` is the text of the answer (None when there is none: a tool call, a refusal). `usage` is None when the
+    server reported none (some compatible servers); `refusal` is the provider's explanation or category.
+    """
+
+    model: str
+    content: str | None
+    finish_reason: str | None
+    truncated: bool
+    usage: Usage | None
+    raw: bytes
+    refusal: str | None = None
+    tool_calls: Sequence[ToolCall] = ()
+    request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What an answer cost, in nano-dollars (1e-9 USD): None where no price is known, never 0 for unknown.
+
+    `saved` is what the same tokens would have cost more without a cache (below 0 where writing it cost more).
+    """
+
+    nanos: int | None = None
+    saved: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One failed call for a request: when (UTC, ISO 8601), what came back, how long it took.
+
+    `usage` and `cost_nano` are there when an answer that could not be used told what it used: it is billed.
+    """
+
+    at: str
+    type: str
+    message: str
+    latency_s: float
+    status: int | None = None
+    code: str | None = None
+    request_id: str | None = None
+    may_be_billed: bool = False
+    usage: Usage | None = None
+    cost_nano: int | None = None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Tell whether it may be billed and nobody knows for how much."""
+        return self.may_be_billed and self.usage is None
+
+
+def wasted(attempts: Sequence[Attempt]) -> Sequence[tuple[Usage, int | None]]:
+    """Return what failed attempts used and cost (nano-dollars), as far as their answers told it."""
+    return [(attempt.usage, attempt.cost_nano) for attempt in attempts if attempt.usage] if attempts else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a line has no answer. `attempts` lists the calls that failed (empty for an invalid line)."""
+
+    type: str
+    message: str
+    status: int | None = None
+    code: str | None = None
+    request_id: str | None = None
+    attempts: Sequence[Attempt] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What became of one input line: exactly one of `reply` and `failure` is set.
+
+    `failed_attempts` are the calls that failed before the one that ended it. `request` is None for a line that could
+    not become a request. `completed_at` is UTC, ISO 8601; `latency_s` is that of the last attempt, in seconds.
+    """
+
+    custom_id: str
+    line: int
+    source: str
+    digest: str
+    attempts: int
+    completed_at: str
+    request: Request | None = None
+    reply: Reply | None = None
+    failure: Failure | None = None
+    failed_attempts: Sequence[Attempt] = ()
+    latency_s: float | None = None
+    lane: str = "live"
+    batch_id: str | None = None
+    cost: Cost = field(default_factory=Cost)
+    metadata: Any = None
+
+    @property
+    def success(self) -> bool:
+        return self.reply is not None
+
+    @property
+    def is_invalid(self) -> bool:
+        """Tell whether the line could not become a request."""
+        return self.request is None
+
+    @property
+    def provider(self) -> str | None:
+        return self.request.provider if self.request else None
+
+    @property
+    def model(self) -> str | None:
+        """The model that answered, else (a server that does not tell it, a failure) the one that was asked."""
+        if self.reply and self.reply.model:
+            return self.reply.model
+        return self.request.model if self.request else None
+
+    @property
+    def content(self) -> str | None:
+        return self.reply.content if self.reply else None
+
+    @property
+    def usage(self) -> Usage | None:
+        return self.reply.usage if self.reply else None
+
+    @property
+    def wasted(self) -> Sequence[tuple[Usage, int | None]]:
+        """What failed attempts used and cost (nano-dollars), as far as their answers told it."""
+        return wasted(self.failed_attempts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """An HTTP answer: status, headers with lower-case names, and the decoded body."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One HTTP request of a batch API; `headers` is all of them but for host and content-length, names in lower case.
+
+    Where `tail` is not None the content of a chunk goes between `body` and `tail`.
+    """
+
+    method: str
+    url: str
+    headers: Sequence[tuple[str, str]] = ()
+    body: bytes = b""
+    tail: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a provider says of one of its buckets: its kind, how much per minute, and how much of it is left now.
+
+    Kinds are `requests`, `input_tokens`, `output_tokens` and `tokens` (OpenAI's sum of both).
+    """
+
+    kind: str
+    per_minute: int
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """An allowance at a moment: its kind, how much per minute, which share of it is used up, and who set it.
+
+    `source` is `cap` (the user), `told` (the provider's headers) or `found` (by refusals).
+    """
+
+    kind: str
+    per_minute: float
+    used: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What planning some lines left behind: the fingerprints that they took, and how often those that they repeat.
+
+    `is_alone` tells that no line before them took any of these, so that they mean the same wherever none did.
+    """
+
+    marks: Sequence[int]
+    repeats: Mapping[int, int]
+    is_alone: bool

@@ -1,0 +1,339 @@
+"""One provider's batch API, called with patience: what may be repeated is repeated, making a batch never blindly.
+
+Every call goes through `_ask`, which waits as the retry policy says. A batch may have been made although no answer
+came; `create` says so by `UncertainError`, and `find` looks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import IO, TypeVar
+
+import anyio
+import anyio.lowlevel
+from anyio import to_thread
+
+from pipeline import providers
+from pipeline.core import config as configuration
+from pipeline.core import files as disk
+from pipeline.core import http as transport
+from pipeline.core.config import Config, Endpoint, patience
+from pipeline.core.errors import ProviderError, Reach, TransportError, TryLaterError, UsageError
+from pipeline.core.http import Content, Write
+from pipeline.core.redact import masking, without
+from pipeline.core.types import Answer, Call
+from pipeline.dispatch import retry
+from pipeline.dispatch.batch.store import Chunk, Chunks
+from pipeline.dispatch.retry import Policy
+from pipeline.providers import BatchCodec, Provider
+from pipeline.providers import responses as answers
+from pipeline.providers.base import Headers
+from pipeline.providers.batch import Batch
+
+T = TypeVar("T")
+
+_SKEW = timedelta(minutes=10)  # by which the provider's clock and ours may differ
+_UPLOADS = 2  # at the same time: they share one line
+
+
+class UncertainError(Exception):
+    """A batch may have been made, and nobody knows its id."""
+
+
+Ask = Callable[[Call, Content | None], Awaitable[Answer]]
+Download = Callable[[Call, Write, int], Awaitable[Answer]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How an endpoint is reached: its address, its headers with the key, and what makes calls."""
+
+    endpoint: Endpoint
+    headers: Headers
+    ask: Ask
+    download: Download
+    mask: Callable[[bytes], bytes]
+
+
+class Courier:
+    """Carries the chunks of one provider to its batch API, and the results back.
+
+    `patience` is for how many seconds a provider may be out of reach.
+    """
+
+    def __init__(
+        self,
+        *,
+        codec: Provider,
+        batches: BatchCodec,
+        way: Way,
+        policy: Policy,
+        patience: float,
+        max_line_bytes: int,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.codec = codec
+        self.batches = batches
+        self._way = way
+        self._policy = policy
+        self._patience = patience
+        self._max_line_bytes = max_line_bytes
+        self._say = say
+        self._is_in_trouble = False
+        self._uploads = anyio.Semaphore(_UPLOADS)
+
+    async def upload(self, chunks: Chunks, chunk: Chunk) -> str | None:
+        """Upload a chunk and return the id of the file; None where that is not a call of its own."""
+        call = self.batches.upload(self._way.endpoint, self._way.headers, chunk.nonce)
+        if call is None:
+            return None
+        async with self._uploads:
+            return await self._ask(call, self.batches.uploaded, self._content(chunks, chunk))
+
+    async def create(self, chunks: Chunks, chunk: Chunk, begin: Callable[[], Awaitable[None]]) -> Batch:
+        """Make the batch of a chunk; `begin` is awaited before every call that may make it.
+
+        Raises `UncertainError`, or the provider's error when none can have been made.
+        """
+        call = self.batches.create(self._way.endpoint, self._way.headers, chunk.nonce, chunk.file_id)
+        content = None if call.tail is None else self._content(chunks, chunk)
+        async with self._uploads:
+            try:
+                return await self._ask(call, self.batches.batch, content, before=begin, may_repeat=_may_repeat_create)
+            except ProviderError as error:
+                if _may_repeat_create(error) or _is_refusal(error):
+                    raise
+                raise UncertainError(error.message) from error
+
+    async def find(self, chunk: Chunk, taken: set[str]) -> Batch | None:
+        """Look for the batch that was made of a chunk without our learning its id; `taken` are ids of others.
+
+        Where batches keep marks it is the one with ours; else one of its size that was made then.
+        """
+        assert chunk.creating_at is not None
+        earliest = _time(chunk.creating_at) - _SKEW
+        after: str | None = None
+        while True:
+            call = self.batches.list(self._way.endpoint, self._way.headers, after)
+            try:
+                page, has_more = await self._ask(call, self.batches.listed, may_repeat=lambda e: not is_no_api(e))
+            except ProviderError as error:
+                if is_no_api(error):
+                    return None  # who has no list of batches has made none
+                raise
+            for batch in page:
+                if batch.id in taken:
+                    continue
+                if self.batches.has_tags:
+                    if batch.tag == chunk.nonce:
+                        return batch
+                elif batch.total == chunk.requests and batch.created_at and _time(batch.created_at) >= earliest:
+                    return batch
+            if not has_more or not page or page[-1].id == after:
+                return None
+            after, oldest = page[-1].id, page[-1].created_at
+            if oldest and _time(oldest) < earliest:
+                return None
+
+    async def poll(self, id: str) -> Batch:
+        """Return what the provider tells of a batch."""
+        return await self._ask(self.batches.poll(self._way.endpoint, self._way.headers, id), self.batches.batch)
+
+    async def cancel(self, id: str) -> Batch:
+        """Ask the provider to cancel a batch; one that has ended meanwhile is told as it is."""
+        call = self.batches.cancel(self._way.endpoint, self._way.headers, id)
+        try:
+            return await self._ask(call, self.batches.batch)
+        except ProviderError as error:
+            if error.status in (400, 409):
+                return await self.poll(id)
+            raise
+
+    async def fetch(self, file: str, path: Path) -> None:
+        """Download a file of results. What was cut is gone on with, and the file holds whole lines only."""
+        call = self.batches.download(self._way.endpoint, self._way.headers, file)
+        with disk.open_private(path) as target:
+            lines = _Lines(target, self._way.mask, self._max_line_bytes)
+            attempts, most, since = 0, 0, anyio.current_time()
+            while True:
+                if lines.taken > most:  # what gets on is not given up
+                    attempts, most, since = 0, lines.taken, anyio.current_time()
+                attempts += 1
+                lines.begin()
+                try:
+                    answer = await self._way.download(call, lines.write, lines.taken)
+                    if answer.status in (200, 206):
+                        lines.end()
+                        return
+                    error = self.batches.refusal(answer)
+                    if answer.status == 416:  # there is less than we had: from the beginning, then
+                        lines.restart()
+                        error.reach = Reach.ATTEMPT
+                except TransportError as exc:
+                    error = self.codec.lost(exc)
+                await self._pause(error, attempts, since)
+
+    def _content(self, chunks: Chunks, chunk: Chunk) -> Content:
+        """Return what reads a chunk anew for every call, in a thread."""
+
+        async def blocks() -> AsyncIterator[bytes]:
+            found = chunks.content(chunk, separator=self.batches.separator, entry=self.batches.entry)
+            while (block := await to_thread.run_sync(next, found, None)) is not None:
+                yield block
+
+        return Content(size=chunk.content, blocks=blocks)
+
+    async def _ask(
+        self,
+        call: Call,
+        read: Callable[[Answer], T],
+        content: Content | None = None,
+        *,
+        before: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
+        may_repeat: Callable[[ProviderError], bool] = lambda error: True,
+    ) -> T:
+        """Make a call and read its answer. Raises `ProviderError`, or `TryLaterError` when patience is at its end."""
+        attempts = 0
+        since = anyio.current_time()
+        while True:
+            attempts += 1
+            await before()
+            try:
+                value = read(await self._way.ask(call, content))
+                self._is_in_trouble = False
+                return value
+            except TransportError as exc:
+                error = self.codec.lost(exc)
+            except ProviderError as exc:
+                error = exc
+            if not may_repeat(error):
+                raise error
+            await self._pause(error, attempts, since)
+
+    async def _pause(self, error: ProviderError, attempts: int, since: float) -> None:
+        """Wait before a call is made again; raises the error where none would help, `TryLaterError` after too long."""
+        seconds = self._policy.wait_patiently(error, attempts)
+        if seconds is None:
+            raise error
+        if (error.retry_after or 0.0) > self._policy.max_retry_after:
+            raise TryLaterError(f"the provider asks to wait {error.retry_after:,.0f} s: {error.message}")
+        if anyio.current_time() + seconds - since > self._patience:
+            raise TryLaterError(f"the batch API is out of reach: {error.message}")
+        if attempts > 1 and not self._is_in_trouble:
+            self._is_in_trouble = True
+            self._say(f"the batch API does not do as it is asked, it is tried again: {error.message}")
+        await anyio.sleep(seconds)
+
+
+class _Lines:
+    """Takes the pieces of a download and writes the lines that are whole; `taken` counts their bytes as they came.
+
+    A line that is larger than `max_bytes` is left out: what the results do not tell is dealt with later.
+    """
+
+    def __init__(self, file: IO[bytes], mask: Callable[[bytes], bytes], max_bytes: int) -> None:
+        self._file = file
+        self._mask = mask
+        self._max_bytes = max_bytes
+        self._rest = bytearray()
+        self._left_out = 0
+        self._next = 0
+        self.taken = 0
+
+    def begin(self) -> None:
+        """Make ready for what comes from `taken` on."""
+        self._rest.clear()
+        self._left_out = 0
+        self._next = self.taken
+
+    def restart(self) -> None:
+        """Begin from nothing."""
+        self._file.truncate(0)
+        self._file.seek(0)
+        self.taken = 0
+        self.begin()
+
+    async def write(self, place: int, piece: bytes) -> None:
+        """Take a piece that begins at a place; a server may begin from nothing, but not elsewhere."""
+        if place == 0 and self._next:
+            self.restart()
+        if place != self._next:
+            raise TransportError("another part came than was asked for", type="invalid_http", is_sent=True)
+        self._next += len(piece)
+        self._rest += piece
+        if self._left_out and (end := self._rest.find(b"\n") + 1):
+            self.taken += self._left_out + end
+            self._left_out = 0
+            del self._rest[:end]
+        if not self._left_out and (end := self._rest.rfind(b"\n") + 1):
+            self._put(bytes(self._rest[:end]))
+            del self._rest[:end]
+        if self._left_out or len(self._rest) > self._max_bytes:
+            self._left_out += len(self._rest)
+            self._rest.clear()
+
+    def end(self) -> None:
+        """Take a last line without its end, if it is whole."""
+        if self._rest.strip():
+            if answers.parsed(bytes(self._rest))[0] is None:
+                raise TransportError("the results end amid a line", type="connection_error", is_sent=True)
+            self._put(bytes(self._rest) + b"\n")
+
+    def _put(self, lines: bytes) -> None:
+        self._file.write(self._mask(lines))
+        self.taken += len(lines)
+
+
+def is_no_api(error: ProviderError) -> bool:
+    """Tell whether there is nothing at an address that was called."""
+    return error.status in (404, 405, 501)
+
+
+def _may_repeat_create(error: ProviderError) -> bool:
+    """Tell whether nothing can have been made and it may be tried again: too many calls, or no connection."""
+    return error.status == 429 or (error.status is None and not error.may_be_billed)
+
+
+def _is_refusal(error: ProviderError) -> bool:
+    """Tell whether a provider refused to make a batch; what a gateway says of its waiting (408 …) is no refusal."""
+    status = error.status or 0
+    return status == 501 or (300 <= status < 500 and status not in (408, 409, 425))
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def batch_client(settings: Config, client: transport.Client, say: Callable[[str], None], name: str) -> Courier:
+    """Make what talks to a provider's batch API: address, headers with the key, codecs."""
+    endpoint = settings.providers.get(name)
+    if endpoint is None:
+        raise UsageError(f"a batch was made with the provider {name!r}, which is not configured any more")
+    protocol = configuration.protocol(endpoint)
+    codec = providers.codec(protocol)
+    key = configuration.api_key(name, endpoint)
+
+    async def ask(call: Call, content: transport.Content | None) -> Answer:
+        return without(await client.call(call, content), key)
+
+    async def download(call: Call, write: transport.Write, start: int) -> Answer:
+        return without(await client.download(call, write, start), key)
+
+    return Courier(
+        codec=codec,
+        batches=providers.batch_codec(protocol),
+        way=Way(
+            endpoint=endpoint,
+            headers=codec.headers(endpoint, key),
+            ask=ask,
+            download=download,
+            mask=masking(key),
+        ),
+        policy=retry.Policy(settings.sending),
+        patience=patience(settings),
+        max_line_bytes=settings.sending.max_response_bytes,
+        say=lambda message: say(f"{name}: {message}"),
+    )

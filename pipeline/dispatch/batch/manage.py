@@ -1,0 +1,137 @@
+"""`pipeline batches`: the providers' batches of past runs, told from what lies beside their results; asked, cancelled.
+
+Which results there are the ledger knows. Nothing is changed there but by `cancel`: what the provider no more knows is
+given up, so that the next run sends its requests anew. All else is for the next run to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.accounting.ledger import Ledger
+from pipeline.core import config as configuration
+from pipeline.core import files as disk
+from pipeline.core import http as transport
+from pipeline.core import object_store as stores
+from pipeline.core.config import Config
+from pipeline.core.errors import UsageError
+from pipeline.dispatch.batch import store as chunks
+from pipeline.dispatch.batch.client import Courier, batch_client
+from pipeline.dispatch.batch.store import Chunk, Chunks, Step
+from pipeline.providers.batch import Batch
+from pipeline.results import object_store_writer as parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A batch, or a chunk that is still to become one, and whose results it brings."""
+
+    chunk: Chunk
+    results_file: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.chunk.as_dict() | {"results_file": str(self.results_file)}
+
+
+def listed(ledger: Path, settings: Config, files: Iterable[str] = ()) -> list[Listed]:
+    """Return the batches of these results, else of all that the ledger knows; the oldest first.
+
+    Those of results at a store are told by the spool, which is on this machine.
+    """
+    known = dict.fromkeys(files) or dict.fromkeys(_results_files(ledger))
+    found = [
+        Listed(chunk=chunk, results_file=file)
+        for file in (_file_of(each, settings) for each in known)
+        for chunk in chunks.read(disk.beside(file, chunks.SUFFIX))
+        if not chunk.simulated and (chunk.batch_id or chunk.is_open)
+    ]
+    return sorted(found, key=lambda each: each.chunk.at)
+
+
+def chosen(found: Sequence[Listed], ids: Sequence[str]) -> list[Listed]:
+    """Return the batches with these ids; `UsageError` where there is none."""
+    by_id = {each.chunk.batch_id or each.chunk.nonce: each for each in found}
+    if unknown := [id for id in ids if id not in by_id]:
+        raise UsageError(
+            f"no run recorded a batch {unknown[0]!r}",
+            hint="pipeline batches lists them; of results that the ledger does not know: pipeline batches list RESULTS",
+        )
+    return [by_id[id] for id in ids]
+
+
+async def status(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
+    """Ask the providers how batches are getting on. Raises `ProviderError` for what they do not know."""
+    async with transport.Client(settings.sending) as client:
+        told: list[Listed] = []
+        for each in wanted:
+            if each.chunk.batch_id is None:
+                told.append(each)
+                continue
+            batch = await _courier(settings, client, each.chunk).poll(each.chunk.batch_id)
+            told.append(_with(each, batch))
+        return told
+
+
+async def cancel(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
+    """Cancel batches; what they have answered is kept for the next run to collect."""
+    async with transport.Client(settings.sending) as client:
+        told: list[Listed] = []
+        for each in wanted:
+            chunk = each.chunk
+            if not chunk.is_open:
+                raise UsageError(f"batch {chunk.name} is {chunk.step.value} already")
+            if not chunk.may_have_batch:
+                told.append(give_up(each))
+            elif chunk.batch_id is None or not chunk.is_confirmed:
+                raise UsageError(
+                    f"it is not certain yet which batch is that of {chunk.name}",
+                    hint="repeat the run: it finds out; or give it up: pipeline batches cancel --forget ID",
+                )
+            else:
+                batch = await _courier(settings, client, chunk).cancel(chunk.batch_id)
+                told.append(_with(each, batch))
+        return told
+
+
+def give_up(each: Listed) -> Listed:
+    """Note that nothing more comes of a chunk. Raises `TryLaterError` while a run is at it."""
+    target = disk.target_of(each.results_file)
+    fd = disk.open_locked(target)
+    store = Chunks(target)
+    try:
+        store.open()
+        chunk = store.reread(each.chunk)
+        if not chunk.is_open:
+            raise UsageError(f"batch {chunk.name} is {chunk.step.value} already")
+        if (chunk.step, chunk.batch_id) != (each.chunk.step, each.chunk.batch_id):
+            raise UsageError(f"a run has gone on with {each.chunk.name} meanwhile; look again")
+        store.close_chunk(chunk, Step.DROPPED)
+    finally:
+        store.release()
+        disk.close(fd)
+    return replace(each, chunk=replace(chunk, step=Step.DROPPED))
+
+
+def _courier(settings: Config, client: transport.Client, chunk: Chunk) -> Courier:
+    return batch_client(settings, client, lambda message: None, chunk.provider)
+
+
+def _file_of(results: str, settings: Config) -> Path:
+    if not stores.is_url(results):
+        return Path(results)
+    return configuration.spool_path(settings, parts.folder_of(results)) / parts.SPOOL
+
+
+def _results_files(ledger: Path) -> list[str]:
+    if not ledger.exists():
+        return []
+    with Ledger.open(ledger) as book:
+        return [run.results_file for run in book.runs() if run.results_file]
+
+
+def _with(each: Listed, batch: Batch) -> Listed:
+    changes = {"status": batch.status, "succeeded": batch.succeeded, "failed": batch.failed}
+    return replace(each, chunk=replace(each.chunk, **changes))  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+"""Outcome of a request in a batch -> its result, another try, or the end of its model. Pure but for the clock.
+
+The same answers that a live call would have got go through the same codec. What a batch API says was not done was not
+billed; only an answer that could not be used was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.accounting.pricing import BATCH, Pricing
+from pipeline.core.clock import Clock
+from pipeline.core.errors import ProviderError, Reach
+from pipeline.core.types import Answer, Attempt, Cost, Failure, Reply, Result
+from pipeline.dispatch.batch.store import Chunk, Member
+from pipeline.providers import Provider
+from pipeline.providers.batch import Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is to be done: record a `result`, try `again`, or neither, as an `error` ends the model or the run.
+
+    `nanos` is what it cost (nano-dollars), None where nobody knows; `attempt` is the one that failed. `is_cancelled`
+    when its batch was cancelled before it came to this request.
+    """
+
+    result: Result | None = None
+    again: Member | None = None
+    error: ProviderError | None = None
+    attempt: Attempt | None = None
+    nanos: int | None = 0
+    is_cancelled: bool = False
+
+
+class Judge:
+    """Judges the outcomes of one chunk. `max_attempts` are those that may fail by a request's own fault."""
+
+    def __init__(self, chunk: Chunk, codec: Provider, pricing: Pricing, clock: Clock, max_attempts: int) -> None:
+        self._chunk = chunk
+        self._codec = codec
+        self._pricing = pricing
+        self._clock = clock
+        self._max_attempts = max_attempts
+
+    def judge(self, member: Member, outcome: Outcome) -> Verdict:
+        """Judge what the results tell of a request."""
+        if outcome.answer is None:
+            return self.unfinished(member, outcome.ending or "missing")
+        try:
+            reply = self._codec.decode(outcome.answer)
+        except ProviderError as error:
+            return self._failed(member, error, outcome.answer)
+        usage = reply.usage
+        cost = self._pricing.cost(member.request, reply.model or member.request.model, usage) if usage else Cost()
+        return Verdict(result=self._result(member, reply=reply, cost=cost), nanos=cost.nanos)
+
+    def unfinished(self, member: Member, ending: str) -> Verdict:
+        """Judge a request without an answer: `expired`, `cancelled`, `failed`, `missing`, or `abandoned` by us."""
+        message, may_be_billed = {
+            "expired": ("the batch expired before it came to this request", False),
+            "cancelled": ("the batch was cancelled before it came to this request", False),
+            "failed": ("the batch failed", False),
+            "missing": ("the results of the batch do not tell of this request", True),
+            "abandoned": ("the batch did not end in time, nor when it was cancelled", True),
+        }[ending]
+        attempt = Attempt(
+            at=self._clock.utc(),
+            type=f"batch_{ending}",
+            message=f"{message} ({self._chunk.batch_id})",
+            latency_s=0.0,
+            may_be_billed=may_be_billed,
+        )
+        is_own_fault = ending in ("expired", "failed", "missing")
+        verdict = self._again_or_failed(member, attempt, nanos=None if may_be_billed else 0, counts=is_own_fault)
+        return replace(verdict, is_cancelled=ending == "cancelled")
+
+    def refused(self, member: Member, error: ProviderError) -> Verdict:
+        """Judge a request for which the provider refused a whole batch: it fails by what was said of it."""
+        attempt = self._attempt(error)
+        return Verdict(result=self._result(member, failed=attempt), attempt=attempt)
+
+    def _failed(self, member: Member, error: ProviderError, answer: Answer) -> Verdict:
+        usage = self._codec.usage(answer) if answer.status == 200 else None
+        error.may_be_billed = answer.status == 200
+        cost = self._pricing.cost(member.request, member.request.model, usage) if usage else Cost()
+        attempt = replace(self._attempt(error), usage=usage, cost_nano=cost.nanos)
+        nanos = cost.nanos if error.may_be_billed else 0
+        if error.reach in (Reach.RUN, Reach.MODEL):
+            return Verdict(error=error, attempt=attempt, nanos=nanos)
+        if error.reach is Reach.REQUEST:
+            return Verdict(result=self._result(member, failed=attempt), attempt=attempt, nanos=nanos)
+        return self._again_or_failed(member, attempt, nanos=nanos, counts=True)
+
+    def _again_or_failed(self, member: Member, attempt: Attempt, *, nanos: int | None, counts: bool) -> Verdict:
+        counted = member.counted + counts
+        if counted >= self._max_attempts:
+            return Verdict(result=self._result(member, failed=attempt), attempt=attempt, nanos=nanos)
+        again = replace(member, attempts=(*member.attempts, attempt), counted=counted)
+        return Verdict(again=again, attempt=attempt, nanos=nanos)
+
+    def _attempt(self, error: ProviderError) -> Attempt:
+        return Attempt(
+            at=self._clock.utc(),
+            type=error.type,
+            message=error.message,
+            latency_s=0.0,
+            status=error.status,
+            code=error.code,
+            request_id=error.request_id,
+            may_be_billed=error.may_be_billed,
+        )
+
+    def _result(
+        self,
+        member: Member,
+        *,
+        reply: Reply | None = None,
+        failed: Attempt | None = None,
+        cost: Cost | None = None,
+    ) -> Result:
+        request = member.request
+        attempts: Sequence[Attempt] = (*member.attempts, failed) if failed else member.attempts
+        failure = None
+        if failed:
+            failure = Failure(
+                type=failed.type,
+                message=failed.message,
+                status=failed.status,
+                code=failed.code,
+                request_id=failed.request_id,
+                attempts=tuple(attempts),
+            )
+        return Result(
+            custom_id=request.custom_id,
+            line=request.line,
+            source=request.source,
+            digest=request.digest,
+            attempts=len(attempts) + (reply is not None),
+            completed_at=self._clock.utc(),
+            request=request,
+            reply=reply,
+            failure=failure,
+            failed_attempts=tuple(attempts),
+            lane=BATCH,
+            batch_id=self._chunk.batch_id,
+            cost=cost or Cost(),
+            metadata=request.metadata,
+        )

@@ -1,0 +1,431 @@
+"""Chunks: requests on their way to a batch API, on the disk, so that no crash loses a batch or makes it twice.
+
+    answers.batches/                     beside `answers.jsonl`, readable by its owner only
+        journal.jsonl                    every step of every chunk, the last line of each counts
+        0a1b2c3d4e5f.jsonl               the requests of a chunk, until all have their results
+        0a1b2c3d4e5f.results             what is being downloaded
+        0a1b2c3d4e5f.left                what its results leave to be sent again
+
+A chunk is written first and known to the journal then, on the disk, before anything is sent. Each step is noted before
+the next is taken; so whoever finds the journal after a crash knows whether a batch may have been made, and looks for it
+instead of making another. Whoever holds the lock of the results owns all this.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from pipeline.core import files as disk
+from pipeline.core import jsonl, money
+from pipeline.core.errors import LineError, StorageError, UsageError
+from pipeline.core.types import Attempt, Request
+from pipeline.results import codec as results
+
+SUFFIX = ".batches"
+_JOURNAL = "journal.jsonl"
+_DIRECTORY_MODE = 0o700
+_BLOCK_BYTES = 1024 * 1024
+_OURS = re.compile(r"journal\.jsonl(\.tmp)?|[0-9a-f]{12}\.(jsonl|results|left)")
+_REQUEST_FIELDS = (
+    "custom_id",
+    "digest",
+    "source",
+    "line",
+    "provider",
+    "model",
+    "max_output_tokens",
+    "estimated_input_tokens",
+    "metadata",
+)
+
+
+class Step(StrEnum):
+    """How far a chunk has come. From `CREATING` on there may be a batch of it at the provider."""
+
+    WRITTEN = "written"
+    UPLOADED = "uploaded"
+    CREATING = "creating"
+    CREATED = "created"
+    COLLECTED = "collected"
+    DROPPED = "dropped"
+
+
+_CLOSED = (Step.COLLECTED, Step.DROPPED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The requests of one batch and how far it has come.
+
+    `nonce` names it; `size` and `sha256` are those of its file, `content` is the number of bytes that its requests
+    measure on the wire. `model` is "" where a batch may hold several. `retries_failed` when it may hold requests that
+    failed before. `deadline` is when its requests are sent live instead (UTC, ISO 8601). `batch_id` is the provider's;
+    it is not `is_confirmed` while another batch may have been taken for ours, and `not_ours` are batches that turned
+    out to be others'. `is_given_up` is true once we asked to cancel it. `status`, counts and times are the provider's
+    last word; `cost_nano` is what its results cost.
+    """
+
+    run: str
+    provider: str
+    model: str
+    at: str
+    nonce: str = ""
+    requests: int = 0
+    size: int = 0
+    content: int = 0
+    sha256: str = ""
+    input_tokens: int = 0
+    simulated: bool = False
+    retries_failed: bool = False
+    deadline: str | None = None
+    step: Step = Step.WRITTEN
+    file_id: str | None = None
+    creating_at: str | None = None
+    batch_id: str | None = None
+    is_confirmed: bool = True
+    not_ours: Sequence[str] = ()
+    is_given_up: bool = False
+    status: str | None = None
+    succeeded: int | None = None
+    failed: int | None = None
+    created_at: str | None = None
+    expires_at: str | None = None
+    cost_nano: int = 0
+    unpriced: int = 0
+
+    @property
+    def group(self) -> str:
+        """Whose batch it is, for people: provider and, where it is for one, model."""
+        return f"{self.provider}/{self.model}" if self.model else self.provider
+
+    @property
+    def name(self) -> str:
+        """The provider's id of its batch, else our name for it."""
+        return self.batch_id or self.nonce
+
+    @property
+    def may_have_batch(self) -> bool:
+        """Whether there may be a batch of it at the provider."""
+        return self.step in (Step.CREATING, Step.CREATED)
+
+    @property
+    def is_open(self) -> bool:
+        return self.step not in _CLOSED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a summary shows of it; `cost` is in dollars, None while nobody knows."""
+        is_priced = self.step is Step.COLLECTED and not self.unpriced
+        return {
+            "id": self.batch_id,
+            "provider": self.provider,
+            "model": self.model or None,
+            "status": self.status or self.step.value,
+            "requests": self.requests,
+            "succeeded": self.succeeded,
+            "failed": self.failed,
+            "created_at": self.created_at,
+            "expires_at": self.expires_at,
+            "collected": self.step is Step.COLLECTED,
+            "cost": money.dollars(self.cost_nano) if is_priced else None,
+            "run": self.run,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A request of a chunk, and under which `name`; `attempts` failed before, `counted` of them by its own fault."""
+
+    request: Request
+    name: str = ""
+    attempts: Sequence[Attempt] = ()
+    counted: int = 0
+
+
+class Members:
+    """A file of requests that is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.requests = 0
+        self.size = 0
+        self._path = path
+        self._digest = sha256()
+        self._lines: list[bytes] = []
+
+    def add(self, member: Member) -> None:
+        """Add a request; `write` puts it into the file."""
+        self.requests += 1
+        self._lines.append(_encode(member))
+
+    def take(self) -> list[bytes]:
+        """Return what was added since the last time, for a thread to `write`."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def write(self, lines: list[bytes], *, sync: bool = False) -> None:
+        """Write what `take` returned, in the same order. Raises `StorageError`."""
+        if not lines and not sync:
+            return
+        data = b"".join(lines)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(self._path, flags, disk.MODE), "wb") as file:
+                file.write(data)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+                    disk.sync_directory(self._path.parent)
+        except OSError as exc:
+            raise StorageError(f"cannot write {str(self._path)!r}: {exc.strerror}") from exc
+        self._digest.update(data)
+        self.size += len(data)
+
+    def read(self) -> Iterator[Member]:
+        """Yield what was written."""
+        if self.requests:
+            yield from (member for _, member in _members(self._path))
+
+    def delete(self) -> None:
+        """Delete the file."""
+        self._path.unlink(missing_ok=True)
+
+
+class Spool(Members):
+    """A chunk that is being written, not known to the journal yet; `content` is what its upload measures so far."""
+
+    def __init__(self, directory: Path) -> None:
+        self.nonce = secrets.token_hex(6)
+        super().__init__(directory / f"{self.nonce}.jsonl")
+        self.content = 0
+        self.input_tokens = 0
+
+    def add_entry(self, member: Member, content: int) -> None:
+        """Add a request whose upload measures so many bytes."""
+        self.add(member)
+        self.content += content
+        self.input_tokens += member.request.estimated_input_tokens
+
+    def seal(self, lines: list[bytes], chunk: Chunk) -> Chunk:
+        """Write the last lines; return the chunk with what the file holds now, on the disk."""
+        self.write(lines, sync=True)
+        return replace(
+            chunk,
+            nonce=self.nonce,
+            requests=self.requests,
+            size=self.size,
+            content=self.content,
+            sha256=self._digest.hexdigest(),
+            input_tokens=self.input_tokens,
+        )
+
+
+class Chunks:
+    """The chunks of one results file. `open` first; one thread at a time."""
+
+    def __init__(self, results_file: Path) -> None:
+        self.directory = disk.beside(results_file, SUFFIX)
+        self._all: dict[str, Chunk] = {}
+        self._journal: disk.Appender | None = None
+
+    @property
+    def all(self) -> Sequence[Chunk]:
+        return tuple(self._all.values())
+
+    @property
+    def still_open(self) -> Sequence[Chunk]:
+        return tuple(chunk for chunk in self._all.values() if chunk.is_open)
+
+    def open(self) -> None:
+        """Read the journal, and delete what a crash left of chunks that it does not know. What is not ours stays."""
+        self._all = {chunk.nonce: chunk for chunk in read(self.directory)}
+        if self._stranger():
+            return
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            chunk = self._all.get(path.stem)
+            if path.name != _JOURNAL and (chunk is None or not chunk.is_open):
+                path.unlink(missing_ok=True)
+
+    def is_damaged(self, chunk: Chunk) -> bool:
+        """Tell whether the file of a chunk is not what was written."""
+        digest = sha256()
+        try:
+            with self.path(chunk).open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+        except OSError:
+            return True
+        return digest.hexdigest() != chunk.sha256
+
+    def spool(self) -> Spool:
+        """Begin a chunk."""
+        self._make_directory()
+        return Spool(self.directory)
+
+    def leftovers(self, chunk: Chunk) -> Members:
+        """Begin a file of what a chunk leaves over; a crash loses it, and leaves its requests pending."""
+        path = self.directory / f"{chunk.nonce}.left"
+        path.unlink(missing_ok=True)
+        return Members(path)
+
+    def note(self, chunk: Chunk) -> None:
+        """Note how far a chunk has come; returns when that is on the disk. Raises `StorageError`."""
+        if self._journal is None:
+            self._make_directory()
+        self._all[chunk.nonce] = chunk
+        if self._journal is None:
+            path = self.directory / _JOURNAL
+            try:
+                fd = disk.replace(path, [_line(each) for each in self._all.values()])
+            except OSError as exc:
+                raise StorageError(f"cannot write {str(path)!r}: {exc.strerror}") from exc
+            self._journal = disk.Appender(fd, path, sync=True)
+            return
+        self._journal.append(_line(chunk))
+
+    def close_chunk(self, chunk: Chunk, step: Step) -> None:
+        """Note that nothing is left to be done for a chunk, and delete its requests."""
+        self.note(replace(chunk, step=step))
+        for path in (self.path(chunk), self.download_path(chunk)):
+            path.unlink(missing_ok=True)
+
+    def reread(self, chunk: Chunk) -> Chunk:
+        """Return a chunk as the journal has it now."""
+        return self._all.get(chunk.nonce, chunk)
+
+    def release(self) -> None:
+        """Close the journal."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def members(self, chunk: Chunk) -> Iterator[tuple[int, Member]]:
+        """Yield the requests of a chunk, each with its place in the file."""
+        yield from _members(self.path(chunk))
+
+    def reader(self, chunk: Chunk) -> IO[bytes]:
+        """Open the file of a chunk, for `member_at`."""
+        return self.path(chunk).open("rb")
+
+    def content(self, chunk: Chunk, *, separator: bytes, entry: Callable[[str, bytes], bytes]) -> Iterator[bytes]:
+        """Yield what is uploaded, in blocks."""
+        block = bytearray()
+        for place, member in self.members(chunk):
+            block += (separator if place else b"") + entry(member.name, member.request.body)
+            if len(block) >= _BLOCK_BYTES:
+                yield bytes(block)
+                block.clear()
+        yield bytes(block)
+
+    def download_path(self, chunk: Chunk) -> Path:
+        """Return where the results of a chunk are put while they are fetched."""
+        return self.directory / f"{chunk.nonce}.results"
+
+    def path(self, chunk: Chunk) -> Path:
+        """Return the file of a chunk."""
+        return self.directory / f"{chunk.nonce}.jsonl"
+
+    def _stranger(self) -> str | None:
+        """Return the name of a file in the directory that is not ours, None if all are."""
+        if not self.directory.is_dir() or self.directory.is_symlink():
+            return self.directory.name if self.directory.exists() or self.directory.is_symlink() else None
+        names = sorted(
+            path.name for path in self.directory.iterdir() if path.is_dir() or not _OURS.fullmatch(path.name)
+        )
+        return names[0] if names else None
+
+    def _make_directory(self) -> None:
+        stranger = self._stranger()
+        if stranger and (not self._all or stranger == self.directory.name):
+            raise UsageError(
+                f"{str(self.directory)!r} is where requests for batches would lie, and {stranger!r} there is not ours",
+                hint="choose another -o, or move that away",
+            )
+        try:
+            self.directory.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
+            self.directory.chmod(_DIRECTORY_MODE)
+            disk.sync_directory(self.directory.parent)
+        except OSError as exc:
+            raise StorageError(f"cannot make {str(self.directory)!r}: {exc.strerror}") from exc
+
+
+def _members(path: Path) -> Iterator[tuple[int, Member]]:
+    place = 0
+    try:
+        with path.open("rb") as file:
+            for head in file:
+                body = file.readline()
+                yield place, _decode(head, body)
+                place += len(head) + len(body)
+    except OSError as exc:
+        raise StorageError(f"cannot read {str(path)!r}: {exc.strerror}") from exc
+    except (LineError, KeyError, TypeError) as exc:
+        raise StorageError(f"{str(path)!r} is damaged at byte {place:,}") from exc
+
+
+def member_at(file: IO[bytes], place: int) -> Member:
+    """Return the request whose lines begin at a place in a chunk's file."""
+    file.seek(place)
+    return _decode(file.readline(), file.readline())
+
+
+def read(directory: Path) -> list[Chunk]:
+    """Return the chunks that a directory tells of, the oldest first; a line that a crash cut tells nothing."""
+    try:
+        content = (directory / _JOURNAL).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        raise StorageError(f"cannot read {str(directory / _JOURNAL)!r}: {exc.strerror}") from exc
+    chunks: dict[str, Chunk] = {}
+    for line in content.split(b"\n"):
+        if chunk := _chunk(line):
+            chunks[chunk.nonce] = chunk
+    return list(chunks.values())
+
+
+# ── lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _line(chunk: Chunk) -> bytes:
+    return orjson.dumps(asdict(chunk), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _chunk(line: bytes) -> Chunk | None:
+    try:
+        value: dict[str, Any] = orjson.loads(line)
+        known = {field.name for field in fields(Chunk)}
+        read = {"step": Step(value["step"]), "not_ours": tuple(value.get("not_ours", ()))}
+        chunk = Chunk(**{name: each for name, each in value.items() if name in known} | read)
+        return chunk if isinstance(chunk.nonce, str) and _OURS.fullmatch(f"{chunk.nonce}.jsonl") else None
+    except (orjson.JSONDecodeError, TypeError, AttributeError, KeyError, ValueError):
+        return None
+
+
+def _encode(member: Member) -> bytes:
+    """Return the two lines of a request: what is known of it, and its body, byte for byte."""
+    request = member.request
+    head: dict[str, Any] = {name: getattr(request, name) for name in _REQUEST_FIELDS}
+    head["name"] = member.name
+    if member.attempts:
+        head["attempts"] = [results.attempt_as_dict(attempt) for attempt in member.attempts]
+    head["counted"] = member.counted
+    return jsonl.dumps(head) + b"\n" + request.body + b"\n"
+
+
+def _decode(head: bytes, body: bytes) -> Member:
+    value: Mapping[str, Any] = jsonl.loads(head)
+    return Member(
+        request=Request(**{name: value[name] for name in _REQUEST_FIELDS}, body=body.rstrip(b"\n")),
+        name=value["name"],
+        attempts=tuple(results.to_attempts(value.get("attempts"))),
+        counted=value["counted"],
+    )

@@ -1,0 +1,432 @@
+"""Gate: how fast one model may be called, and when not at all.
+
+One gate stands before each (provider, model). Whoever wants to call passes it alone and in turn: a sender keeps one
+task at each gate, and senders that share a gate take turns, so aiolimiter's queue, which lets small amounts overtake
+large ones, never has two to choose from, and a large request is not starved.
+
+What binds is told apart. The user's caps are kept as they are, a second's worth at a time. What the provider says in
+its headers is mirrored: a bucket as large as its own, with the level that it reports, so the allowance is used to the
+last request and hardly one is refused. Where nothing is said, the rate is found out: a refusal tells that the
+provider's bucket is empty, and what passed between two refusals, divided by the time, is its refill rate; a little more
+is tried now and then. Where several processes share an account, caps and told limits are cut to this one's share.
+A cooldown closes the gate for everybody until a moment on the clock; it is looked at last, after
+everything that may take time, so nobody slips through who asked before it began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import anyio
+from aiolimiter import AsyncLimiter
+
+from pipeline.core.config import Limits
+from pipeline.core.types import Allowance, Limit
+
+REQUESTS = "requests"
+_COOLDOWN = "cooldown"
+Charge = Mapping[str, float]
+"""What one call takes out of the allowances, by kind: `requests`, `input_tokens`, `output_tokens`, `tokens`."""
+
+_ROUNDING = {REQUESTS: 0.0}  # Anthropic rounds remaining tokens to thousands, so they may be off by half of that
+_TOKEN_ROUNDING = 500.0
+_PACE_SECONDS = 5.0  # how much may be caught up after a pause at a rate that was found out
+_LOWEST_RATE = 0.2  # per second: whatever is refused, somebody asks again every few seconds
+_TRUSTED_CALLS = 20.0  # a rate reckoned from fewer is tried from above sooner
+_FASTEST_GROWTH = 0.05  # per second
+_SHORTEST_PAUSE = 0.25
+_LONGEST_PAUSE = 10.0
+_LONGEST_QUIET = 5.0
+_MOST_DOUBLINGS = 10
+_LOOK_AGAIN_SECONDS = 5.0  # while waiting: a limit may have shrunk below what is waited for
+_CALLS_PER_PROBE = 100.0  # a rate that was found out is tried from above about once in so many calls
+
+
+class Bucket(AsyncLimiter):
+    """aiolimiter's leaky bucket, with a level that can be looked at and put right.
+
+    `level` is what is used up and has not leaked out yet, `max_rate` what it holds.
+    """
+
+    @property
+    def level(self) -> float:
+        self._leak()
+        return self._level
+
+    @level.setter
+    def level(self, value: float) -> None:
+        self._leak()
+        self._level = max(0.0, value)
+        self._wake_next()
+
+    @property
+    def rate(self) -> float:
+        """What leaks out, per second."""
+        return self._rate_per_sec
+
+    def take_nowait(self, amount: float) -> None:
+        """Take an amount that is known to be there."""
+        self._level += amount
+
+    def retune(self, max_rate: float, time_period: float) -> None:
+        """Change size and rate, also while somebody waits; what was free stays free, as far as there is room."""
+        free = self.max_rate - self.level
+        self.max_rate = max_rate
+        self.time_period = time_period
+        self._rate_per_sec = max_rate / time_period
+        self.level = max_rate - min(free, max_rate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """A gate at a moment: seconds until its cooldown ends (0: open), and what it is waiting for, if anything."""
+
+    cooldown_s: float
+    waiting_for: str | None
+    allowances: Sequence[Allowance]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a process has of limits that are shared: the share that it uses, whether it waits, its cooldown's end.
+
+    `share` is what it may use now.
+    """
+
+    used: float
+    is_hungry: bool
+    closed_until: float
+    share: float = 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Ticket:
+    """Lets one call through, and is handed back with what became of it; `charge` is what was really taken.
+
+    Not frozen: that would cost 1 µs a call.
+    """
+
+    charge: Charge
+    sent_at: float
+    number: int
+
+
+class Gate:
+    """The caps, the told and found allowances, and the cooldown of one model."""
+
+    def __init__(self, caps: Limits) -> None:
+        self._caps = {
+            kind: _cap(limit)
+            for kind, limit in (
+                (REQUESTS, caps.rpm),
+                ("input_tokens", caps.input_tpm),
+                ("output_tokens", caps.output_tpm),
+            )
+            if limit
+        }
+        self._told: dict[str, Bucket] = {}
+        self._found = _Found()
+        self._in_flight: dict[str, float] = {}
+        self._share = 1.0
+        self._taken_since: dict[str, float] = {}
+        self._counted_at: float | None = None
+        self._closed_until = -math.inf
+        self._waiting_for: str | None = None
+        self._turn = asyncio.Lock()
+        self._now = asyncio.get_running_loop().time  # what anyio.current_time() looks up at every call
+
+    @property
+    def is_limited(self) -> bool:
+        """Tell whether there are limits that a call is charged to; without any it is charged nothing."""
+        return bool(self._told or self._caps)
+
+    # ── passing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def try_pass(self, charge: Charge) -> Ticket | None:
+        """Let a call through if it may go now; None if it would have to wait."""
+        if not self.is_limited and self._found.bucket is None:
+            return self._ticket(charge) if self.is_open() else None
+        taken = self._taken(charge)
+        if (
+            self._turn.locked()
+            or not self.is_open()
+            or not all(bucket.has_capacity(amount) for bucket, amount, _ in taken)
+        ):
+            return None
+        for bucket, amount, _ in taken:
+            bucket.take_nowait(amount)
+        return self._ticket(charge)
+
+    async def wait_turn(self, charge: Charge) -> Ticket:
+        """Take what a call is charged out of every bucket, when all who came before have.
+
+        What is larger than a bucket is taken in parts.
+        """
+        async with self._turn:
+            return await self._take(charge)
+
+    async def _take(self, charge: Charge) -> Ticket:
+        for bucket, amount, name in self._taken(charge):
+            left = amount
+            while left > 1e-9:
+                step = min(left, bucket.max_rate)
+                self._waiting_for = None if bucket.has_capacity(step) else f"limit of {name} per minute"
+                with anyio.move_on_after(_LOOK_AGAIN_SECONDS) as wait:
+                    await bucket.acquire(step)
+                if not wait.cancelled_caught:
+                    left -= step
+        self._waiting_for = None
+        return self._ticket(charge)
+
+    def is_open(self) -> bool:
+        """Tell whether no cooldown is on."""
+        return self._closed_until == -math.inf or self._now() >= self._closed_until
+
+    async def wait_open(self) -> None:
+        """Wait until the cooldown is over, also if it is prolonged meanwhile."""
+        while (seconds := self._closed_until - self._now()) > 0:
+            self._waiting_for = _COOLDOWN
+            await anyio.sleep(seconds)
+        self._waiting_for = None
+
+    def never_fits(self, charge: Charge) -> str | None:
+        """Say why a call can never pass, as the least it takes is more than a minute's allowance; None if it can."""
+        for kind, amount in charge.items():
+            if (told := self._told.get(kind)) and amount > (most := told.max_rate / self._share):
+                return f"needs about {amount:,.0f} {_words(kind)}, and {most:,.0f} per minute are allowed"
+            if (cap := self._caps.get(kind)) and amount > (most := cap.rate * 60 / self._share):
+                return f"needs about {amount:,.0f} {_words(kind)}, and your cap is {most:,.0f} per minute"
+        return None
+
+    # ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def settle(self, ticket: Ticket, used: Charge | None) -> None:
+        """Put right what a call was charged: `used` is what the provider reported, None if it did nothing."""
+        for kind, amount in ticket.charge.items():
+            self._in_flight[kind] = max(0.0, self._in_flight[kind] - amount)
+        difference = {
+            kind: amount - ticket.charge[kind] for kind, amount in (used or {}).items() if kind in ticket.charge
+        }
+        if used is None:
+            difference = {kind: -amount for kind, amount in ticket.charge.items() if kind != REQUESTS}
+        for buckets in (self._caps, self._told):
+            for kind, amount in difference.items():
+                if bucket := buckets.get(kind):
+                    bucket.level += amount
+
+    def learn(self, limits: Sequence[Limit]) -> None:
+        """Mirror what a provider says of its buckets.
+
+        The truth lies between what it reports and that with everything in flight on top, as nobody knows which calls
+        in flight it has counted already.
+        """
+        for limit in limits:
+            bucket = self._told.get(limit.kind)
+            per_minute = limit.per_minute * self._share
+            used = per_minute - limit.remaining * self._share
+            if bucket is None:
+                bucket = self._told[limit.kind] = Bucket(per_minute, 60)
+                bucket.level = used + self._in_flight.get(limit.kind, 0.0)
+            elif bucket.max_rate != per_minute:
+                bucket.retune(per_minute, 60)
+            slack = _ROUNDING.get(limit.kind, _TOKEN_ROUNDING)
+            in_flight = self._in_flight.get(limit.kind, 0.0)
+            level = bucket.level
+            if not used - slack <= level <= used + in_flight + slack:
+                bucket.level = min(max(level, used), used + in_flight)
+
+    def refused(self, ticket: Ticket, seconds: float | None) -> float | None:
+        """Note that a call was refused for want of allowance, and close the gate for a while.
+
+        `seconds` is how long the provider asks to wait. Returns how long to wait: that, else the time in which one
+        call's worth comes back, None where that is not known.
+        """
+        if not self._has_told_shortage():
+            pause = self._found.refused(ticket)
+            seconds = pause if seconds is None else seconds
+        if seconds is not None and math.isfinite(seconds):
+            self.close_for(seconds)
+        return seconds
+
+    def accepted(self) -> None:
+        """Note that a call was answered: a rate that was found out may be tried from above."""
+        self._found.grow()
+
+    def close_for(self, seconds: float) -> None:
+        """Close the gate for everybody; a cooldown that ends later stays."""
+        self._closed_until = max(self._closed_until, self._now() + seconds)
+
+    # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def need(self) -> Need:
+        """Return what this process used of the limits since the last time, as a share of all, and whether it waits."""
+        now = self._now()
+        seconds = now - self._counted_at if self._counted_at is not None else 0.0
+        used = 0.0
+        if seconds > 0:
+            for kind, bucket in (*self._caps.items(), *self._told.items()):
+                used = max(used, self._taken_since.get(kind, 0.0) / seconds / bucket.rate * self._share)
+        self._counted_at = now
+        self._taken_since.clear()
+        is_hungry = self._waiting_for is not None and self._waiting_for != _COOLDOWN
+        return Need(
+            used=min(1.0, used), is_hungry=is_hungry, closed_until=max(0.0, self._closed_until), share=self._share
+        )
+
+    def take_share(self, share: float, closed_until: float) -> None:
+        """Cut caps and told limits to a share of them; how full they are stays. Close as long as others do."""
+        self._closed_until = max(self._closed_until, closed_until)
+        if share == self._share:
+            return
+        factor, self._share = share / self._share, share
+        for bucket in (*self._caps.values(), *self._told.values()):
+            full = bucket.level / bucket.max_rate
+            size = max(1.0, bucket.max_rate * factor) if bucket in self._caps.values() else bucket.max_rate * factor
+            bucket.retune(size, size / (bucket.rate * factor))
+            bucket.level = full * size
+
+    @property
+    def share(self) -> float:
+        """The share of the limits that this process may use."""
+        return self._share
+
+    def statistics(self) -> Statistics:
+        cooldown = max(0.0, self._closed_until - self._now())
+        allowances = [_allowance(kind, cap, "cap") for kind, cap in self._caps.items()]
+        allowances += [_allowance(kind, told, "told") for kind, told in self._told.items()]
+        if self._found.bucket:
+            allowances.append(_allowance(REQUESTS, self._found.bucket, "found"))
+        return Statistics(cooldown_s=cooldown, waiting_for=self._waiting_for, allowances=allowances)
+
+    def _taken(self, charge: Charge) -> list[tuple[Bucket, float, str]]:
+        """Return the buckets that a call takes from, how much, and what the kind is called."""
+        taken = [
+            (bucket, charge[kind], _words(kind))
+            for buckets in (self._caps, self._told)
+            for kind, bucket in buckets.items()
+            if kind in charge
+        ]
+        if self._found.bucket:
+            taken.append((self._found.bucket, 1.0, _words(REQUESTS)))
+        return taken
+
+    def pass_free(self) -> Ticket:
+        """Return a ticket for which nothing was taken."""
+        now = self._now()
+        return Ticket(charge={}, sent_at=now, number=self._found.sent(now))
+
+    def _ticket(self, charge: Charge) -> Ticket:
+        reserved = {kind: charge[kind] for kind in (*self._told, *self._caps) if kind in charge}
+        for kind, amount in reserved.items():
+            self._in_flight[kind] = self._in_flight.get(kind, 0.0) + amount
+            self._taken_since[kind] = self._taken_since.get(kind, 0.0) + amount
+        now = self._now()
+        return Ticket(charge=reserved, sent_at=now, number=self._found.sent(now))
+
+    def _has_told_shortage(self) -> bool:
+        """Tell whether a told allowance explains a refusal: then its mirror has only to be put right."""
+        short = [bucket for bucket in self._told.values() if bucket.level >= 0.9 * bucket.max_rate]
+        return bool(short)
+
+
+class _Found:
+    """The refill rate of a provider that does not tell it, found out by its refusals.
+
+    Calls are numbered as they are sent, so those between two refusals can be counted although their answers are not
+    there yet. Refusals of calls that were sent before the last cut belong to the same event.
+    """
+
+    def __init__(self) -> None:
+        self._now = asyncio.get_running_loop().time
+        self.bucket: Bucket | None = None
+        self._count = 0
+        self._refused = 0
+        self._empty_at: float | None = None
+        self._empty_number = 0
+        self._started_at: float | None = None
+        self._cut_at = -math.inf
+        self._grown_at = 0.0
+        self._barren = 0
+        self._is_guess = True
+        self._trust = 1.0
+
+    def sent(self, now: float) -> int:
+        """Count a call that goes out; return its number."""
+        if self._started_at is None:
+            self._started_at = now
+        self._count += 1
+        return self._count
+
+    def refused(self, ticket: Ticket) -> float:
+        """Learn from a refusal: the provider's bucket was empty when this call came.
+
+        Returns how many seconds to wait where the provider does not say: the time of one call, and twice as long
+        each time that nothing passed since the last refusal, as then the bucket is in debt.
+        """
+        self._refused += 1
+        if ticket.sent_at > self._cut_at:
+            passed = ticket.number - self._empty_number - self._refused
+            self._barren = self._barren + 1 if passed < 1 and self.bucket else 0
+            if not self._barren:
+                self._set_rate(self._reckon(ticket, passed))
+            assert self.bucket is not None
+            self.bucket.level = self.bucket.max_rate
+            self._cut_at = self._grown_at = self._now()
+            self._empty_number, self._refused = ticket.number, 0
+            if not self._barren:
+                self._empty_at = ticket.sent_at
+        assert self.bucket is not None
+        return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, 2.0 ** min(_MOST_DOUBLINGS, self._barren) / self.bucket.rate))
+
+    def grow(self) -> None:
+        """Try a little more, the slower the rarer refusals are to be, and faster when there were none for long."""
+        if self.bucket is None or self.bucket.level < self.bucket.max_rate / 2:
+            return  # no limit was found, or it is not what binds: then more of it would tell nothing
+        now = self._now()
+        rate = self.bucket.rate
+        cycle = _CALLS_PER_PROBE / rate
+        quiet = min(_LONGEST_QUIET, (now - self._cut_at) / cycle)
+        growth = min(0.005, 2 * rate / _CALLS_PER_PROBE**2) * (1 + quiet**3) / self._trust**2
+        self._set_rate(rate * (1 + min(_FASTEST_GROWTH, growth) * min(1.0, now - self._grown_at)))
+        self._grown_at = now
+
+    def _reckon(self, ticket: Ticket, passed: int) -> float:
+        """Return the rate that a refusal tells: calls that passed since the bucket was last empty, by the time."""
+        assert self._started_at is not None
+        if self.bucket is None or self._empty_at is None:
+            return max(_LOWEST_RATE, 0.5 * passed / max(ticket.sent_at - self._started_at, 0.1))
+        told = passed / max(ticket.sent_at - self._empty_at, 1e-3)
+        weight = 1.0 if self._is_guess else min(1.0, passed / 8)
+        self._is_guess = False
+        self._trust = min(1.0, max(0.05, passed / _TRUSTED_CALLS))
+        return max(_LOWEST_RATE, 0.99 * (weight * told + (1 - weight) * 0.8 * self.bucket.rate))
+
+    def _set_rate(self, rate: float) -> None:
+        # Until a second refusal the rate is a guess, and a pause must not save up calls at it.
+        size = 1.0 if self._is_guess else max(1.0, rate * _PACE_SECONDS)
+        if self.bucket is None:
+            self.bucket = Bucket(size, size / rate)
+        else:
+            self.bucket.retune(size, size / rate)
+
+
+def _cap(per_minute: int) -> Bucket:
+    """Return a bucket of a second's worth, or of one unit where that is less.
+
+    A bucket of a whole minute would let twice the limit through in its first minute.
+    """
+    per_second = per_minute / 60
+    capacity = max(1.0, per_second)
+    return Bucket(capacity, capacity / per_second)
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
+
+
+def _allowance(kind: str, bucket: Bucket, source: str) -> Allowance:
+    used = min(1.0, bucket.level / bucket.max_rate)
+    return Allowance(kind=kind, per_minute=bucket.rate * 60, used=used, source=source)

@@ -1,0 +1,508 @@
+"""The live lane: every request becomes exactly one result, at the pace the gates allow.
+
+Requests wait in lanes, one per (provider, model), so a model that is limited does not hold up the others, as long as
+what waits for it fits into `input.read_ahead_bytes`. At most one
+worker stands at the gate of a lane; when it is let through it goes on to send, and the next free worker takes its
+place. Nothing is handed from task to task, and a free gate costs no task switch. A request that failed goes back to
+its lane with a time before which it may not be tried again: a waiting retry holds neither a worker nor a slot.
+
+How fast a lane may go is its gate's to say, and how many of its calls may be in flight its window's (`lane`, `limits`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Protocol
+
+import anyio
+
+from pipeline.accounting.budget import Budget
+from pipeline.accounting.pricing import Pricing
+from pipeline.core.cancel import Stop
+from pipeline.core.clock import Clock
+from pipeline.core.errors import (
+    BudgetReachedError,
+    PipelineError,
+    ProviderError,
+    Reach,
+    TransportError,
+    TryLaterError,
+    UsageError,
+)
+from pipeline.core.types import Attempt, Cost, Failure, Reply, Request, Result, Usage
+from pipeline.dispatch.live import model_queue as lanes
+from pipeline.dispatch.live.model_queue import Job, Lane
+from pipeline.dispatch.live.rate_limiter import Gate, Ticket
+from pipeline.dispatch.retry import Policy, is_capacity, is_overload
+
+_REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """The sender at a moment. `attempts` = calls made; `unknown` = calls that may be billed without an answer."""
+
+    in_flight: int
+    attempts: int
+    billed: int
+    rate_limited: int
+    failed: int
+    unknown: int
+    dropped: int
+    lanes: Sequence[lanes.Statistics]
+
+
+class Recording(Protocol):
+    """Where calls and results are written down."""
+
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        """Note that a call is about to be made; returns when that can be told after a crash."""
+        ...
+
+    def unbilled(self, request: Request, attempt: int) -> None:
+        """Note that the last call for a request came back and was not billed."""
+        ...
+
+    async def append(self, result: Result) -> None:
+        """Take a result; returns when a crash cannot undo it."""
+        ...
+
+
+class Sender:
+    """Fans requests out over lanes with a bounded number of workers; gives each result to `recording`.
+
+    A request holds its place among those in flight until its result is recorded, so a crash costs no more repeated
+    calls than `concurrency`. `open_lane` makes the lane of a request's model when it is first seen. With a `budget`
+    nothing is sent whose worst case it does not cover.
+    """
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        read_ahead_bytes: int,
+        policy: Policy,
+        clock: Clock,
+        open_lane: Callable[[Request], Lane],
+        recording: Recording,
+        pricing: Pricing,
+        budget: Budget | None = None,
+    ) -> None:
+        self._concurrency = concurrency
+        self._read_ahead_bytes = read_ahead_bytes
+        self._policy = policy
+        self._clock = clock
+        self._open_lane = open_lane
+        self._recording = recording
+        self._pricing = pricing
+        self._budget = budget
+        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._ready: deque[Lane] = deque()
+        self._idle: deque[anyio.Event] = deque()
+        self._slots = anyio.Semaphore(concurrency, fast_acquire=True)
+        self._workers = 0
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._is_closed = False
+        self._open_jobs = 0
+        self._queued_bytes = 0
+        self._room = anyio.Event()
+        self._finished = anyio.Event()
+        self._counts = {"attempts": 0, "billed": 0, "rate_limited": 0, "failed": 0, "unknown": 0, "dropped": 0}
+        self.stopped: PipelineError | None = None
+        self.is_draining = False
+        self._stop = Stop()
+        self.changed_at = anyio.current_time()
+
+    # ── what goes in ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> None:
+        """Send until `close` was called and every request has its result, or until `stop`."""
+        async with anyio.create_task_group() as self._tasks:
+            for _ in self._ready:
+                self._start_worker()
+            await self._finished.wait()
+            for event in self._idle:
+                event.set()
+
+    async def submit(
+        self, requests: Iterable[Request], before: Iterable[tuple[Sequence[Attempt], int]] = repeat(((), 0))
+    ) -> None:
+        """Take requests; waits while too many bytes are waiting to be sent.
+
+        `before` tells for each what failed in another lane, and how much of it by the request's own fault.
+        """
+        if not self._open_jobs:
+            self.changed_at = self._clock.now()  # the time without work was nobody's stall
+        for request, (attempts, counted) in zip(requests, before, strict=False):
+            lane = None if self.is_draining else self._lane(request)
+            if lane is None or lane.ended:
+                self._counts["dropped"] += 1
+                continue
+            self._open_jobs += 1
+            self._queued_bytes += _size(request)
+            lane.add(Job(request=request, attempts=list(attempts), counted=counted))
+            self._offer(lane)
+        while self._queued_bytes > self._read_ahead_bytes and not self.is_draining:
+            await self._room.wait()
+
+    def close(self) -> None:
+        """Say that no more requests come."""
+        self._is_closed = True
+        self._check_finished()
+
+    def stop(self, reason: PipelineError | None = None) -> None:
+        """Send nothing more; what is in flight is finished and recorded, the rest stays pending."""
+        self.stopped = self.stopped or reason
+        self.is_draining = True
+        self._stop.call()
+        for lane in self._lanes.values():
+            self._drop_waiting(lane)
+        self._make_room()
+        self.close()
+
+    async def stop_when_stalled(self, patience: float, is_idle: Callable[[], bool] = lambda: False) -> None:
+        """Stop when nothing was finished for `patience` seconds: whoever started this may come again later.
+
+        Time without open requests does not count, nor time in which `is_idle` says that somebody else is waited for.
+        """
+        while True:
+            if not self._open_jobs or is_idle():
+                self.changed_at = anyio.current_time()
+            idle = anyio.current_time() - self.changed_at
+            if idle >= patience:
+                waiting = "; ".join(_describe(lane) for lane in self.statistics().lanes)
+                self.stop(TryLaterError(f"nothing was finished for {idle:,.0f} s ({waiting})"))
+                return
+            await anyio.sleep(patience - idle)
+
+    def statistics(self) -> Statistics:
+        """Return a snapshot, for progress, totals and tests alike."""
+        each = [lane.statistics() for lane in self._lanes.values()]
+        return Statistics(in_flight=sum(lane.in_flight for lane in each), lanes=each, **self._counts)
+
+    def gates(self) -> dict[str, Gate]:
+        """Return the gates of the limits that this run shares with others, by quota."""
+        return {lane.quota: lane.gate for lane in self._lanes.values() if lane.quota}
+
+    @property
+    def ended_lanes(self) -> list[Lane]:
+        """The lanes that were given up, with the reason in `ended`."""
+        return [lane for lane in self._lanes.values() if lane.ended]
+
+    # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _lane(self, request: Request) -> Lane | None:
+        """Return the lane of a request; None, and the run stops, where it cannot be opened (no key)."""
+        name = (request.provider, request.model)
+        lane = self._lanes.get(name)
+        if lane is None:
+            try:
+                lane = self._lanes[name] = self._open_lane(request)
+            except UsageError as exc:
+                self.stop(exc)
+        return lane
+
+    def _offer(self, lane: Lane, *, wake: bool = True) -> None:
+        """Let a worker go to a lane's gate if it wants one; without `wake` the caller is a worker who will look."""
+        if not lane.wants_worker:
+            return
+        lane.is_attended = True
+        self._ready.append(lane)
+        if wake and self._slots.value:
+            self._wake_worker()
+
+    def _wake_worker(self) -> None:
+        if self._idle:
+            self._idle.popleft().set()
+        else:
+            self._start_worker()
+
+    def _start_worker(self) -> None:
+        # One worker more for each lane, so that those who wait at gates take nothing from those who send.
+        if self._tasks and self._workers < self._concurrency + len(self._lanes):
+            self._workers += 1
+            self._tasks.start_soon(self._work)
+
+    async def _work(self) -> None:
+        while not self._finished.is_set():
+            if self._ready and self._slots.value:
+                lane = self._ready.popleft()
+                admitted = await self._admit(lane)
+                if admitted is not None:
+                    await self._send(lane, *admitted)
+            else:
+                event = anyio.Event()
+                self._idle.append(event)
+                await event.wait()
+
+    async def _admit(self, lane: Lane) -> tuple[Job, Ticket] | None:
+        """Take the lane's next request through its gate; None if the lane was cleared meanwhile."""
+        admitted = lane.try_next()
+        if admitted is not None:
+            self._slots.acquire_nowait()
+        elif lane:  # else it was cleared since it asked for a worker
+            if self._ready and self._slots.value:
+                self._wake_worker()  # this one may wait here for long
+            admitted = await lane.wait_next(self._slots)
+        lane.is_attended = False
+        if admitted is not None:
+            lane.in_flight += 1
+            self._unqueue(admitted[0])
+        self._offer(lane)
+        return admitted
+
+    async def _send(self, lane: Lane, job: Job, ticket: Ticket) -> None:
+        if reason := lane.refusal(job.request):
+            await self._refuse(lane, job, ticket, reason)
+            return
+        reserved = await self._reserve(job.request) if self._budget else 0
+        if reserved is None:
+            self._leave_pending(lane, job, ticket)
+            return
+        reply: Reply | None = None
+        error: ProviderError | None = None
+        usage: Usage | None = None
+        await self._recording.sending(job.request, len(job.attempts) + 1, self._clock.utc())
+        self._counts["attempts"] += 1
+        sent_at = self._clock.now()
+        try:
+            answer = await lane.post(job.request.body)
+            lane.gate.learn(lane.codec.limits(answer.headers))
+            reply = lane.codec.decode(answer)
+            usage = reply.usage
+        except TransportError as exc:
+            error = lane.codec.lost(exc)
+        except ProviderError as exc:
+            error = exc
+            usage = lane.codec.usage(answer) if exc.may_be_billed else None
+        finally:
+            lane.in_flight -= 1
+            if reply is None and error is None:  # cancelled in flight: it may be billed, and nobody will know
+                self._counts["unknown"] += 1
+        latency = self._clock.now() - sent_at
+        model = (reply and reply.model) or job.request.model
+        cost = self._pricing.cost(job.request, model, usage) if usage else Cost()
+        if self._budget:
+            is_free = error is not None and not error.may_be_billed
+            self._budget.settle(reserved, 0 if is_free else reserved if cost.nanos is None else cost.nanos)
+        if reply is not None:
+            await self._succeeded(lane, job, ticket, reply, cost, latency)
+        elif error is not None:
+            await self._failed(lane, job, ticket, error, _attempt(error, self._clock.utc(), latency, usage, cost))
+        self._slots.release()
+        self._offer(lane, wake=False)
+
+    # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _succeeded(self, lane: Lane, job: Job, ticket: Ticket, reply: Reply, cost: Cost, latency: float) -> None:
+        self._counts["billed"] += 1
+        lane.trouble = None
+        lane.window.widen()
+        lane.gate.accepted()
+        if reply.usage is not None:
+            lane.forecast.learn(job.request, reply.usage)
+        lane.gate.settle(ticket, lane.codec.used(reply.usage) if reply.usage else {})
+        await self._finish(job, latency, reply=reply, cost=cost)
+
+    async def _failed(self, lane: Lane, job: Job, ticket: Ticket, error: ProviderError, attempt: Attempt) -> None:
+        self._count_failure(lane, job, attempt, error)
+        if error.reach is not Reach.REQUEST:
+            lane.trouble = error.message
+        if error.reach in (Reach.RUN, Reach.MODEL):
+            error.message = f"{lane.provider}/{lane.model}: {error.message}"
+        lane.gate.settle(ticket, {} if error.may_be_billed else None)
+        asked_to_wait = error.retry_after or 0.0
+        self._slow_down(lane, ticket, error)
+        if error.reach is Reach.RUN:
+            self._forget(job)
+            self.stop(error)
+        elif error.reach is Reach.MODEL:
+            self._forget(job)
+            self._end(lane, error)
+        elif error.reach is Reach.ATTEMPT and asked_to_wait > self._policy.max_retry_after:
+            self._forget(job)
+            self._end(lane, _parked(error, self._policy.max_retry_after))
+        else:
+            await self._retry_or_give_up(lane, job, error, attempt.latency_s)
+
+    async def _refuse(self, lane: Lane, job: Job, ticket: Ticket, reason: str) -> None:
+        """End a request that no waiting would let through."""
+        lane.in_flight -= 1
+        lane.gate.settle(ticket, None)
+        await self._finish(
+            job,
+            0.0,
+            failure=Failure(type="request_too_large", message=f"the request {reason}", attempts=tuple(job.attempts)),
+        )
+        self._slots.release()
+        self._offer(lane, wake=False)
+
+    def _slow_down(self, lane: Lane, ticket: Ticket, error: ProviderError) -> None:
+        """Let everybody who calls this model heed a refusal or an overload."""
+        if error.reach is not Reach.ATTEMPT:
+            return
+        if error.status == 429:
+            error.retry_after = lane.gate.refused(ticket, error.retry_after)
+        if is_overload(error):
+            pause = max(lane.window.narrow(ticket.sent_at), error.retry_after or 0.0)
+            lane.gate.close_for(pause)
+
+    async def _retry_or_give_up(self, lane: Lane, job: Job, error: ProviderError, latency: float) -> None:
+        seconds = self._policy.wait_before_retry(error, len(job.attempts), job.counted)
+        if seconds is None:
+            error.attempts = len(job.attempts)
+            await self._finish(job, latency, failure=_failure(error, job.attempts))
+        elif self.is_draining or lane.ended:
+            self._forget(job)
+        else:
+            self._queued_bytes += _size(job.request)
+            lane.add_delayed(job, seconds)
+
+    async def _reserve(self, request: Request) -> int | None:
+        """Set the worst case of a call aside; None, and nothing more is sent, where the budget does not cover it."""
+        assert self._budget is not None
+        try:
+            amount = self._pricing.worst_case(request)
+            with self._stop.cuts_short():
+                await self._budget.reserve(amount)
+                if not self.is_draining:
+                    return amount
+                self._budget.settle(amount, 0)
+        except (UsageError, BudgetReachedError) as exc:
+            self.stop(exc)
+        return None
+
+    def _leave_pending(self, lane: Lane, job: Job, ticket: Ticket) -> None:
+        """Give back what was taken for a call that is not made."""
+        lane.in_flight -= 1
+        self._slots.release()
+        lane.gate.settle(ticket, None)
+        self._forget(job)
+
+    def _count_failure(self, lane: Lane, job: Job, attempt: Attempt, error: ProviderError) -> None:
+        job.attempts.append(attempt)
+        if not error.may_be_billed:
+            self._recording.unbilled(job.request, len(job.attempts))
+        job.counted += not is_capacity(error)
+        if error.status == 429:
+            self._counts["rate_limited"] += 1
+            lane.rate_limited += 1
+        else:
+            self._counts["failed"] += 1
+        self._counts["unknown"] += attempt.is_unknown
+
+    async def _finish(
+        self,
+        job: Job,
+        latency: float,
+        *,
+        reply: Reply | None = None,
+        failure: Failure | None = None,
+        cost: Cost | None = None,
+    ) -> None:
+        request = job.request
+        self.changed_at = self._clock.now()
+        await self._recording.append(
+            Result(
+                custom_id=request.custom_id,
+                line=request.line,
+                source=request.source,
+                digest=request.digest,
+                attempts=len(job.attempts) + (reply is not None),
+                completed_at=self._clock.utc(),
+                request=request,
+                reply=reply,
+                failure=failure,
+                failed_attempts=tuple(job.attempts),
+                latency_s=latency,
+                cost=cost or Cost(),
+                metadata=request.metadata,
+            )
+        )
+        self._close_job()
+
+    def _forget(self, job: Job) -> None:
+        """Leave a request pending: it gets no result, so the next run sends it."""
+        self._counts["dropped"] += 1
+        # What an answer that could not be used said that it used goes with it; the journal keeps the call.
+        self._counts["unknown"] += sum(attempt.usage is not None for attempt in job.attempts)
+        self._close_job()
+
+    def _end(self, lane: Lane, reason: PipelineError) -> None:
+        """Give a model up: its requests stay pending, other models go on."""
+        lane.ended = lane.ended or reason
+        self.changed_at = anyio.current_time()
+        self._drop_waiting(lane)
+
+    def _drop_waiting(self, lane: Lane) -> None:
+        dropped = lane.clear()
+        self._counts["dropped"] += len(dropped)
+        for job in dropped:
+            self._unqueue(job)
+        self._close_job(len(dropped))
+
+    def _unqueue(self, job: Job) -> None:
+        """Note that a request waits no more; lets the reader go on when half of the room is free."""
+        self._queued_bytes -= _size(job.request)
+        if self._queued_bytes <= self._read_ahead_bytes // 2:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Let everybody look again who waits to submit."""
+        self._room.set()
+        self._room = anyio.Event()
+
+    def _close_job(self, count: int = 1) -> None:
+        self._open_jobs -= count
+        self._check_finished()
+
+    def _check_finished(self) -> None:
+        if self._is_closed and self._open_jobs == 0:
+            self._finished.set()
+
+
+def _describe(lane: lanes.Statistics) -> str:
+    waiting = lane.waiting_for or ("answers" if lane.in_flight else "retries" if lane.retrying else "nothing")
+    trouble = f", last failure: {lane.trouble}" if lane.trouble else ""
+    name = f"{lane.provider}/{lane.model}"
+    return f"{name}: {lane.waiting} waiting, {lane.in_flight} in flight, waits for {waiting}{trouble}"
+
+
+def _size(request: Request) -> int:
+    return len(request.body) + _REQUEST_OVERHEAD_BYTES
+
+
+def _attempt(error: ProviderError, at: str, latency: float, usage: Usage | None, cost: Cost) -> Attempt:
+    return Attempt(
+        at=at,
+        type=error.type,
+        message=error.message,
+        latency_s=latency,
+        status=error.status,
+        code=error.code,
+        request_id=error.request_id,
+        may_be_billed=error.may_be_billed,
+        usage=usage,
+        cost_nano=cost.nanos,
+    )
+
+
+def _failure(error: ProviderError, attempts: Sequence[Attempt]) -> Failure:
+    return Failure(
+        type=error.type,
+        message=error.message,
+        status=error.status,
+        code=error.code,
+        request_id=error.request_id,
+        attempts=tuple(attempts),
+    )
+
+
+def _parked(error: ProviderError, ceiling: float) -> TryLaterError:
+    return TryLaterError(
+        f"the provider asks to wait {error.retry_after:,.0f} s, more than sending.max_retry_after ({ceiling:,.0f} s): "
+        f"{error.message}"
+    )

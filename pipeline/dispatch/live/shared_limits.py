@@ -1,0 +1,168 @@
+"""One account, several processes: which share of a model's limits is this process's.
+
+Each process holds a lease on a share of a quota (an endpoint, a key, a model), which it renews every quarter of a
+second and learns what is left for it. A process that is killed gives its lease back by not renewing it. Who waits for
+the limit gets an equal part of what the others do not use; who does not wait keeps what it uses, and some room to grow.
+A cooldown of one is a cooldown of all.
+
+On one host a lease is a row in a small SQLite file, and times are those of the event loop's clock, which there is the
+same for all processes. In a cluster an actor keeps the leases (`cluster`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+from anyio import to_thread
+
+from pipeline.core.clock import Clock
+from pipeline.core.hashing import checksum
+from pipeline.dispatch.live.rate_limiter import Gate, Need
+
+RENEWED_EVERY = 0.25
+LEASE_SECONDS = 1.0
+_ROOM_TO_GROW = 1.5
+_SMALLEST_SHARE = 0.02
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS leases (
+    quota TEXT NOT NULL, holder TEXT NOT NULL, used REAL NOT NULL, is_hungry INTEGER NOT NULL,
+    closed_until REAL NOT NULL, expires REAL NOT NULL, PRIMARY KEY (quota, holder)
+) WITHOUT ROWID
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """What a process may have until it renews: its share of the limits, and until when nobody may call."""
+
+    share: float
+    closed_until: float
+
+
+def quota_name(url: str, key: str | None, model: str) -> str:
+    """Return the name of a quota; the key cannot be read from it."""
+    return checksum(url.encode(), b"\0", (key or "").encode(), b"\0", model.encode()).hex()
+
+
+class Lessor(Protocol):
+    """Who gives leases out, as one process sees it. Times are of its event loop's clock."""
+
+    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+        """Tell what this process needs of each quota; return its leases. An `OSError`: there are no leases any more."""
+        ...
+
+    async def give_back(self) -> None:
+        """Give all leases back."""
+        ...
+
+
+class Host:
+    """The lessor of one host: a file, used in threads."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+        try:
+            return await to_thread.run_sync(self._leases.renew, needs, now)
+        except sqlite3.Error as exc:
+            raise OSError(str(exc)) from exc
+
+    async def give_back(self) -> None:
+        await to_thread.run_sync(self._leases.give_back)
+
+
+class Leases:
+    """The leases of one process, in a file that all share."""
+
+    def __init__(self, path: Path, holder: str) -> None:
+        self._path = path
+        self._holder = holder
+
+    def renew(self, needs: Mapping[str, Need], now: float) -> dict[str, Lease]:
+        """Tell what this process needs of each quota; return its leases. Raises `sqlite3.Error` or `OSError`."""
+        with closing(self._connect()) as file, file:
+            file.execute("BEGIN IMMEDIATE")
+            file.execute("DELETE FROM leases WHERE expires < ? OR expires > ?", (now, now + 10 * LEASE_SECONDS))
+            leases: dict[str, Lease] = {}
+            for quota, need in needs.items():
+                row = (quota, self._holder, need.used, need.is_hungry, need.closed_until, now + LEASE_SECONDS)
+                file.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)", row)
+                rows = file.execute(
+                    "SELECT holder, used, is_hungry, closed_until FROM leases WHERE quota = ?", (quota,)
+                )
+                held = {
+                    holder: Need(used=used, is_hungry=bool(hungry), closed_until=end)
+                    for holder, used, hungry, end in rows
+                }
+                closed_until = max(each.closed_until for each in held.values())
+                leases[quota] = Lease(share=share_of(self._holder, held), closed_until=closed_until)
+            return leases
+
+    def give_back(self) -> None:
+        """Give all leases back."""
+        with suppress(sqlite3.Error, OSError), closing(self._connect()) as file, file:
+            file.execute("DELETE FROM leases WHERE holder = ?", (self._holder,))
+
+    def _connect(self) -> sqlite3.Connection:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path.touch(mode=0o600)
+        file = sqlite3.connect(self._path, timeout=LEASE_SECONDS, isolation_level=None)
+        # Nothing here is worth more than a second: what a power cut takes is made again.
+        file.execute("PRAGMA synchronous = OFF")
+        file.execute(_SCHEMA)
+        return file
+
+
+def share_of(holder: str, held: Mapping[str, Need]) -> float:
+    """Return the share of one process among those that hold a quota."""
+    equal = 1.0 / len(held)
+    kept = {name: min(equal, _ROOM_TO_GROW * need.used + _SMALLEST_SHARE) for name, need in held.items()}
+    hungry = [name for name, need in held.items() if need.is_hungry]
+    if holder not in hungry:
+        return kept[holder] if hungry else equal
+    return (1.0 - sum(kept[name] for name in held if name not in hungry)) / len(hungry)
+
+
+class Sharing:
+    """Renews the leases of a run: `gates` are those of its limits, by quota; each keeps to its lease."""
+
+    def __init__(
+        self,
+        lessor: Lessor,
+        clock: Clock,
+        *,
+        gates: Callable[[], Mapping[str, Gate]],
+        say: Callable[[str], None],
+    ) -> None:
+        self._lessor = lessor
+        self._clock = clock
+        self._gates = gates
+        self._say = say
+
+    async def keep(self) -> None:
+        """Renew until cancelled. Where there are no leases each process goes by itself, which is said once."""
+        try:
+            while True:
+                needs = {quota: gate.need() for quota, gate in self._gates().items()}
+                if needs:
+                    self._take(await self._lessor.renew(needs, self._clock.now()))
+                await anyio.sleep(RENEWED_EVERY)
+        except OSError as exc:
+            self._say(f"limits are not shared with other runs on this machine: {exc}")
+            self._take({})
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._lessor.give_back()
+
+    def _take(self, leases: Mapping[str, Lease]) -> None:
+        """Keep to the shares of leases; where there is none, to nobody's but our own."""
+        for quota, gate in self._gates().items():
+            lease = leases.get(quota)
+            gate.take_share(*((lease.share, lease.closed_until) if lease else (1.0, 0.0)))

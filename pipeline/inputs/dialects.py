@@ -1,0 +1,304 @@
+"""Input dialects -> `Draft`: one line, its dialect told by its keys and its parts named.
+
+A provider's own dialect keeps its body as written; the others become one portable form (`messages` and a
+provider's fields) that each provider's codec translates. Nothing in a line is ignored: a key that means
+nothing in its dialect is an error, but for the portable one, where what is not ours is the provider's to
+judge.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core import jsonl
+from pipeline.core.errors import LineError
+from pipeline.core.types import Protocol
+
+MAX_CUSTOM_ID = 512
+OPENAI_BATCH_URL = "/v1/chat/completions"
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_OWN_KEYS = ("custom_id", "provider", "metadata")
+_FINE_TUNING_KEYS = {"messages", "tools", "parallel_tool_calls", "functions", "function_call", "weight"}
+_SHAREGPT_KEYS = {"conversations", "id", "system", "tools", "model", *_OWN_KEYS}
+_SHAREGPT_ROLES: Mapping[str, str] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "function_call": "function_call",
+    "observation": "tool",
+    "tool": "tool",
+}
+_LABEL_ROLES = ("assistant", "function_call")
+_SHAPES = (
+    'a line is one of: {"messages": […]} (native, fine-tuning), '
+    '{"custom_id", "method", "url", "body": {…}} (OpenAI Batch), '
+    '{"custom_id", "params": {…}} (Anthropic Batch), {"conversations": […]} (ShareGPT)'
+)
+# Dialects that look like ours and are not: the key that gives them away, their name, what to write instead.
+_OTHERS: tuple[tuple[str, str, str], ...] = (
+    ("preferred_output", "a preference (DPO) example", 'write its input.messages as {"messages": […]}'),
+    (
+        "instruction",
+        "an Alpaca example",
+        'write instruction and input as {"messages": [{"role": "user", "content": …}]}',
+    ),
+    ("prompt", "a line with a plain prompt", 'write {"messages": [{"role": "user", "content": …}]}'),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """One input line, its parts named; provider and defaults are not settled yet.
+
+    `protocol` is set for a provider's own dialect: then `fields` is the body as written. Else the draft is
+    portable, and `fields` is the line in portable form, `model` included, without our own keys.
+    """
+
+    custom_id: str | None
+    provider: str | None
+    model: str | None
+    protocol: Protocol | None
+    fields: Mapping[str, Any]
+    metadata: Any = None
+
+    @property
+    def is_portable(self) -> bool:
+        return self.protocol is None
+
+
+def parse(value: Any) -> Draft:
+    """Return the draft of one parsed line; `LineError` says what is missing, or which dialects there are."""
+    if not isinstance(value, dict):
+        advice = "; write each element on a line of its own: jq -c '.[]' FILE" if isinstance(value, list) else ""
+        raise LineError(f"a line must be a JSON object, not {_kind(value)}{advice}")
+    for key, read in _READERS.items():
+        if key in value:
+            return read(value)
+    for key, name, advice in _OTHERS:
+        if key in value:
+            raise LineError(f"this is {name} (it has {key!r}), which cannot be sent; {advice}")
+    raise LineError(f"the line has no messages: {_SHAPES}")
+
+
+def _native(line: dict[str, Any]) -> Draft:
+    """Read a line with `messages`: of fine-tuning where it holds nothing else and ends with its label."""
+    messages = _turns(line["messages"], "messages")
+    if line.keys() <= _FINE_TUNING_KEYS and _is_example(messages):
+        return _draft(line, _example_fields(line, messages))
+    return _draft(line, {name: item for name, item in line.items() if name not in _OWN_KEYS})
+
+
+def _openai_batch(line: dict[str, Any]) -> Draft:
+    _refuse_unknown(line, "custom_id", "method", "url", "body", "metadata")
+    if line.get("url") != OPENAI_BATCH_URL:
+        raise LineError(
+            f"url must be {OPENAI_BATCH_URL!r} in an OpenAI Batch line, not {reprlib.repr(line.get('url'))}"
+        )
+    if line.get("method", "POST") != "POST":
+        raise LineError(f"method must be 'POST' in an OpenAI Batch line, not {reprlib.repr(line['method'])}")
+    return _batch(line, "body", Protocol.OPENAI)
+
+
+def _anthropic_batch(line: dict[str, Any]) -> Draft:
+    _refuse_unknown(line, "custom_id", "params", "metadata")
+    return _batch(line, "params", Protocol.ANTHROPIC)
+
+
+def _sharegpt(line: dict[str, Any]) -> Draft:
+    """Read turns of `from` and `value`; a last one of the assistant's is the label and is not sent."""
+    _refuse_unknown(line, *_SHAREGPT_KEYS)
+    turns = _turns(line["conversations"], "conversations")
+    roles = [_sharegpt_role(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
+    if roles[-1] in _LABEL_ROLES:
+        roles.pop()
+    if not roles:
+        raise LineError("conversations holds only the answer, which is not sent; a turn of the user is missing")
+    fields: dict[str, Any] = {"model": line["model"]} if "model" in line else {}
+    if system := line.get("system"):
+        fields["system"] = system
+    fields["messages"] = _sharegpt_messages(turns, roles)
+    if tools := _sharegpt_tools(line.get("tools")):
+        fields["tools"] = tools
+    return _draft({"custom_id": line.get("id"), **line}, fields)
+
+
+_READERS: Mapping[str, Callable[[dict[str, Any]], Draft]] = {
+    "body": _openai_batch,
+    "params": _anthropic_batch,
+    "conversations": _sharegpt,
+    "messages": _native,
+}
+
+
+def _draft(line: Mapping[str, Any], fields: Mapping[str, Any]) -> Draft:
+    """Return the draft of a portable line."""
+    return Draft(
+        custom_id=_custom_id(line.get("custom_id")),
+        provider=_name(line, "provider"),
+        model=_name(line, "model"),
+        protocol=None,
+        fields=fields,
+        metadata=line.get("metadata"),
+    )
+
+
+def _batch(line: Mapping[str, Any], key: str, protocol: Protocol) -> Draft:
+    """Return the draft of a line in a provider's own dialect."""
+    body = line[key]
+    if not isinstance(body, dict):
+        raise LineError(f"{key} must be an object, not {_kind(body)}")
+    return Draft(
+        custom_id=_custom_id(line.get("custom_id")),
+        provider=None,
+        model=_name(body, "model"),
+        protocol=protocol,
+        fields=body,
+        metadata=line.get("metadata"),
+    )
+
+
+# ── parts that dialects share ───────────────────────────────────────────────────────────────────────────
+
+
+def _custom_id(value: Any) -> str | None:
+    """Return a line's name: text or a whole number, None where it has none."""
+    if value is None:
+        return None
+    name = str(value) if type(value) is int else value
+    if not isinstance(name, str):
+        raise LineError(f"custom_id must be text or a whole number, not {_kind(value)}")
+    if not name or len(name) > MAX_CUSTOM_ID:
+        raise LineError(f"custom_id must have 1 to {MAX_CUSTOM_ID} characters, not {len(name):,}")
+    if _CONTROL.search(name):
+        raise LineError(f"custom_id must not have control characters: {reprlib.repr(name)}")
+    return name
+
+
+def _name(line: Mapping[str, Any], key: str) -> str | None:
+    value = line.get(key)
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise LineError(f"{key} must be a non-empty string, not {reprlib.repr(value)}")
+    return value
+
+
+def _turns(value: Any, key: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        raise LineError(f"{key} must be a non-empty list of objects, not {reprlib.repr(value)}")
+    return value
+
+
+def _refuse_unknown(line: Mapping[str, Any], *known: str) -> None:
+    """Refuse keys that mean nothing in a dialect: a misspelt one would vanish in silence."""
+    if unknown := [key for key in line if key not in known]:
+        raise LineError(f"{reprlib.repr(unknown)}: no keys of this dialect; put what is yours into metadata")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+# ── fine-tuning ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _is_example(messages: list[dict[str, Any]]) -> bool:
+    return messages[-1].get("role") == "assistant" or any("weight" in message for message in messages)
+
+
+def _example_fields(line: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is sent of an example: not the closing answer, its label, nor the weights of training."""
+    if messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise LineError("messages holds only the answer, which is not sent; a message of the user is missing")
+    unweighted = [{name: item for name, item in message.items() if name != "weight"} for message in messages]
+    return {**{name: item for name, item in line.items() if name != "weight"}, "messages": unweighted}
+
+
+# ── ShareGPT ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _sharegpt_role(turn: Mapping[str, Any], where: str) -> str:
+    speaker = turn.get("from")
+    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise LineError(f"{where}.from must be one of {', '.join(_SHAREGPT_ROLES)}, not {reprlib.repr(speaker)}")
+    return role
+
+
+def _sharegpt_messages(turns: list[dict[str, Any]], roles: list[str]) -> list[dict[str, Any]]:
+    """Return messages for the turns with a role; calls get ids, and observations answer them in order."""
+    messages: list[dict[str, Any]] = []
+    open_calls: deque[str] = deque()
+    count = 0
+    for index, role in enumerate(roles):
+        where = f"conversations[{index}]"
+        value = _sharegpt_value(turns[index], where)
+        if role == "function_call":
+            calls = _function_calls(value, where, count)
+            count += len(calls)
+            open_calls.extend(call["id"] for call in calls)
+            messages.append({"role": "assistant", "content": None, "tool_calls": calls})
+        elif role == "tool":
+            if not open_calls:
+                raise LineError(f"{where} is an observation without a function_call before it")
+            messages.append({"role": "tool", "tool_call_id": open_calls.popleft(), "content": value})
+        else:
+            messages.append({"role": role, "content": value})
+    return messages
+
+
+def _sharegpt_value(turn: Mapping[str, Any], where: str) -> str:
+    value = turn.get("value", turn.get("text"))
+    if not isinstance(value, str):
+        raise LineError(f"{where}.value must be a string, not {reprlib.repr(value)}")
+    return value
+
+
+def _function_calls(value: str, where: str, count: int) -> list[dict[str, Any]]:
+    """Return OpenAI's form of `{"name", "arguments"}`, or of a list of such."""
+    given = _json(value, f"{where}.value")
+    calls = given if isinstance(given, list) else [given]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise LineError(f'{where}.value must be {{"name": …, "arguments": {{…}}}} as JSON, not {reprlib.repr(value)}')
+    return [
+        {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {"name": call["name"], "arguments": _arguments(call)},
+        }
+        for number, call in enumerate(calls, start=count + 1)
+    ]
+
+
+def _arguments(call: Mapping[str, Any]) -> str:
+    arguments = call.get("arguments", {})
+    return arguments if isinstance(arguments, str) else jsonl.dumps(arguments).decode()
+
+
+def _sharegpt_tools(value: Any) -> list[Any]:
+    """Return tools in OpenAI's form; datasets hold them as JSON in a string, bare or already wrapped."""
+    tools = _json(value, "tools") if isinstance(value, str) and value.strip() else value
+    if not tools:
+        return []
+    return [
+        {"type": "function", "function": tool} if "name" in tool and "input_schema" not in tool else tool
+        for tool in _turns(tools, "tools")
+    ]
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return jsonl.loads(text.encode("utf-8", "surrogatepass"))
+    except LineError as exc:
+        raise LineError(f"{where} must be JSON: {exc.message}") from exc

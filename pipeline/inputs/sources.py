@@ -1,0 +1,163 @@
+"""Inputs as bytes: a file, standard input or an object at a store, all of it or a span that was cut out of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.core import object_store as stores
+from pipeline.core.errors import StorageError, TryLaterError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+STDIN = "-"
+GZIP = b"\x1f\x8b"
+ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to skip: pzstd begins with that
+_BLOCK_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A part of an input: the bytes from `start` to `end` (None: to its end), the first line of this number.
+
+    It is cut at line ends. `stamp` tells whether the input is still what it was when it was cut (`stamp_of`).
+    """
+
+    source: str
+    start: int = 0
+    end: int | None = None
+    number: int = 1
+    stamp: str = ""
+
+    def __str__(self) -> str:
+        return self.source
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.start and self.end is None
+
+
+def can_be_read_again(source: str) -> bool:
+    """Tell what can be read again, and elsewhere, from what is gone when it was read."""
+    return stores.is_url(source) or (source != STDIN and Path(source).is_file())
+
+
+def stamp_of(source: str) -> str:
+    """Return what is another text when an input was changed: of a file, its size and the time of its last change."""
+    return _seen(source)[1]
+
+
+def size_of(source: str) -> int:
+    """Return how many bytes an input has."""
+    return _seen(source)[0]
+
+
+def cut(source: str, size: int) -> Iterator[Span]:
+    """Cut an input into spans of about so many bytes, at line ends, without reading more than these; numbers are 1.
+
+    What is compressed is one span. Raises `UsageError` where it cannot be read, `TryLaterError` where it changes.
+    """
+    total, stamp = _seen(source)
+    whole = Span(source=source, stamp=stamp)
+    try:
+        if _is_compressed(whole):
+            yield whole
+            return
+        start = 0
+        while start < total:
+            end = _line_end(whole, min(start + size, total), total)
+            yield Span(source=source, start=start, end=end, stamp=stamp)
+            start = end
+    except OSError as exc:
+        require_unchanged(whole)
+        raise UsageError(f"the input {source!r} cannot be read: {exc.strerror or exc}") from exc
+
+
+def require_unchanged(span: Span) -> None:
+    """Raise `TryLaterError` where an input is not what it was when a span was cut out of it."""
+    if stamp_of(span.source) != span.stamp:
+        raise TryLaterError(f"the input {span.source!r} was changed while it was being read", hint="repeat the command")
+
+
+def opened(span: Span) -> BufferedReader:
+    """Open an input, or a part of it, for reading in one pass.
+
+    Raises `OSError`, then or while it is read: also where it is not, or no longer, what it was when the span was cut.
+    """
+    if stores.is_url(span.source):
+        try:
+            return stores.open_reader(span.source, span.start, span.end, etag=span.stamp or None)
+        except StorageError as exc:
+            raise OSError(exc.message) from exc
+    if span.is_whole and not span.stamp:
+        is_stdin = span.source == STDIN
+        return open(sys.stdin.fileno() if is_stdin else span.source, "rb", closefd=not is_stdin)
+    return BufferedReader(_Slice(span))
+
+
+class _Slice(io.RawIOBase):
+    """A span of a file as a raw stream."""
+
+    def __init__(self, span: Span) -> None:
+        self._file = io.FileIO(span.source)
+        self._file.seek(span.start)
+        self._span = span
+        self._left = sys.maxsize if span.end is None else span.end - span.start
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        if self._span.stamp not in ("", _stamp(os.fstat(self._file.fileno()))):
+            raise OSError(f"{self._span.source!r} was changed while it was read")
+        self._left -= count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _seen(source: str) -> tuple[int, str]:
+    """Return size and stamp of an input."""
+    if stores.is_url(source):
+        with stores.before_sending():
+            found = stores.head(source)
+        if found is None:
+            raise UsageError(f"the input {source!r} does not exist")
+        return found.size, found.etag
+    try:
+        status = os.stat(source)
+    except OSError as exc:
+        raise UsageError(f"the input {source!r} cannot be read: {exc.strerror}") from exc
+    return status.st_size, _stamp(status)
+
+
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _is_compressed(whole: Span) -> bool:
+    with opened(whole) as file:
+        magic = file.peek(4)[:4]
+    return magic.startswith(GZIP) or ZSTD.match(magic) is not None
+
+
+def _line_end(whole: Span, at: int, total: int) -> int:
+    """Return the end of the line that holds the byte before `at`."""
+    end = at - 1
+    with opened(Span(source=whole.source, start=end, end=total, stamp=whole.stamp)) as file:
+        while block := file.readline(_BLOCK_BYTES):
+            end += len(block)
+            if block.endswith(b"\n"):
+                break
+    return end

@@ -1,0 +1,142 @@
+"""Anthropic's Message Batches API: https://docs.claude.com/en/docs/build-with-claude/batch-processing (August 2026).
+
+The requests of a chunk go into the call that makes the batch. A batch keeps no mark of ours; so the names of its
+requests begin with one, and a batch whose making was not confirmed is told by its results.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import orjson
+
+from pipeline.core.config import Endpoint
+from pipeline.core.errors import AnthropicAPIError, LineError, ProviderError
+from pipeline.core.types import Answer, Call
+from pipeline.providers import batch as batches
+from pipeline.providers import responses as answers
+from pipeline.providers.anthropic import RULES
+from pipeline.providers.base import Headers
+from pipeline.providers.batch import Batch, Ending, Outcome, Problem
+from pipeline.providers.error_mapping import member, status_of
+from pipeline.providers.responses import Malformed
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_PAGE = 1_000
+_ENTRY = b'{"custom_id":%b,"params":%b}'
+_ENDINGS: Mapping[str, Ending] = {"canceled": "cancelled", "expired": "expired"}
+_COUNTS = ("processing", "succeeded", "errored", "canceled", "expired")
+
+
+class AnthropicBatches:
+    """`BatchCodec` for endpoints that speak Anthropic's protocol."""
+
+    max_requests = 100_000
+    max_bytes = 255_999_000  # 256 MB, less what stands around the requests
+    is_for_one_model = False
+    has_tags = False
+    separator = b","
+
+    def name(self, nonce: str, custom_id: str, digest: str) -> str:
+        own = f"{nonce}-{custom_id}"
+        return own if _NAME.fullmatch(own) else f"{nonce}-{digest}"
+
+    def entry(self, name: str, body: bytes) -> bytes:
+        return _ENTRY % (orjson.dumps(name), body)
+
+    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> None:
+        return None
+
+    def uploaded(self, answer: Answer) -> str:
+        raise NotImplementedError("there is no upload")
+
+    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> Call:
+        return Call(method="POST", url=_url(endpoint), headers=headers, body=b'{"requests":[', tail=b"]}")
+
+    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> Call:
+        return Call(method="GET", url=_url(endpoint, id), headers=headers)
+
+    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> Call:
+        return Call(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
+
+    def batch(self, answer: Answer) -> Batch:
+        return _read(answer, _batch)
+
+    def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> Call:
+        query = f"?limit={_PAGE}" + (f"&after_id={quote(after, safe='')}" if after else "")
+        return Call(method="GET", url=_url(endpoint) + query, headers=headers)
+
+    def listed(self, answer: Answer) -> tuple[Sequence[Batch], bool]:
+        return _read(answer, partial(batches.page, _batch))
+
+    def download(self, endpoint: Endpoint, headers: Headers, file: str) -> Call:
+        """Ask for the results where the API has them: `results_url` may name any host, and the key goes with it."""
+        return Call(method="GET", url=f"{_url(endpoint)}/{file}", headers=headers)
+
+    def refusal(self, answer: Answer) -> ProviderError:
+        return answers.refusal(answer, AnthropicAPIError, RULES)
+
+    def outcome(self, line: bytes) -> Outcome:
+        """Read `{"custom_id", "result": {"type", "message"?, "error"?}}`."""
+        name, value = batches.result_line(line)
+        result = value.get("result")
+        kind = member(result, "type")
+        if ending := _ENDINGS.get(str(kind)):
+            return Outcome(name=name, ending=ending)
+        if kind == "succeeded":
+            return Outcome(name=name, answer=Answer(status=200, body=batches.encoded(member(result, "message"))))
+        if kind == "errored":
+            error = member(result, "error")
+            inner = member(error, "error") or error
+            status = status_of(None, str(member(inner, "type")))
+            body = batches.encoded({"type": "error", "error": inner, "request_id": member(error, "request_id")})
+            return Outcome(name=name, answer=Answer(status=status, body=body))
+        return Outcome(name=name, answer=batches.unusable("a result of no known type"))
+
+    def belongs(self, nonce: str, line: bytes) -> bool:
+        try:
+            return batches.result_line(line)[0].startswith(f"{nonce}-")
+        except LineError:
+            return False
+
+    def queue_limit(self, problem: Problem) -> int | None:
+        return None
+
+    def failure(self, problem: Problem) -> ProviderError:
+        raise NotImplementedError("these batches are refused when they are made")
+
+
+def _url(endpoint: Endpoint, id: str | None = None) -> str:
+    return f"{endpoint.url}/batches" + (f"/{quote(id, safe='')}" if id else "")
+
+
+def _read(answer: Answer, reader: Callable[[Mapping[str, Any]], T]) -> T:
+    return batches.read(answer, reader, AnthropicAPIError, RULES)
+
+
+def _batch(value: Any) -> Batch:
+    """Read a batch; counts other than `processing` stay 0 until all of it has ended, so before that none is told."""
+    if not isinstance(value, dict):
+        raise Malformed("a batch that is not an object")
+    id, status = batches.named(value, "id"), batches.named(value, "processing_status")
+    counts = [batches.counted(value.get("request_counts"), name) for name in _COUNTS]
+    is_ended = status == "ended"
+    known = [count for count in counts if count is not None]
+    succeeded, errored = counts[1:3]
+    return Batch(
+        id=id,
+        status=status,
+        is_ended=is_ended,
+        total=sum(known) if known else None,
+        succeeded=succeeded if is_ended else None,
+        failed=errored if is_ended else None,
+        created_at=batches.from_rfc3339(value.get("created_at")),
+        expires_at=batches.from_rfc3339(value.get("expires_at")),
+        files=(f"{quote(id, safe='')}/results",) if is_ended else (),
+    )

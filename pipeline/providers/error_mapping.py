@@ -1,0 +1,144 @@
+"""Errors of providers: what an answer says in any of many shapes, and by which table it reaches how far."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core.errors import Reach
+from pipeline.core.types import Answer
+from pipeline.providers.outside import MAX_MESSAGE, MAX_WORD, excerpt, printable, word
+
+# The HTTP status that belongs to an error which came with another one: inside a 200.
+_STATUSES: Mapping[str, int] = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "insufficient_quota": 429,
+    "requests": 429,
+    "tokens": 429,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Complaint:
+    """What an error answer says, whatever its shape; `status` is the HTTP status that belongs to it."""
+
+    status: int
+    type: str
+    message: str
+    code: str | None = None
+    is_structured: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A row of a table of errors: where all that it names is so, the error reaches so far. The first wins."""
+
+    reach: Reach
+    statuses: Container[int] | None = None
+    types: Container[str] | None = None
+    codes: Container[str | None] | None = None
+    says: str = ""
+    is_structured: bool = False
+
+    def fits(self, complaint: Complaint) -> bool:
+        return (
+            (self.statuses is None or complaint.status in self.statuses)
+            and (self.types is None or complaint.type in self.types)
+            and (self.codes is None or complaint.code in self.codes)
+            and re.search(self.says, complaint.message) is not None
+            and (complaint.is_structured or not self.is_structured)
+        )
+
+
+COMMON_RULES = (
+    Rule(statuses=(401, 402), reach=Reach.RUN),
+    # 403 is about the key when the provider itself says so; a firewall's page may be about one conversation.
+    Rule(statuses=(403,), is_structured=True, reach=Reach.RUN),
+    # 404 is about the model or the address, which every line of the model shares.
+    Rule(statuses=(404,), reach=Reach.MODEL),
+    Rule(statuses=(408, 409, 425, 429, *range(500, 1000)), reach=Reach.ATTEMPT),
+    Rule(reach=Reach.REQUEST),
+)
+
+
+def reach_of(complaint: Complaint, rules: Sequence[Rule], should_retry: str | None) -> Reach:
+    """Return how far an error reaches: the first rule that fits, then the server's word on trying again."""
+    reach = next(rule.reach for rule in (*rules, *COMMON_RULES) if rule.fits(complaint))
+    if reach in (Reach.ATTEMPT, Reach.REQUEST):
+        return {"true": Reach.ATTEMPT, "false": Reach.REQUEST}.get(should_retry or "", reach)
+    return reach
+
+
+def complaint_of(answer: Answer, value: Any) -> Complaint:
+    """Say in one form what any server says in its own: see `_error_object` for the shapes."""
+    error = _error_object(value)
+    if error is None:
+        status = answer.status if answer.status >= 400 else 500
+        text = f"an error that cannot be read: {description(answer)}"
+        return Complaint(status=status, type=f"http_{status}", message=text, is_structured=False)
+    code = member(error.get("details"), "error_code") or error.get("code")
+    kind = word(error.get("type")) or word(error.get("status"))
+    status = answer.status if answer.status >= 400 else status_of(code, kind)
+    message = error.get("message")
+    said = printable(message, MAX_MESSAGE) if isinstance(message, str) else ""
+    return Complaint(
+        status=status,
+        type=kind or f"http_{status}",
+        code=word(code),
+        message=said or description(answer),
+    )
+
+
+def status_of(code: Any, kind: str | None) -> int:
+    """Return the HTTP status of an error inside a 200: by its numeric code, else its type, else 500."""
+    if isinstance(code, int) and 400 <= code < 600:
+        return code
+    return _STATUSES.get(kind or "", 500)
+
+
+def _error_object(value: Any) -> Mapping[str, Any] | None:
+    """Find the object that explains an error; None where there is none. The cases:
+
+    `{"error": {…}}` (Anthropic, OpenAI, Azure, OpenRouter), the same in a list (Gemini); `{"error": "text"}`
+    (Ollama); `{"detail": "text" | {…} | [{"loc", "msg"}…]}` (FastAPI); `{"message": "text", …}` (older vLLM).
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, dict):
+        return None
+    error = value.get("error") or value.get("detail")
+    if isinstance(error, dict):
+        return error
+    if isinstance(error, str):
+        return {**value, "message": error}
+    if isinstance(error, list):
+        return {**value, "message": "; ".join(map(_validation_problem, error))}
+    return value if isinstance(value.get("message"), str) else None
+
+
+def _validation_problem(problem: Any) -> str:
+    """Return `body.messages: field required` for FastAPI's `{"loc": ["body", "messages"], "msg": …}`."""
+    place, message = member(problem, "loc"), member(problem, "msg")
+    if not isinstance(place, list) or not isinstance(message, str):
+        return str(problem)
+    return f"{'.'.join(map(str, place))}: {message}"
+
+
+def description(answer: Answer) -> str:
+    kind = printable(answer.headers.get("content-type", "none"), MAX_WORD)
+    return f"status {answer.status}, content-type {kind}, {len(answer.body):,} bytes: {excerpt(answer.body)!r}"
+
+
+def member(value: Any, name: str) -> Any:
+    """Return a field of a value that need not be an object."""
+    return value.get(name) if isinstance(value, dict) else None

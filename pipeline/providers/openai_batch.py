@@ -1,0 +1,200 @@
+"""OpenAI's Batch API: https://platform.openai.com/docs/guides/batch (July 2026).
+
+A chunk is uploaded as a file, a batch is made of the file, and the results are two files more: one of answers and one
+of errors, either of which may not be there. A batch keeps metadata: by it one is found whose making was not confirmed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import orjson
+
+from pipeline.core.config import Endpoint
+from pipeline.core.errors import OpenAIAPIError, ProviderError, Reach
+from pipeline.core.types import Answer, Call
+from pipeline.providers import batch as batches
+from pipeline.providers import responses as answers
+from pipeline.providers.base import Headers
+from pipeline.providers.batch import Batch, Ending, Outcome, Problem
+from pipeline.providers.error_mapping import member
+from pipeline.providers.openai import RULES
+from pipeline.providers.outside import MAX_MESSAGE, printable, word
+from pipeline.providers.responses import Malformed
+
+T = TypeVar("T")
+
+TAG = "pipeline_chunk"
+_ENDPOINT = "/v1/chat/completions"
+_PAGE = 100
+_LONGEST_NAME = 64
+_ENTRY = b'{"custom_id":%b,"method":"POST","url":"/v1/chat/completions","body":%b}'
+_ENDED = ("completed", "failed", "expired", "cancelled")
+_ENDINGS: Mapping[str, Ending] = {
+    "expired": "expired",
+    "batch_expired": "expired",
+    "cancelled": "cancelled",
+    "batch_cancelled": "cancelled",
+}
+_QUEUE_LIMIT = re.compile(r"Limit: ([0-9,]{1,20}) enqueued tokens")
+_WAITS = ("token_limit_exceeded", "too_many_batches", "rate_limit_exceeded")
+
+
+class OpenAIBatches:
+    """`BatchCodec` for endpoints that speak OpenAI's protocol."""
+
+    max_requests = 50_000
+    max_bytes = 199_999_000  # 200 MB, less what stands around the requests
+    is_for_one_model = True
+    has_tags = True
+    separator = b"\n"
+
+    def name(self, nonce: str, custom_id: str, digest: str) -> str:
+        return custom_id if len(custom_id) <= _LONGEST_NAME else digest
+
+    def entry(self, name: str, body: bytes) -> bytes:
+        return _ENTRY % (orjson.dumps(name), body)
+
+    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> Call:
+        boundary = f"pipeline-{nonce}"
+        head = (
+            f'--{boundary}\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{nonce}.jsonl"\r\n'
+            "content-type: application/jsonl\r\n\r\n"
+        )
+        return Call(
+            method="POST",
+            url=batches.address(endpoint, "files"),
+            headers=batches.with_header(headers, "content-type", f"multipart/form-data; boundary={boundary}"),
+            body=head.encode(),
+            tail=f"\n\r\n--{boundary}--\r\n".encode(),
+        )
+
+    def uploaded(self, answer: Answer) -> str:
+        return _read(answer, lambda file: batches.named(file, "id"))
+
+    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> Call:
+        wanted = {
+            "input_file_id": file_id,
+            "endpoint": _ENDPOINT,
+            "completion_window": "24h",
+            "metadata": {TAG: nonce},
+        }
+        return Call(method="POST", url=batches.address(endpoint, "batches"), headers=headers, body=orjson.dumps(wanted))
+
+    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> Call:
+        return Call(method="GET", url=_url(endpoint, id), headers=headers)
+
+    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> Call:
+        return Call(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
+
+    def batch(self, answer: Answer) -> Batch:
+        return _read(answer, _batch)
+
+    def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> Call:
+        query = f"?limit={_PAGE}" + (f"&after={quote(after, safe='')}" if after else "")
+        return Call(method="GET", url=batches.address(endpoint, "batches") + query, headers=headers)
+
+    def listed(self, answer: Answer) -> tuple[Sequence[Batch], bool]:
+        return _read(answer, partial(batches.page, _batch))
+
+    def download(self, endpoint: Endpoint, headers: Headers, file: str) -> Call:
+        return Call(method="GET", url=batches.address(endpoint, file), headers=headers)
+
+    def refusal(self, answer: Answer) -> ProviderError:
+        return answers.refusal(answer, OpenAIAPIError, RULES)
+
+    def outcome(self, line: bytes) -> Outcome:
+        """Read `{"custom_id", "response": {"status_code", "request_id", "body"} | null, "error": {"code"…} | null}`."""
+        name, value = batches.result_line(line)
+        response, error = value.get("response"), value.get("error")
+        if isinstance(response, dict):
+            status = response.get("status_code")
+            request_id = batches.text(response, "request_id")
+            headers = {"x-request-id": request_id} if request_id else {}
+            return Outcome(
+                name=name,
+                answer=Answer(status=status if type(status) is int else 0, headers=headers, body=_body(response)),
+            )
+        if ending := _ENDINGS.get(str(member(error, "code"))):
+            return Outcome(name=name, ending=ending)
+        if isinstance(error, dict):
+            return Outcome(name=name, answer=Answer(status=_status(error), body=batches.encoded({"error": error})))
+        return Outcome(name=name, answer=batches.unusable("neither a response nor an error"))
+
+    def belongs(self, nonce: str, line: bytes) -> bool:
+        return True
+
+    def queue_limit(self, problem: Problem) -> int | None:
+        match = _QUEUE_LIMIT.search(problem.message)
+        return int(match[1].replace(",", "")) if match else None
+
+    def failure(self, problem: Problem) -> ProviderError:
+        """Return the error of a failed batch; one that only came too early may be made again later."""
+        body = orjson.dumps({"error": {"message": problem.message, "type": problem.code, "code": problem.code}})
+        answer = Answer(status=400, body=body)
+        error = answers.refused(answer, orjson.loads(body), OpenAIAPIError, RULES)
+        if problem.code in _WAITS:
+            error.reach = Reach.ATTEMPT
+        return error
+
+
+def _url(endpoint: Endpoint, id: str) -> str:
+    return batches.address(endpoint, f"batches/{quote(id, safe='')}")
+
+
+def _read(answer: Answer, reader: Callable[[Mapping[str, Any]], T]) -> T:
+    return batches.read(answer, reader, OpenAIAPIError, RULES)
+
+
+def _batch(value: Any) -> Batch:
+    """Read a batch; `""` for a file that is not there counts as none."""
+    if not isinstance(value, dict):
+        raise Malformed("a batch that is not an object")
+    status = batches.named(value, "status")
+    counts = value.get("request_counts")
+    files = [id for name in ("output_file_id", "error_file_id") if (id := batches.text(value, name))]
+    return Batch(
+        id=batches.named(value, "id"),
+        status=status,
+        is_ended=status in _ENDED,
+        total=batches.counted(counts, "total"),
+        succeeded=batches.counted(counts, "completed"),
+        failed=batches.counted(counts, "failed"),
+        created_at=batches.from_unix(value.get("created_at")),
+        expires_at=batches.from_unix(value.get("expires_at")),
+        files=tuple(f"files/{quote(id, safe='')}/content" for id in files),
+        ending=_ENDINGS.get(status),
+        problems=_problems(value) if status == "failed" else (),
+        tag=batches.text(metadata, TAG) if isinstance(metadata := value.get("metadata"), dict) else None,
+    )
+
+
+def _problems(value: Mapping[str, Any]) -> Sequence[Problem]:
+    """Return why validation failed; at least one reason."""
+    listed = member(value.get("errors"), "data")
+    found = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    problems = [
+        Problem(
+            code=word(each.get("code")),
+            message=printable(str(each.get("message") or "no reason is given"), MAX_MESSAGE),
+            line=each["line"] if type(each.get("line")) is int and each["line"] > 0 else None,
+        )
+        for each in found
+    ]
+    return tuple(problems) or (Problem(code=None, message="the batch failed, and the provider does not say why"),)
+
+
+def _body(response: Mapping[str, Any]) -> bytes:
+    """Return the body of a response; some compatible servers write it as a text of JSON."""
+    body = response.get("body")
+    return body.encode("utf-8", "replace") if isinstance(body, str) else batches.encoded(body)
+
+
+def _status(error: Mapping[str, Any]) -> int:
+    code = error.get("code")
+    return code if type(code) is int and 400 <= code < 600 else 500

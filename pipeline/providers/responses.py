@@ -1,0 +1,194 @@
+"""What comes back from a provider -> the JSON object of a reply, or the error that it is instead."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from pipeline.core import jsonl
+from pipeline.core.errors import LineError, ProviderError, Reach, TransportError
+from pipeline.core.types import Answer, Usage
+from pipeline.providers.error_mapping import Rule, complaint_of, description, member, reach_of
+from pipeline.providers.outside import MAX_WORD, printable, word
+from pipeline.providers.rate_limit_headers import retry_after
+
+MAX_TOKENS = 10**9
+"""More tokens than any answer can have: a number beyond it is a server's mistake."""
+
+_MOST_DIGITS = 309
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_REQUEST_IDS = ("request-id", "x-request-id", "apim-request-id")
+# A gateway that gave up waiting: the provider behind it may have finished the work.
+_GAVE_UP = (504, 524)
+
+
+class Malformed(Exception):
+    """A 200 whose body is not what the protocol promises; the message says where."""
+
+
+def accepted(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) -> tuple[dict[str, Any], bytes]:
+    """Return the JSON object of a 200 and its text; everything else raises `error`.
+
+    The text is the body byte for byte, unless that is not strict JSON (see `_mended`).
+    """
+    value, raw = parsed(answer.body)
+    if 300 <= answer.status < 400:
+        raise _redirect(answer, error)
+    if answer.status >= 400 or member(value, "error") or member(value, "type") == "error":
+        raise refused(answer, value, error, rules)
+    if answer.status != 200 or not isinstance(value, dict):
+        raise invalid_response(answer, error, "not a JSON object")
+    if raw.count(b"[") + raw.count(b"{") > jsonl.MAX_DEPTH and jsonl.is_too_deep(value):
+        # It would go into a result line that nobody can read again.
+        raise invalid_response(answer, error, f"nested more than {jsonl.MAX_DEPTH} deep")
+    return value, raw
+
+
+def refusal(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
+    """Return the error for an answer that is not the file that was asked for."""
+    if 300 <= answer.status < 400:
+        return _redirect(answer, error)
+    return refused(answer, parsed(answer.body)[0], error, rules)
+
+
+def refused(answer: Answer, value: Any, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
+    """Return the error for an answer that says one; `value` is its JSON, None if it is none."""
+    complaint = complaint_of(answer, value)
+    return error(
+        complaint.message,
+        type=complaint.type,
+        code=complaint.code,
+        reach=reach_of(complaint, rules, answer.headers.get("x-should-retry")),
+        status=answer.status,
+        request_id=request_id(answer.headers) or word(member(value, "request_id")),
+        retry_after=retry_after(answer.headers),
+        may_be_billed=answer.status < 300 or answer.status in _GAVE_UP,
+    )
+
+
+def invalid_response(answer: Answer, error: type[ProviderError], reason: str) -> ProviderError:
+    """Return the error for an answer that is no reply and no error either; the work may be billed."""
+    return error(
+        f"unusable answer, {reason}: {description(answer)}",
+        type="invalid_response",
+        reach=Reach.ATTEMPT,
+        status=answer.status,
+        request_id=request_id(answer.headers),
+        retry_after=retry_after(answer.headers),
+        may_be_billed=True,
+    )
+
+
+def usage_of(answer: Answer, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
+    """Return the usage in an answer that could not be used, None where it tells none that can be."""
+    value, _ = parsed(answer.body)
+    try:
+        return read(value) if isinstance(value, dict) else None
+    except Malformed:
+        return None
+
+
+def lost(error: TransportError, kind: type[ProviderError]) -> ProviderError:
+    """Return the provider's error for an answer that never came; what was sent may be billed."""
+    return kind(error.message, type=error.type, reach=error.reach, may_be_billed=error.is_sent)
+
+
+def request_id(headers: Mapping[str, str]) -> str | None:
+    """Return the provider's name for a request, from the headers of its answer."""
+    for name in _REQUEST_IDS:
+        if found := word(headers.get(name)):
+            return found
+    return None
+
+
+def count(usage: Mapping[str, Any], name: str) -> int | None:
+    """Return a number of tokens, None where it is not told; `Malformed` for what cannot be one."""
+    value = usage.get(name)
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= MAX_TOKENS:
+        raise Malformed(f"usage.{name} is {printable(repr(value), MAX_WORD)}")
+    return value
+
+
+def believable(usage: Callable[[Mapping[str, Any]], Usage | None], message: Mapping[str, Any]) -> Usage | None:
+    """Return the usage that a function reads from a message, None where it tells what cannot be.
+
+    Wrong numbers are no reason to throw an answer away and pay for another.
+    """
+    try:
+        return usage(message)
+    except Malformed:
+        return None
+
+
+def optional_object(owner: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object of an answer, empty where it is null or absent; `Malformed` for anything else."""
+    value = owner.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise Malformed(f"{name} is not an object")
+    return value
+
+
+def arguments(value: Any) -> Any:
+    """Return the arguments of a tool call, parsed where that loses nothing, else as they came."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return jsonl.loads(value.encode())
+    except (LineError, ValueError):
+        return value
+
+
+def _redirect(answer: Answer, error: type[ProviderError]) -> ProviderError:
+    """Return the error for a redirect: following it would carry key and conversation to another address."""
+    location = answer.headers.get("location", "")
+    try:
+        target = urlsplit(location).hostname or location
+    except ValueError:
+        target = location
+    return error(
+        f"the server redirects to {printable(target, MAX_WORD)!r}, and no redirect is followed: "
+        "set base_url of this provider to the right address",
+        type="redirect",
+        reach=Reach.RUN,
+        status=answer.status,
+        request_id=request_id(answer.headers),
+    )
+
+
+# ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parsed(body: bytes) -> tuple[Any, bytes]:
+    """Return the JSON value of a body and its text; the value is None where the body is not JSON."""
+    try:
+        return orjson.loads(body), body
+    except orjson.JSONDecodeError:
+        try:
+            return _mended(body)
+        except (ValueError, RecursionError):
+            return None, body
+
+
+def _integer(digits: str) -> int | None:
+    """Return an integer, None where it is larger than any float: strict readers refuse a text that holds one."""
+    return int(digits) if len(digits) < _MOST_DIGITS else None
+
+
+def _mended(body: bytes) -> tuple[Any, bytes]:
+    """Read what orjson refuses: lone surrogates, broken UTF-8, NaN. It is paid for, and must not be lost.
+
+    What cannot be written as JSON again, or not read again by a strict reader, becomes U+FFFD, or null for a number.
+    """
+    value = json.loads(body.decode("utf-8-sig", "replace"), parse_int=_integer)
+    text = _SURROGATES.sub("\ufffd", json.dumps(value, ensure_ascii=False))
+    mended = json.loads(text, parse_constant=lambda name: None)
+    return mended, jsonl.dumps(mended)

@@ -1,0 +1,152 @@
+"""What is checked in a line before it is sent, and small tools to read JSON whose shape nobody promised."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pipeline.core.config import RequestDefaults
+from pipeline.core.errors import LineError
+from pipeline.providers.outside import MAX_WORD, printable
+
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
+LEADING_ROLES = ("system", "developer")
+_FORBIDDEN = frozenset({"base_url", "api_base", "url", "headers", "api_key", "extra_headers"})
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message: its repr, cut where it is long."""
+    return reprlib.repr(value)
+
+
+def completed(fields: Mapping[str, Any], defaults: RequestDefaults) -> dict[str, Any]:
+    """Return a line without null fields and `stream: false`, with the defaults for what it does not say."""
+    line = {name: value for name, value in fields.items() if value is not None}
+    check_route(line)
+    if line.pop("stream", False) is not False:
+        raise LineError("stream must be false or absent: a batch waits for whole answers")
+    if defaults.temperature is not None:
+        line.setdefault("temperature", defaults.temperature)
+    if defaults.max_tokens is not None and not any(name in line for name in LIMIT_FIELDS):
+        line["max_tokens"] = defaults.max_tokens
+    if defaults.system is not None and not _has_system(line):
+        line["system"] = defaults.system
+    return line
+
+
+def check_line(line: Mapping[str, Any], roles: Collection[str], max_temperature: float) -> None:
+    """Check what every portable line must keep to; `LineError` names the field."""
+    _check_messages(line.get("messages"), roles)
+    if "system" in line:
+        _check_system(line["system"])
+    if "temperature" in line:
+        _check_temperature(line["temperature"], max_temperature)
+    for name in LIMIT_FIELDS:
+        if name in line and (type(line[name]) is not int or line[name] < 1):
+            raise LineError(f"{name} must be a whole number of at least 1, not {shown(line[name])}")
+
+
+def check_model(model: Any) -> None:
+    """Check that a model is named."""
+    if not isinstance(model, str) or not model.strip():
+        raise LineError(f"model must be a non-empty string, not {shown(model)}")
+
+
+def check_route(fields: Mapping[str, Any]) -> None:
+    """Refuse a line that says where it goes: input must not choose who gets keys and conversations."""
+    if not _FORBIDDEN.isdisjoint(fields):
+        names = ", ".join(sorted(_FORBIDDEN.intersection(fields)))
+        raise LineError(f'{names}: not for a line to say; name the endpoint in config.yaml, and here as "provider"')
+
+
+def check_own_body(body: Mapping[str, Any]) -> None:
+    """Check the shape of a body in a provider's own dialect, no more: the provider is the judge."""
+    check_route(body)
+    check_model(body.get("model"))
+    items(body.get("messages"), "messages")
+    if body.get("stream"):
+        raise LineError("stream must be false or absent: a batch waits for whole answers")
+
+
+def no_counterpart(
+    where: str, provider: str, advice: str = "remove it, or send the line to another provider"
+) -> LineError:
+    """Return the error for something that the other provider's dialect cannot say."""
+    return LineError(f"{printable(where, MAX_WORD)} has no counterpart in {provider}'s dialect; {advice}")
+
+
+def text(value: Any, where: str) -> str:
+    """Return a value that must be a string."""
+    if not isinstance(value, str):
+        raise LineError(f"{where} must be a string, not {shown(value)}")
+    return value
+
+
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """Return a value that must be an object."""
+    if not isinstance(value, dict):
+        raise LineError(f"{where} must be an object, not {shown(value)}")
+    return value
+
+
+def items(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return a value that must be a non-empty list of objects."""
+    if not isinstance(value, list) or not value:
+        raise LineError(f"{where} must be a non-empty list of objects, not {shown(value)}")
+    for index, item in enumerate(value):
+        mapping(item, f"{where}[{index}]")
+    return value
+
+
+def without(value: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return a copy of an object without some of its fields."""
+    return {name: item for name, item in value.items() if name not in names}
+
+
+def put(body: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field that several fields may become: objects are joined, a contradiction is an error."""
+    present = body.get(name)
+    if isinstance(present, dict) and isinstance(value, dict):
+        joined = dict(present)
+        for key, item in value.items():
+            put(joined, key, item)
+        body[name] = joined
+    elif name in body and present != value:
+        raise LineError(f"two fields of this line set {name}: to {shown(present)} and to {shown(value)}")
+    else:
+        body[name] = value
+
+
+def _has_system(line: Mapping[str, Any]) -> bool:
+    messages = line.get("messages")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return "system" in line or (isinstance(first, dict) and first.get("role") in LEADING_ROLES)
+
+
+def _check_messages(messages: Any, roles: Collection[str]) -> None:
+    for index, message in enumerate(items(messages, "messages")):
+        role = message.get("role")
+        if not isinstance(role, str) or role not in roles:
+            raise LineError(f"messages[{index}].role must be one of {', '.join(roles)}, not {shown(role)}")
+        content = message.get("content")
+        if isinstance(content, str):
+            continue
+        if content is not None:
+            items(content, f"messages[{index}].content")
+        elif role != "assistant" or not (message.get("tool_calls") or message.get("function_call")):
+            raise LineError(f"messages[{index}] has no content" + (" and no tool_calls" if role == "assistant" else ""))
+
+
+def _check_system(system: Any) -> None:
+    if isinstance(system, str):
+        return
+    for index, block in enumerate(items(system, "system")):
+        if block.get("type") != "text":
+            raise LineError(f"system[{index}].type must be 'text', not {shown(block.get('type'))}")
+        text(block.get("text"), f"system[{index}].text")
+
+
+def _check_temperature(value: Any, maximum: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= maximum:
+        raise LineError(f"temperature must be a number from 0 to {maximum:g}, not {shown(value)}")

@@ -1,0 +1,1 @@
+"""Results, safely on disk."""

@@ -1,0 +1,481 @@
+"""Result -> its line in the results file, in three dialects, and back to what a later run must know. Pure.
+
+Every dialect carries `digest`, the identity of the request that was answered: with `custom_id` it is the key of
+resuming. The provider's own answer goes in untouched, spliced as bytes; in the dialect of the other provider's batch
+API it is rewritten in that provider's terms, so that tools which read such files need no second reader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from io import BufferedReader
+from typing import Any
+
+import orjson
+
+from pipeline.core import jsonl, money
+from pipeline.core.errors import LineError
+from pipeline.core.types import Attempt, Cost, Failure, OutputFormat, Reply, Request, Result, Usage, wasted
+
+MAX_LINE_BYTES = 1024 * 1024 * 1024
+BEGINNINGS = (b'{"custom_id":', b'{"id":"batch_req_')
+"""How the lines of all dialects begin."""
+
+_ANTHROPIC_STOP = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
+_OPENAI_STOP = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "pause_turn": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a result line says about identity, outcome and tokens: all that resuming and totals need."""
+
+    custom_id: str
+    digest: str
+    success: bool
+    is_invalid: bool = False
+    provider: str | None = None
+    model: str | None = None
+    lane: str = "live"
+    usage: Usage | None = None
+    cost: Cost = field(default_factory=Cost)
+    attempts: int = 0
+    failed_attempts: Sequence[Attempt] = ()
+    run: str | None = None
+    completed_at: str = ""
+
+    @property
+    def wasted(self) -> Sequence[tuple[Usage, int | None]]:
+        """What failed attempts used and cost (nano-dollars), as far as their answers told it."""
+        return wasted(self.failed_attempts)
+
+
+def encode(
+    result: Result, form: OutputFormat, *, run_id: str = "", echo_request: bool = False, is_simulated: bool = False
+) -> bytes:
+    """Return the line of a result, with its line end; `run_id` names the run that it belongs to."""
+    line = _ENCODERS[form](result)
+    line["run"] = run_id
+    if is_simulated:
+        line["simulated"] = True
+    if echo_request and result.request:
+        line["request"] = orjson.Fragment(result.request.body)
+    try:
+        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    except (
+        TypeError,
+        RecursionError,
+    ):  # an integer beyond 64 bits, or very deep nesting, in somebody's metadata or tool arguments
+        return orjson.dumps({name: _spelled(value) for name, value in line.items()}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def copy(line: bytes, request: Request, *, run_id: str, at: str) -> bytes:
+    """Return the result line of a request whose equal has one: the same outcome, for nothing; `copy_of` names that."""
+    value = json.loads(line)
+    own = {"custom_id": request.custom_id, "line": request.line, "source": request.source, "metadata": request.metadata}
+    free = {"attempts": 0, "cost_usd": 0, "run": run_id, "completed_at": at}
+    copied = (
+        value | {name: new for name, new in (own | free).items() if name in value} | {"copy_of": value["custom_id"]}
+    )
+    for name in ("failed_attempts", "latency_s", "saved_usd"):
+        copied.pop(name, None)
+    if copied.get("usage"):
+        copied["usage"] = dict.fromkeys((*_USAGE_FIELDS, "total_tokens"), 0)
+    if copied.get("error"):
+        copied["error"] = copied["error"] | {"attempts": []}
+    return jsonl.dumps(copied) + b"\n"
+
+
+def decode(line: bytes) -> Record:
+    """Read a result line of any dialect back; `LineError` when it is not one."""
+    try:
+        value = orjson.loads(line)
+        return _checked(_DECODERS[_dialect(value)](value))
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, OverflowError) as exc:
+        raise LineError(f"not a result line: {exc}") from exc
+
+
+def decode_or_none(line: bytes) -> Record | None:
+    """Read a result line back; None when it is not one."""
+    try:
+        return decode(line)
+    except LineError:
+        return None
+
+
+def read(file: BufferedReader) -> Iterator[tuple[int, bytes, Record | None]]:
+    """Yield where each line begins, the line without its end, and what it says; None where it is no result."""
+    offset = file.tell()
+    for line, length in jsonl.lines(file, MAX_LINE_BYTES):
+        yield offset, line, decode_or_none(line)
+        offset += length + 1
+
+
+# ── encoding ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _native(result: Result) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "custom_id": result.custom_id,
+        "line": result.line,
+        "success": result.success,
+        "provider": result.provider,
+        "model": result.model,
+    }
+    if reply := result.reply:
+        line["content"] = reply.content
+        line["finish_reason"] = reply.finish_reason
+        line["truncated"] = reply.truncated
+        if reply.refusal is not None:
+            line["refusal"] = reply.refusal
+        if reply.tool_calls:
+            line["tool_calls"] = [{"id": t.id, "name": t.name, "arguments": t.arguments} for t in reply.tool_calls]
+        line["usage"] = _usage(reply.usage)
+        line["cost_usd"] = _usd(result.cost.nanos)
+        if result.cost.saved:
+            line["saved_usd"] = _usd(result.cost.saved)
+        line["lane"] = result.lane
+        if result.batch_id:
+            line["batch_id"] = result.batch_id
+    elif failure := result.failure:
+        line["error"] = _error(failure)
+    line["attempts"] = result.attempts
+    if result.reply and result.failed_attempts:
+        line["failed_attempts"] = [attempt_as_dict(attempt) for attempt in result.failed_attempts]
+    if result.latency_s is not None:
+        line["latency_s"] = round(result.latency_s, 3)
+    if result.reply:
+        line["request_id"] = result.reply.request_id
+    line["completed_at"] = result.completed_at
+    line["metadata"] = result.metadata
+    line["source"] = result.source
+    line["digest"] = result.digest
+    if result.reply:
+        line["response"] = orjson.Fragment(jsonl.one_line(result.reply.raw))
+    return line
+
+
+def _openai_batch(result: Result) -> dict[str, Any]:
+    line: dict[str, Any] = {"id": f"batch_req_{result.digest}", "custom_id": result.custom_id}
+    reply, failure = result.reply, result.failure
+    if reply:
+        body = _own_or(result, reply, "choices", _as_chat_completion)
+        line["response"] = {"status_code": 200, "request_id": reply.request_id, "body": body}
+        line["error"] = None
+    elif (
+        failure and failure.status and failure.status >= 400
+    ):  # of a 200 that could not be used no reader may think well
+        error = {"message": failure.message, "type": failure.type, "param": None, "code": failure.code}
+        line["response"] = {"status_code": failure.status, "request_id": failure.request_id, "body": {"error": error}}
+        line["error"] = None
+    elif failure:
+        line["response"] = None
+        line["error"] = {"code": failure.type, "message": failure.message}
+    return line | _tail(result)
+
+
+def _anthropic_batch(result: Result) -> dict[str, Any]:
+    reply, failure = result.reply, result.failure
+    if reply:
+        outcome: dict[str, Any] = {"type": "succeeded", "message": _own_or(result, reply, "stop_reason", _as_message)}
+    else:
+        assert failure is not None
+        error = {"type": failure.type, "message": failure.message}
+        outcome = {
+            "type": "errored",
+            "error": {"type": "error", "error": error, "request_id": failure.request_id},
+        }
+    return {"custom_id": result.custom_id, "result": outcome} | _tail(result)
+
+
+def _tail(result: Result) -> dict[str, Any]:
+    """What a later run must know and the batch dialects have no place for."""
+    tail = {
+        "digest": result.digest,
+        "line": result.line,
+        "provider": result.provider,
+        "model": result.model,
+        "lane": result.lane,
+        "usage": _usage(result.usage),
+        "cost_usd": _usd(result.cost.nanos),
+        "attempts": result.attempts,
+        "completed_at": result.completed_at,
+    }
+    if result.batch_id:
+        tail["batch_id"] = result.batch_id
+    if result.cost.saved:
+        tail["saved_usd"] = _usd(result.cost.saved)
+    if result.failed_attempts:
+        tail["failed_attempts"] = [attempt_as_dict(attempt) for attempt in result.failed_attempts]
+    return tail
+
+
+_ENCODERS = {
+    OutputFormat.NATIVE: _native,
+    OutputFormat.OPENAI_BATCH: _openai_batch,
+    OutputFormat.ANTHROPIC_BATCH: _anthropic_batch,
+}
+
+
+def _usage(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    tokens: dict[str, Any] = {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "total_tokens": usage.total_tokens,
+        "cache_read_tokens": usage.cache_read_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+    }
+    if usage.cache_write_1h_tokens:
+        tokens["cache_write_1h_tokens"] = usage.cache_write_1h_tokens
+    if usage.web_searches:
+        tokens["web_searches"] = usage.web_searches
+    if usage.service_tier is not None:
+        tokens["service_tier"] = usage.service_tier
+    return tokens
+
+
+def _error(failure: Failure) -> dict[str, Any]:
+    return {
+        "type": failure.type,
+        "code": failure.code,
+        "status": failure.status,
+        "message": failure.message,
+        "request_id": failure.request_id,
+        "attempts": [attempt_as_dict(attempt) for attempt in failure.attempts],
+    }
+
+
+def attempt_as_dict(attempt: Attempt) -> dict[str, Any]:
+    """Return a failed attempt as it stands in result lines; `to_attempts` reads it back."""
+    values = asdict(attempt)
+    values["latency_s"] = round(attempt.latency_s, 3)
+    values["usage"] = _usage(attempt.usage)
+    values["cost_usd"] = _usd(values.pop("cost_nano"))
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _usd(nanos: int | None) -> float | None:
+    """Return nano-dollars as a number of dollars."""
+    return None if nanos is None else money.dollars(nanos)
+
+
+def _own_or(result: Result, reply: Reply, mark: str, rewrite: Callable[[Result, Reply], dict[str, Any]]) -> Any:
+    """Return the answer untouched if it is in the dialect that has the key `mark`, else rewritten."""
+    is_own = f'"{mark}"'.encode() in reply.raw and mark in orjson.loads(reply.raw)
+    return orjson.Fragment(jsonl.one_line(reply.raw)) if is_own else rewrite(result, reply)
+
+
+def _as_chat_completion(result: Result, reply: Reply) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": reply.refusal}
+    if reply.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": jsonl.dumps(call.arguments).decode()},
+            }
+            for call in reply.tool_calls
+        ]
+    finish = _OPENAI_STOP.get(reply.finish_reason or "", reply.finish_reason)
+    completion: dict[str, Any] = {
+        "id": _answer_id(reply),
+        "object": "chat.completion",
+        "created": int(datetime.fromisoformat(result.completed_at).timestamp()),
+        "model": result.model,
+        "choices": [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}],
+    }
+    if usage := reply.usage:
+        completion["usage"] = {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.total_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        }
+    return completion
+
+
+def _as_message(result: Result, reply: Reply) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": reply.content}] if reply.content else []
+    content += [
+        {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in reply.tool_calls
+    ]
+    message: dict[str, Any] = {
+        "id": _answer_id(reply),
+        "type": "message",
+        "role": "assistant",
+        "model": result.model,
+        "content": content,
+        "stop_reason": _ANTHROPIC_STOP.get(reply.finish_reason or "", reply.finish_reason),
+        "stop_sequence": None,
+    }
+    if reply.refusal is not None:
+        message["stop_reason"] = "refusal"
+        message["stop_details"] = {"type": "refusal", "category": None, "explanation": reply.refusal}
+    if usage := reply.usage:
+        message["usage"] = {
+            "input_tokens": usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens,
+            "output_tokens": usage.output_tokens,
+            "cache_creation_input_tokens": usage.cache_write_tokens,
+            "cache_read_input_tokens": usage.cache_read_tokens,
+        }
+    return message
+
+
+def _answer_id(reply: Reply) -> Any:
+    return orjson.loads(reply.raw).get("id")
+
+
+def _spelled(value: Any) -> Any:
+    """Return a value as the JSON text that the exact, slow encoder makes of it.
+
+    What is nested deeper than Python can follow is named in its place; the answer itself stands untouched beside it.
+    """
+    if isinstance(value, orjson.Fragment):
+        return value
+    try:
+        return orjson.Fragment(jsonl.dumps(value))
+    except RecursionError:
+        return "(nested too deep to be shown here; see response)"
+
+
+# ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _checked(found: Record) -> Record:
+    """Refuse values of other types than we write: later they would break what reads them."""
+    texts = (found.custom_id, found.digest, found.lane, found.provider or "", found.model or "")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(found.success, bool):
+        raise TypeError("a value has a wrong type")
+    return found
+
+
+def _dialect(value: Mapping[str, Any]) -> OutputFormat:
+    if "success" in value:
+        return OutputFormat.NATIVE
+    return OutputFormat.ANTHROPIC_BATCH if "result" in value else OutputFormat.OPENAI_BATCH
+
+
+def _from_native(value: Mapping[str, Any]) -> Record:
+    return Record(
+        custom_id=value["custom_id"],
+        digest=value["digest"],
+        success=value["success"],
+        is_invalid=value["provider"] is None,
+        provider=value["provider"],
+        model=value["model"],
+        lane=value.get("lane", "live"),
+        usage=_to_usage(value.get("usage")),
+        cost=_to_cost(value),
+        attempts=value.get("attempts", 0),
+        failed_attempts=to_attempts(value.get("failed_attempts") or value.get("error", {}).get("attempts")),
+        run=value.get("run"),
+        completed_at=value.get("completed_at", ""),
+    )
+
+
+def _from_openai_batch(value: Mapping[str, Any]) -> Record:
+    response = value["response"] or {}
+    body = response.get("body", {})
+    success = value["error"] is None and response.get("status_code") == 200 and "error" not in body
+    return _from_batch(value, success, body.get("model") if success else None)
+
+
+def _from_anthropic_batch(value: Mapping[str, Any]) -> Record:
+    outcome = value["result"]
+    success = outcome["type"] == "succeeded"
+    return _from_batch(value, success, outcome["message"].get("model") if success else None)
+
+
+def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> Record:
+    return Record(
+        custom_id=value["custom_id"],
+        digest=value["digest"],
+        success=success,
+        is_invalid=value["provider"] is None,
+        provider=value["provider"],
+        model=value.get("model") or model,
+        lane=value["lane"],
+        usage=_to_usage(value["usage"]),
+        cost=_to_cost(value),
+        attempts=value.get("attempts", 0),
+        failed_attempts=to_attempts(value.get("failed_attempts")),
+        run=value.get("run"),
+        completed_at=value.get("completed_at", ""),
+    )
+
+
+_DECODERS = {
+    OutputFormat.NATIVE: _from_native,
+    OutputFormat.OPENAI_BATCH: _from_openai_batch,
+    OutputFormat.ANTHROPIC_BATCH: _from_anthropic_batch,
+}
+_USAGE_FIELDS: Sequence[str] = (
+    "input_tokens",
+    "output_tokens",
+    "cache_read_tokens",
+    "cache_write_tokens",
+    "cache_write_1h_tokens",
+    "reasoning_tokens",
+    "web_searches",
+)
+
+
+def _to_usage(value: Mapping[str, Any] | None) -> Usage | None:
+    if value is None:
+        return None
+    counts: list[Any] = [value.get(name, 0) for name in _USAGE_FIELDS]
+    if set(map(type, counts)) != {int} or min(counts) < 0:
+        raise TypeError("a number of tokens is not a whole number")
+    tier = value.get("service_tier")
+    if not isinstance(tier, str | None):
+        raise TypeError("a service tier is not a text")
+    return Usage(**dict(zip(_USAGE_FIELDS, counts, strict=True)), service_tier=tier)
+
+
+def _to_cost(value: Mapping[str, Any]) -> Cost:
+    nanos = _to_nanos(value.get("cost_usd"))
+    return Cost(nanos=None if nanos is None or nanos < 0 else nanos, saved=_to_nanos(value.get("saved_usd")) or 0)
+
+
+def _to_nanos(dollars: Any) -> int | None:
+    """Return dollars as whole nano-dollars; what is no amount is unknown, never 0."""
+    return round(dollars * money.NANO) if type(dollars) in (int, float) else None
+
+
+def to_attempts(values: Sequence[Mapping[str, Any]] | None) -> Sequence[Attempt]:
+    """Read failed attempts back."""
+    return [
+        Attempt(
+            at=value.get("at", ""),
+            type=value.get("type", ""),
+            message=value.get("message", ""),
+            latency_s=value.get("latency_s", 0.0),
+            status=value.get("status"),
+            code=value.get("code"),
+            request_id=value.get("request_id"),
+            may_be_billed=value.get("may_be_billed") is True,
+            usage=_to_usage(value.get("usage")),
+            cost_nano=_to_nanos(value.get("cost_usd")),
+        )
+        for value in values or ()
+    ]

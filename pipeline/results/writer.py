@@ -1,0 +1,478 @@
+"""The one writer of results, and the one reader of what is already done.
+
+A result counts as done when its line is on the disk: lines are written whole, in groups, and synced before anybody is
+told. The same groups carry the intents of calls to the attempts journal (`journal`), so that one thread and one wait
+serve both. The file itself is locked, not a name beside it, so a dead holder blocks nobody and no second name leads
+around it.
+
+Nothing that was paid for is deleted: lines that a newer answer replaced go to `NAME.superseded.jsonl`. What a start
+would have to read line by line is kept in short in the index beside the file (`index`).
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+import anyio
+import orjson
+from anyio import to_thread
+
+from pipeline.core import files as disk
+from pipeline.core.errors import PipelineError, StorageError, UsageError
+from pipeline.core.hashing import FingerprintMap, FingerprintSet, fingerprint
+from pipeline.core.types import OutputFormat, Request, Result
+from pipeline.results import attempt_log as journal
+from pipeline.results import codec as results
+from pipeline.results import resume_index as index
+from pipeline.results.attempt_log import Journal, Sent
+from pipeline.results.codec import Record
+from pipeline.results.resume_index import Index, Segment, Stretch
+from pipeline.results.totals import Totals
+
+# A write and its sync are shared by the lines of a moment: one for every line would cost more than all the rest.
+_GROUP_LINES = 64
+_GROUP_SECONDS = 0.005
+SIDE_FILES = (".usage.json", journal.SUFFIX, ".superseded.jsonl", ".torn", index.SUFFIX)
+_FIRST_LOOK_BYTES = 1024 * 1024
+
+
+def key(custom_id: str, digest: str) -> int:
+    """Return the fingerprint under which a request is known to be done."""
+    return fingerprint(custom_id, digest)
+
+
+class Done:
+    """What a results file already holds: which requests are answered, which failed.
+
+    10 bytes for each line. `damaged` counts lines that are not results.
+    """
+
+    def __init__(self) -> None:
+        self._answered = FingerprintSet()
+        self._failed = FingerprintSet()
+        self._unsorted = {True: array("Q"), False: array("Q")}
+        self.lines = 0
+        self.damaged = 0
+
+    def add(self, request: int, *, success: bool) -> None:
+        """Note the result of a request, which is given by its `key`."""
+        self._unsorted[success].append(request)
+        self.lines += 1
+
+    def add_segment(self, segment: Segment) -> None:
+        self._unsorted[True].extend(segment.answered)
+        self._unsorted[False].extend(segment.failed)
+        self.lines += segment.lines
+        self.damaged += segment.damaged
+
+    def outcome(self, request: int) -> bool | None:
+        """Return True when a request was answered, False when it failed, None when it is not there."""
+        if self._unsorted[True] or self._unsorted[False]:
+            self.sort()
+        if request in self._answered:
+            return True
+        return False if request in self._failed else None
+
+    def sort(self) -> None:
+        """Make ready for questions, once what is known is noted."""
+        for items, known in ((self._unsorted[True], self._answered), (self._unsorted[False], self._failed)):
+            if items:
+                known.update(items)
+                del items[:]
+
+
+class Recorder:
+    """Appends results to one file; `on_done` hears of each result once it is safe on the disk.
+
+    `name` is what people call the output, `safe_bytes` how much of the file is on the disk.
+    `open` locks and repairs the file, `done` reads it, `begin` starts the journal, `run` writes until `close`.
+    One thread writes; it is never the one that slow name look-ups may fill.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        run_id: str,
+        form: OutputFormat = OutputFormat.NATIVE,
+        echo_request: bool = False,
+        is_simulated: bool = False,
+        sync: bool = True,
+        on_done: Callable[[Result], None],
+    ) -> None:
+        self.path = path
+        self.name = str(path)
+        self.safe_bytes = 0
+        self._run_id = run_id
+        self._form = form
+        self._echo_request = echo_request
+        self._is_simulated = is_simulated
+        self._sync = sync
+        self._on_done = on_done
+        self._file: disk.Appender | None = None
+        self._target = disk.target_of(
+            path
+        )  # once: a link that is changed meanwhile must not part what belongs together
+        self._journal = Journal(self._target, run_id, sync=sync)
+        self._index = Index(self._target)
+        self._stretches: list[Stretch] = []
+        self._lines: list[bytes] = []
+        self._results: list[Result | Record] = []
+        self._waiting = 0
+        self._arrival = anyio.Event()
+        self._full = anyio.Event()
+        self._written = anyio.Event()
+        self._is_closed = False
+        self._has_failed = False
+        self._thread = anyio.CapacityLimiter(1)
+
+    # ── opening ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def open(self) -> None:
+        """Lock the file and repair its tail.
+
+        Raises `TryLaterError` when another run holds it, `StorageError` or `UsageError` when it cannot be used.
+        """
+        self._file = disk.Appender(disk.open_locked(self._target), self.path, sync=self._sync)
+        try:
+            _refuse_foreign(self._file.fd, self.path)
+            disk.make_private(self._file.fd)
+            _repair_tail(self._file.fd, self.beside(".torn"))
+            disk.sync_directory(self._target.parent)
+            self.safe_bytes = os.fstat(self._file.fd).st_size
+        except OSError as exc:
+            raise StorageError(f"cannot repair {str(self.path)!r} or a file beside it: {exc.strerror}") from exc
+        self._journal.read()
+
+    @property
+    def address(self) -> str:
+        """Where the results are, told so that it holds in any directory."""
+        return str(self.path.absolute())
+
+    def beside(self, suffix: str) -> Path:
+        """Return the name of a file that belongs to the results and lies beside them."""
+        return disk.beside(self._target, suffix)
+
+    def done(self, totals: Totals) -> Done:
+        """Read what the file holds, as far as the index does not know it; every result is also counted in `totals`."""
+        done = Done()
+        run, calls = self._journal.unsettled()
+        requests = {key(*call): call for call in calls}
+        with self._reading() as file:
+            for segment in self._index.read(file, of_one_run=bool(calls)):
+                done.add_segment(segment)
+                totals.add_state(segment.totals)
+                if requests and segment.run == run:
+                    for request in requests.keys() & {*segment.answered, *segment.failed}:
+                        self._journal.settle(run, *requests[request])
+            for _, line, record in results.read(file):
+                request = 0
+                if record:
+                    request = key(record.custom_id, record.digest)
+                    done.add(request, success=record.success)
+                    self._journal.settle(record.run, record.custom_id, record.digest)
+                    totals.add(record)
+                elif line:
+                    done.damaged += 1
+                self._index.add(line + b"\n", request, record, record.run if record else None)
+        self._index.flush()
+        return done
+
+    @contextmanager
+    def _reading(self) -> Iterator[BufferedReader]:
+        """Open the file for reading; an error of the disk meanwhile is a `StorageError`."""
+        try:
+            with self._target.open("rb") as file:
+                yield file
+        except OSError as exc:
+            raise StorageError(f"cannot read {str(self.path)!r}: {exc.strerror}") from exc
+
+    def stretch_sizes(self) -> Callable[[bytes], int | None] | None:
+        """Return what tells how many bytes the stretch has that begins with a line of a checksum; None if none does."""
+        return self._index.size_of if len(self._index) else None
+
+    def stretch(self, mark: bytes, start: bytes) -> Stretch | None:
+        """Return what is known of a stretch of an input: by its checksum, and by that of its first line."""
+        return self._index.find(mark, start)
+
+    def set_aside(self) -> str | None:
+        """Move the file's content to a free name beside it and start empty; return the name, None if there is none.
+
+        The journal stays: calls that may be billed without an answer are still to be told. It is begun anew before
+        the results go, as without them it would accuse calls that they answer.
+        """
+        if os.fstat(self._open_file().fd).st_size == 0:
+            return None
+        aside = next(name for n in count(1) if not (name := self.beside(f".old-{n}.jsonl")).exists())
+        if self._journal.unsettled()[1]:
+            self.done(Totals())
+        self._journal.begin()
+        try:
+            os.rename(self._target, aside)
+        except OSError as exc:
+            raise StorageError(f"cannot set {str(self._target)!r} aside: {exc.strerror}") from exc
+        self._index.drop()
+        self.release()
+        self.open()
+        return str(aside)
+
+    def begin(self) -> None:
+        """Start the journal of this run, after `done`."""
+        self._journal.begin()
+
+    # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def append(self, *wanted: Result) -> None:
+        """Take results for writing; returns when they are on the disk."""
+        for result in wanted:
+            line = results.encode(
+                result,
+                self._form,
+                run_id=self._run_id,
+                echo_request=self._echo_request,
+                is_simulated=self._is_simulated,
+            )
+            self._lines.append(line)
+        self._results += wanted
+        await self._wait_written(len(wanted))
+
+    async def append_lines(self, lines: Sequence[bytes]) -> None:
+        """Take finished result lines; returns when they are on the disk. `on_done` does not hear of them."""
+        self._lines += lines
+        self._results += map(results.decode, lines)
+        await self._wait_written(len(lines))
+
+    def take_in(self, lines: Sequence[bytes], calls: Sequence[Sent] = ()) -> None:
+        """Take what was written and left in flight elsewhere before this run; to be called before `done`."""
+        data = b"".join(lines)
+        if data:
+            self._open_file().append(data)
+            self.safe_bytes += len(data)
+        self._journal.adopt(calls)
+
+    async def adopt(self, calls: Sequence[Sent]) -> None:
+        """Note calls of unknown outcome that were made elsewhere; returns when that is on the disk."""
+        self._journal.adopt(calls)
+        await self._wait_written(1)
+
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        """Note that a call is about to be made; returns when that is on the disk."""
+        self._journal.sending(request, attempt, at)
+        try:
+            await self._wait_written(1)
+        except BaseException:
+            self._journal.unbilled(request, attempt)  # cancelled before it was made
+            raise
+
+    def unbilled(self, request: Request, attempt: int) -> None:
+        """Note that a call came back and was not billed."""
+        self._journal.unbilled(request, attempt)
+
+    def keep(self, stretch: Stretch) -> None:
+        """Note that all lines of a stretch have results on the disk; the index learns it some time later."""
+        self._stretches.append(stretch)
+        if len(self._stretches) >= _GROUP_LINES:
+            self._arrival.set()
+
+    def unknown(self) -> tuple[Sent, ...]:
+        """Return the calls that may be billed without an answer, of this run and of earlier ones that crashed."""
+        return self._journal.unknown()
+
+    async def run(self) -> None:
+        """Write what comes until `close` was called and all is on the disk; cancelled, it still writes what came."""
+        try:
+            while not self._is_closed:
+                await self._arrival.wait()
+                if not self._is_closed and self._waiting < _GROUP_LINES:
+                    with anyio.move_on_after(_GROUP_SECONDS):
+                        await self._full.wait()
+                await self._write_group()
+        finally:
+            with anyio.CancelScope(shield=True):
+                if not self._has_failed:
+                    await self._write_group()
+                await to_thread.run_sync(self._finish_index, self._take_stretches(), limiter=self._thread)
+
+    async def _wait_written(self, count: int) -> None:
+        self._waiting += count
+        self._arrival.set()
+        if self._waiting >= _GROUP_LINES:
+            self._full.set()
+        await self._written.wait()
+
+    async def _write_group(self) -> None:
+        lines, self._lines = self._lines, []
+        done, self._results = self._results, []
+        written, self._written = self._written, anyio.Event()
+        self._waiting = 0
+        if not self._is_closed:
+            self._arrival, self._full = anyio.Event(), anyio.Event()
+        with anyio.CancelScope(shield=True):
+            group = (lines, done, self._journal.take(), self._take_stretches())
+            await to_thread.run_sync(self._write, *group, limiter=self._thread)
+        for result in done:
+            self._journal.finished(result.custom_id, result.digest)
+            if isinstance(result, Result):
+                self._on_done(result)
+        written.set()
+
+    def close(self) -> None:
+        """Say that no more results come."""
+        self._is_closed = True
+        self._arrival.set()
+        self._full.set()
+
+    def publish(self, totals: bytes) -> PipelineError | None:
+        """Bring results and totals to where others read them; return what kept any from there. Files are there."""
+        return None
+
+    def end(self) -> None:
+        """Close the journal, once the totals that list what is `unknown` are on the disk."""
+        self._journal.end()
+
+    def release(self) -> None:
+        """Give the files and the lock back."""
+        self._journal.release()
+        self._index.release()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(
+        self, lines: list[bytes], written: Sequence[Result | Record], calls: list[bytes], stretches: list[Stretch]
+    ) -> None:
+        """Write answers first: they are paid for, and a journal that finds no room must not cost them."""
+        data = b"".join(lines)
+        try:
+            if data:
+                self._open_file().append(data)
+                self.safe_bytes += len(data)
+            self._journal.write(calls)
+        except StorageError:
+            self._has_failed = True
+            raise
+        if data:
+            told = [(key(result.custom_id, result.digest), result) for result in written]
+            self._index.add_lines(data, told, self._run_id)
+        self._index.add_stretches(stretches)
+
+    def _finish_index(self, stretches: list[Stretch]) -> None:
+        self._index.add_stretches(stretches)
+        self._index.flush()
+
+    def _take_stretches(self) -> list[Stretch]:
+        taken, self._stretches = self._stretches, []
+        return taken
+
+    def _open_file(self) -> disk.Appender:
+        assert self._file is not None, "open() comes first"
+        return self._file
+
+    # ── tidying ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tidy(self, positions: FingerprintMap, ids: FingerprintSet, *, ordered: bool) -> int:
+        """Rewrite the file without superseded lines, in input order if asked; return how many lines went aside.
+
+        `positions` maps `key(custom_id, digest)` of the input's lines to their place in it, `ids` holds the
+        fingerprints of its ids. Of equal keys the last answer stays, without any the last failure. A line whose id the
+        input holds with another digest was replaced; a failure whose id is gone from the input is not worth keeping;
+        an answer whose id is gone is kept, as it was paid for.
+        """
+        staying, leaving = self._sort_out(positions, ids, ordered=ordered)
+        if leaving or ordered:
+            self._rewrite(staying, leaving)
+        return len(leaving)
+
+    def _rewrite(self, staying: Sequence[int], leaving: Sequence[int]) -> None:
+        """Make the file anew of the lines that begin at some offsets, once those that leave are kept elsewhere."""
+        with self._reading() as old:
+            if leaving:
+                superseded = self.beside(".superseded.jsonl")
+                try:
+                    disk.append_lines(superseded, (line_at(old, offset) for offset in leaving))
+                except OSError as exc:
+                    raise StorageError(f"cannot write {str(superseded)!r}: {exc.strerror}") from exc
+            self._replace(line_at(old, offset) for offset in staying)
+
+    def _sort_out(
+        self, positions: FingerprintMap, ids: FingerprintSet, *, ordered: bool
+    ) -> tuple[list[int], list[int]]:
+        """Return the offsets of the lines that stay, in their new order, and of those that leave."""
+        newest = array("q", [-1]) * len(positions)
+        is_answered = bytearray(len(positions))
+        extra: list[int] = []
+        leaving: list[int] = []
+        with self._reading() as file:
+            for here, line, record in results.read(file):
+                place = positions.get(key(record.custom_id, record.digest)) if record else None
+                if record and place is not None:
+                    left = here
+                    if record.success or not is_answered[place]:
+                        left, newest[place], is_answered[place] = newest[place], here, record.success
+                    if left >= 0:
+                        leaving.append(left)
+                elif record and record.success and fingerprint(record.custom_id) not in ids:
+                    extra.append(here)
+                elif line:
+                    leaving.append(here)
+        kept = [offset for offset in newest if offset >= 0]
+        return (kept + extra if ordered else sorted(kept + extra)), sorted(leaving)
+
+    def _replace(self, lines: Iterator[bytes]) -> None:
+        """Put a new file in the place of the old one."""
+        try:
+            fd = disk.replace(self._target, lines)
+        except OSError as exc:
+            raise StorageError(f"cannot rewrite {str(self.path)!r}: {exc.strerror}; it is as it was") from exc
+        self._open_file().close()
+        self._file = disk.Appender(fd, self.path, sync=self._sync)
+        self.safe_bytes = os.fstat(fd).st_size
+        self._index.drop()
+
+
+def _refuse_foreign(fd: int, path: Path) -> None:
+    """Refuse a file whose beginning is not ours: it is somebody's, and not to be repaired.
+
+    Ours holds a result among its whole lines or, where a crash left less than one, what begins like one.
+    """
+    *whole, rest = os.pread(fd, _FIRST_LOOK_BYTES, 0).split(b"\n")
+    if not (any(results.decode_or_none(line) for line in whole) if whole else _is_begun_result(rest.rstrip(b"\0"))):
+        raise UsageError(f"{str(path)!r} exists and holds no results; choose another -o, or move it away")
+
+
+def _is_begun_result(fragment: bytes) -> bool:
+    """Tell whether this may be what a crash left of a first line: a result, or less than a JSON text that is none."""
+    if results.decode_or_none(fragment) is not None:
+        return True
+    try:
+        orjson.loads(fragment)
+    except orjson.JSONDecodeError:
+        return any(fragment.startswith(begin[: len(fragment)]) for begin in results.BEGINNINGS)
+    return False
+
+
+def _repair_tail(fd: int, torn: Path) -> None:
+    """Make the file end with a whole line: after a crash its tail may be cut or full of NULs. That goes to `torn`."""
+    size = os.fstat(fd).st_size
+    if not size or os.pread(fd, 1, size - 1) == b"\n":
+        return
+    start = disk.last_line_start(fd, size)
+    tail = os.pread(fd, size - start, start)
+    if results.decode_or_none(tail) is not None:
+        disk.write_all(fd, b"\n")
+    else:
+        disk.append_lines(torn, [tail.rstrip(b"\0") + b"\n"])
+        os.ftruncate(fd, start)
+    os.fsync(fd)
+
+
+def line_at(file: BinaryIO, offset: int) -> bytes:
+    """Return the line of a file that begins at an offset, with its end."""
+    file.seek(offset)
+    return file.readline()

@@ -1,0 +1,98 @@
+"""The same job on many machines: parts of the input out to workers, their results back into one file.
+
+    spans ─▶ scan ─▶ work ─▶ collect          each worker runs the ordinary job (`pipeline.job`) on its span
+             └── Worker ──┘  Driver           into a file of its own; the driver is the one writer of the results
+
+`driver` deals out and collects, `worker` does one part, `quota` gives out shares of the limits, `claims` sees that ids
+stand once over all parts, `staging` is where the parts lie. None of these knows Ray: that is `ray_pool` alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from anyio import to_thread
+
+from pipeline.accounting.pricing import LIVE, Prices
+from pipeline.accounting.run_ledger import Books
+from pipeline.core import config as configuration
+from pipeline.core import object_store as stores
+from pipeline.core.config import Config
+from pipeline.core.errors import UsageError
+from pipeline.inputs import reader as read
+from pipeline.inputs.sources import can_be_read_again
+from pipeline.results.totals import Summary
+from pipeline.runner import wiring as assemble
+from pipeline.runner.base import Watch, place_of
+from pipeline.runner.cluster.driver import Driver
+from pipeline.runner.cluster.ray import LOCAL, Session
+from pipeline.runner.wiring import Options
+
+__all__ = ["Session", "run_batch"]
+
+
+async def run_batch(
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    output: str | os.PathLike[str],
+    ray: str | Session,
+    config: Config | None = None,
+    options: Options | None = None,
+    watch: Watch | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    handle_signals: bool = False,
+) -> Summary:
+    """Answer every line of the inputs on a Ray cluster: what `pipeline.run_batch` does here, and as resumable.
+
+    `ray` is the address of a cluster (`auto`, `HOST:PORT`, `ray://HOST:10001`), or `local`, or a session for several
+    runs. Output and inputs must be seen by all machines under the same names: on a shared file system, or at an object
+    store. Raises `UsageError` also where Ray is not installed or of another version than the cluster's,
+    `TryLaterError` where the cluster cannot be reached.
+    """
+    options = options or Options()
+    config = config or configuration.load()
+    session = ray if isinstance(ray, Session) else Session(ray)
+    _refuse(config, options, session.address)
+    place = place_of(output)
+    place = place if isinstance(place, str) else place.absolute()
+    sources = _sources([os.fspath(item) for item in inputs], place)
+    with assemble.settings_for(config, options) as settings:
+        books = Books(configuration.ledger_path(config))
+        driver = Driver(sources, place, settings, options, Prices(config), books, say)
+        if not session.is_open:
+            here = session.address == LOCAL
+            say("starting a Ray cluster on this machine" if here else f"joining the Ray cluster at {session.address}")
+        pool = await to_thread.run_sync(session.pool, settings, driver.run_id)
+        try:
+            return await driver.lead(pool, watch, handle_signals=handle_signals)
+        finally:
+            await to_thread.run_sync(pool.close)
+            if session is not ray:
+                await to_thread.run_sync(session.close)
+
+
+def _refuse(settings: Config, options: Options, ray: str) -> None:
+    """Refuse what needs one machine."""
+    if settings.lane != LIVE:
+        reason = f"--ray sends live: --lane {settings.lane} needs no cluster, the provider does the work"
+        raise UsageError(reason, hint="leave out --ray")
+    if options.dedupe:
+        reason = "--dedupe wants one machine: no worker sees what the others send"
+        raise UsageError(reason, hint="leave out --ray, or --dedupe")
+    if options.simulate and ray != "local":
+        raise UsageError(
+            "--simulate with --ray wants --ray local: machines cannot reach the simulator inside this command",
+            hint="start `pipeline simulate` where they can, and name it as base_url of the providers",
+        )
+
+
+def _sources(inputs: Sequence[str], output: str | Path) -> list[str]:
+    """Return the inputs as they are named on every machine."""
+    sources = read.sources(inputs, but=output)
+    for source in sources:
+        if not can_be_read_again(source):
+            reason = f"--ray wants inputs that all machines can read, and {source!r} can be read only once, and here"
+            raise UsageError(reason, hint="save it to a file that they all see, and give that")
+    return [source if stores.is_url(source) else os.path.abspath(source) for source in sources]

@@ -1,0 +1,508 @@
+"""The driver of a run on a cluster: has parts of the input done by workers and collects their results.
+
+The driver is the one writer of the results file, of the journal beside it and of the ledger. So a run on a cluster is
+resumed like any other, with --ray or without, and a line that has a result is sent by nobody. A worker that dies costs
+what it had in flight: its part is taken over as it lies there, and another does what is missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+import anyio.abc
+from anyio import to_thread
+
+from pipeline.accounting.pricing import Prices
+from pipeline.accounting.run_ledger import Books
+from pipeline.core import config
+from pipeline.core.config import Config
+from pipeline.core.errors import BudgetReachedError, PipelineError, StorageError, TryLaterError, UsageError
+from pipeline.core.hashing import FingerprintSet
+from pipeline.core.types import Claims
+from pipeline.dispatch.batch.store import Chunks
+from pipeline.dispatch.live.sender import Statistics
+from pipeline.inputs.sources import Span, size_of
+from pipeline.results import staging
+from pipeline.results import writer as record
+from pipeline.results.codec import Record
+from pipeline.results.staging import Name, staging_of, taken_over
+from pipeline.results.totals import Summary, Totals
+from pipeline.runner.base import SHOWN_FAILURES, Progress, Run, Watch
+from pipeline.runner.cluster import statistics as merging
+from pipeline.runner.cluster.id_registry import Scan
+from pipeline.runner.cluster.scheduler import Scheduler, Shard
+from pipeline.runner.cluster.worker import Greeting, Outcome, Snapshot, Task, own_version
+from pipeline.runner.wiring import Options
+
+PARTS_AT_ONCE = 2  # of one worker: while one waits for its last answers the other goes on
+_PARTS_PER_WORKER = 8  # so that all workers end at about the same time
+_SMALLEST_PART = 64 * 1024
+_LARGEST_PART = 64 * 1024 * 1024
+_LOOK_SECONDS = 0.5
+_SILENT_SECONDS = 60.0  # a worker that does not say how it is getting on for so long is as good as dead
+_LONGEST_PAUSE = 10.0  # before a worker is started in the place of one that did nothing
+_MOST_LOSSES = 3  # in a row: of one part with its worker, of workers that did nothing
+_LAST_SECONDS = 20.0  # in which what is in flight is finished when the cluster is lost: Ray ends a program after 60
+_LOCK_SECONDS = 5.0  # for which parts are waited for then
+_PARTS_OF_MONEY = 4  # so much smaller is what a part may hold than its share of what is left
+
+
+class WorkerLostError(Exception):
+    """A worker died, or its machine cannot be reached any more."""
+
+
+class WorkerHandle(Protocol):
+    """A worker as the driver sees it. Every call raises `WorkerLostError` where it is not there any more."""
+
+    async def greet(self, place: Name, token: str) -> Greeting: ...
+
+    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan: ...
+
+    async def work(self, task: Task) -> Outcome: ...
+
+    async def progress(self) -> list[Snapshot]: ...
+
+    async def grant(self, number: int, amount: int | None) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def kill(self) -> None: ...
+
+
+class WorkerPool(Protocol):
+    """Where workers come from, `size` at a time."""
+
+    size: int
+
+    async def start_worker(self, settings: Config, options: Options, *, first_share: float) -> WorkerHandle:
+        """Return a new worker, once there is room for it; `first_share` is its share of limits in the beginning."""
+        ...
+
+    async def kill_all(self) -> None:
+        """Let all workers go at once, whatever they do."""
+        ...
+
+    async def until_lost(self) -> PipelineError:
+        """Return why nothing can go on, once that is so."""
+        ...
+
+
+class Driver(Run):
+    """A run whose requests are sent by workers."""
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        output: str | Path,
+        settings: Config,
+        options: Options,
+        prices: Prices,
+        books: Books,
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(sources, output, settings, options, prices, books, say)
+        self._staging = staging_of(output)
+        self._token = ""
+        self._pool: WorkerPool
+        self._places = 1  # of workers: no more than there is work for
+        self._at_once = min(PARTS_AT_ONCE, settings.sending.concurrency)
+        self._workers: list[WorkerHandle] = []
+        self._scheduler = Scheduler(sources, self.intake, limit=options.limit)
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._parts: dict[Name, Snapshot] = {}
+        self._granted: dict[int, int] = {}
+        self._collected = FingerprintSet()
+        self._counts: Counter[str] = Counter()
+        self._ended: dict[tuple[str, str], PipelineError] = {}
+        self._stopped: PipelineError | None = None
+        self._is_lost = False  # the cluster is
+
+    async def lead(self, pool: WorkerPool, watch: Watch | None, *, handle_signals: bool) -> Summary:
+        """Do all of it with these workers."""
+        self._pool = pool
+        return await self.execute(watch, handle_signals=handle_signals)
+
+    async def answer(self, watch: Watch | None) -> None:
+        await to_thread.run_sync(self._open)
+        async with anyio.create_task_group() as writing:
+            writing.start_soon(self.recorder.run)
+            try:
+                await self._attend(watch)
+                with anyio.CancelScope(shield=True):
+                    await self._collect_rest()
+            finally:
+                self.recorder.close()
+
+    # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _open_lanes(self) -> None:
+        chunks = Chunks(self.recorder.path)
+        try:
+            chunks.open()
+            if chunks.still_open:
+                raise UsageError(
+                    f"{len(chunks.still_open):,} batch(es) of {str(self.recorder.path)!r} are not collected",
+                    hint="collect them first: run the command once without --ray",
+                )
+        finally:
+            chunks.release()
+
+    def _hold(self) -> None:
+        """Nothing is elsewhere any more."""
+
+    # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _work(self, scope: anyio.CancelScope) -> None:
+        self._token = await to_thread.run_sync(self._staging.open)
+        size = await to_thread.run_sync(_size_of, self.sources)
+        self._places = min(self._pool.size, -(-size // _SMALLEST_PART) or 1)
+        part_bytes = min(max(size // (self._places * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
+        self._scheduler.begin(part_bytes, ahead=self._at_once * self._places)
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._expect_workers, config.patience(self.settings))
+            self._tasks.start_soon(self._expect_loss, scope)
+            self._tasks.start_soon(self._beat)
+            for _ in range(self._places):
+                self._tasks.start_soon(self._keep_worker)
+            while not self._scheduler.is_over:
+                await self._scheduler.change.wait()
+            self._tasks.cancel_scope.cancel()
+
+    async def _keep_worker(self) -> None:
+        """Keep one place manned while there is work."""
+        settings = self.settings.with_("sending", concurrency=self.settings.sending.concurrency // self._at_once)
+        losses = 0
+        while not (self._scheduler.is_over or self._scheduler.is_stopped):
+            try:
+                worker = await self._pool.start_worker(settings, self.options, first_share=1 / self._places)
+                _require_same_version(await worker.greet(self._staging.place, self._token))
+                is_new = not await self._employ(worker)
+            except PipelineError as exc:
+                self._end(exc)
+                return
+            except WorkerLostError as exc:
+                is_new = True
+                self.say(f"a worker could not be started: {exc}")
+                if losses + 1 >= _MOST_LOSSES:
+                    hint = "is pipeline installed on all machines of the cluster, in the same version?"
+                    self._end(UsageError(f"no worker can be started: {exc}", hint=hint))
+                    return
+            losses = losses + 1 if is_new else 0
+            await anyio.sleep(min(_LONGEST_PAUSE, _LOOK_SECONDS * (2**losses - 1)))
+
+    async def _employ(self, worker: WorkerHandle) -> bool:
+        """Have a worker do parts until nothing is left, or it is lost; return whether it did any."""
+        done = 0
+
+        async def feed() -> None:
+            nonlocal done
+            try:
+                while not self._scheduler.is_over:
+                    change = self._scheduler.change
+                    if shard := self._scheduler.next_to_do():
+                        await self._have_done(worker, shard)
+                        done += 1
+                    elif shard := await self._scheduler.next_to_scan():
+                        await self._have_scanned(worker, shard)
+                    else:
+                        await change.wait()
+            except PipelineError as exc:
+                self._end(exc)
+            except WorkerLostError as exc:
+                if worker in self._workers:
+                    self._workers.remove(worker)
+                    self.say(f"a worker was lost, others do what it left: {exc}")
+
+        self._workers.append(worker)
+        async with anyio.create_task_group() as beside:
+            beside.start_soon(self._monitor, worker)
+            async with anyio.create_task_group() as group:
+                for _ in range(self._at_once):
+                    group.start_soon(feed)
+            beside.cancel_scope.cancel()
+        return done > 0
+
+    async def _expect_workers(self, patience: float) -> None:
+        """End the run when nobody is there to do anything for so many seconds."""
+        since = self.clock.now()
+        while self.clock.now() - since < patience:
+            if self._workers:
+                since = self.clock.now()
+            await anyio.sleep(_LOOK_SECONDS)
+        self._end(
+            TryLaterError(
+                f"no worker could be had within {patience:,.0f} s",
+                hint="the cluster has no room: wait, or add machines to it",
+            )
+        )
+
+    async def _expect_loss(self, scope: anyio.CancelScope) -> None:
+        """When the cluster is lost, finish what is in flight while the workers are there, and conclude the run."""
+        self._end(await self._pool.until_lost())
+        self._is_lost = True
+        scope.deadline = min(scope.deadline, anyio.current_time() + _LAST_SECONDS)
+
+    async def _beat(self) -> None:
+        while True:
+            await anyio.sleep(staging.BEAT_SECONDS)
+            await to_thread.run_sync(self._staging.beat)
+
+    async def _monitor(self, worker: WorkerHandle) -> None:
+        """Ask a worker now and then how it is getting on, and give it the money that it needs."""
+        try:
+            while True:
+                await anyio.sleep(_LOOK_SECONDS)
+                with anyio.fail_after(_SILENT_SECONDS):
+                    snapshots = await worker.progress()
+                for snapshot in snapshots:
+                    if snapshot.number in self._granted:
+                        self._parts[snapshot.output] = snapshot
+                        if snapshot.wanted and (grant := self._grant(snapshot)) != 0:
+                            await worker.grant(snapshot.number, grant)
+        except TimeoutError:
+            await worker.kill()
+        except WorkerLostError:
+            return  # who has parts done by it will hear of it, too
+
+    # ── money ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _first_grant(self, number: int) -> int | None:
+        """Set money aside for a part that begins: a fraction of what is left; None without a budget."""
+        self._granted[number] = 0
+        return self._set_aside(number, self._share_of_money()) if self.budget else None
+
+    def _grant(self, snapshot: Snapshot) -> int | None:
+        """Set more money aside for a part; 0: not now, None: there is no more.
+
+        While others hold some that they may give back, who waits for it goes on waiting.
+        """
+        assert self.budget is not None
+        share = self._share_of_money()
+        if not snapshot.is_waiting:
+            return self._set_aside(snapshot.number, share)
+        if amount := self._set_aside(snapshot.number, max(snapshot.wanted, share)):
+            return amount
+        if amount := self._set_aside(snapshot.number, snapshot.wanted):
+            return amount
+        all_wait = len(self._parts) == len(self._granted) and all(part.is_waiting for part in self._parts.values())
+        return None if all_wait else 0
+
+    def _set_aside(self, number: int, amount: int) -> int:
+        assert self.budget is not None
+        if not self.budget.try_reserve(amount):
+            return 0
+        self._granted[number] += amount
+        return amount
+
+    def _share_of_money(self) -> int:
+        assert self.budget is not None
+        return max(0, self.budget.room) // (_PARTS_OF_MONEY * self._at_once * self._places)
+
+    def _settle(self, number: int, spent: int | None) -> None:
+        """Take what a part spent, and back what it did not; None: all that it held may be spent."""
+        granted = self._granted.pop(number)
+        if self.budget:
+            self.budget.settle(granted, granted if spent is None else spent)
+
+    # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _have_scanned(self, worker: WorkerHandle, shard: Shard) -> None:
+        try:
+            scan = await worker.scan(shard.spans, shard.before)
+        except BaseException as exc:
+            self._scheduler.unscanned(shard, is_lost=isinstance(exc, WorkerLostError))
+            self._look_at_losses(shard)
+            raise
+        self._scheduler.scanned(shard, scan)
+
+    async def _have_done(self, worker: WorkerHandle, shard: Shard) -> None:
+        output = self._staging.new_part(shard.number)
+        task = Task(
+            number=shard.number,
+            spans=shard.spans,
+            output=output,
+            limit=shard.limit,
+            known=shard.known,
+            before=shard.before,
+            grant=self._first_grant(shard.number),
+            ended=dict(self._ended),
+        )
+        spent: int | None = None
+        try:
+            outcome = await worker.work(task)
+            spent = outcome.spent
+        except WorkerLostError:
+            with anyio.CancelScope(shield=True):
+                try:
+                    lost = await self._collect(output, is_lost=True)
+                except PipelineError:
+                    self._scheduler.done()  # nobody can do it as long as it lies there
+                    raise
+                spent = lost.spent
+                self._scheduler.undone(shard, lost.keys)
+                self._look_at_losses(shard)
+            raise
+        finally:
+            self._settle(shard.number, spent)
+        self._heed(outcome)
+        with anyio.CancelScope(shield=True):
+            try:
+                collected = await self._collect(output)
+            finally:
+                self._scheduler.done()
+        is_whole = outcome.sender is not None and not (outcome.stopped or outcome.ended or outcome.sender.dropped)
+        if is_whole and not self.is_draining and len(collected.keys) < shard.wanted:
+            missing = shard.wanted - len(collected.keys)
+            self._end(StorageError(f"{missing:,} results that were reported done are not in {str(output)!r}"))
+
+    def _look_at_losses(self, shard: Shard) -> None:
+        """End the run when a part kills whoever does it: it may be paid for each time."""
+        if shard.losses >= _MOST_LOSSES:
+            span = shard.spans[0]
+            place = f"{span.source}:{span.number}" if span.number > 1 or not span.start else span.source
+            reason = f"the lines from {place} on were lost with their worker {shard.losses} times in a row"
+            self._end(TryLaterError(reason, hint="look at the logs of Ray for why (memory?), then repeat the command"))
+
+    def _heed(self, outcome: Outcome) -> None:
+        """Take what a part tells beside its results."""
+        if outcome.sender:
+            self._counts.update(merging.counts(outcome.sender))
+        self.failures += outcome.failures[: max(0, SHOWN_FAILURES - len(self.failures))]
+        self._ended.update(outcome.ended)
+        if isinstance(outcome.stopped, BudgetReachedError) and self.budget:
+            # What others were granted they may spend.
+            self._end(self.budget.reached(outcome.stopped.amount), is_for_all=False)
+        elif outcome.stopped is not None:
+            self._end(outcome.stopped)
+
+    async def _collect(self, name: Name, *, is_lost: bool = False) -> _Collected:
+        """Take the results of a part into ours, then remove it.
+
+        Of a part whose worker was lost, what lies there and what it was seen to do is what is known of its calls.
+        """
+        keys: list[int] = []
+        totals, counts = Totals(), Counter[str]()
+        part = await taken_over(self._staging, name, self._patience)
+        try:
+            groups = part.groups()
+            while group := await to_thread.run_sync(next, groups, None):
+                new = [pair for pair in zip(*group, strict=True) if self._collected.add(_key(pair[1]))]
+                await self.recorder.append_lines([line for line, _ in new])
+                for _, each in new:
+                    keys.append(_key(each))
+                    totals.add(each)
+                    counts.update(merging.counts_of(each))
+                    self.books.accounts.add(each, each.completed_at[:10])
+            unknown = part.unknown()
+            if unknown:
+                await self.recorder.adopt(unknown)
+            await to_thread.run_sync(part.remove)
+        finally:
+            part.release()
+        self.run_totals.add_state(totals.as_state())
+        seen = self._parts.pop(name, None)
+        if is_lost:
+            untold = len(unknown)
+            if seen and not part.tells_calls:
+                untold = max(0, seen.sender.attempts - counts["attempts"])
+            counts.update(attempts=untold, unknown=untold)
+            if seen:  # also of requests that have no result yet
+                counts |= Counter({name: getattr(seen.sender, name) for name in ("attempts", "rate_limited", "failed")})
+            self._counts.update(counts)
+        return _Collected(keys=keys, spent=None if unknown else totals.spending.nanos)
+
+    def _patience(self) -> float:
+        return _LOCK_SECONDS if self._is_lost else config.patience(self.settings)
+
+    async def _collect_rest(self) -> None:
+        """Collect what workers have done that were sent away; what cannot be collected is left to the next run."""
+        await self._pool.kill_all()
+        with self._saying_what_is_left():
+            for name in await to_thread.run_sync(self._staging.parts):
+                with self._saying_what_is_left():
+                    await self._collect(name, is_lost=True)
+            await to_thread.run_sync(self._staging.close)
+
+    @contextmanager
+    def _saying_what_is_left(self) -> Iterator[None]:
+        try:
+            yield
+        except PipelineError as exc:
+            self._stopped = self._stopped or exc
+            self.say(exc.message)
+
+    # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def stop(self) -> str:
+        count = self.statistics().in_flight
+        self._end(None)
+        return f"finishing about {count:,} request(s) in flight"
+
+    def _end(self, reason: PipelineError | None, *, is_for_all: bool = True) -> None:
+        """Begin nothing new; unless it is not `is_for_all`, send nothing new either, and finish what is in flight."""
+        self._stopped = self._stopped or reason
+        self._scheduler.stop()
+        if is_for_all and self._tasks:
+            for worker in self._workers:
+                self._tasks.start_soon(self._stop_one, worker)
+
+    async def _stop_one(self, worker: WorkerHandle) -> None:
+        try:
+            await worker.stop()
+        except WorkerLostError:
+            return
+
+    def statistics(self) -> Statistics:
+        return merging.statistics(self._counts, [part.sender for part in self._parts.values()])
+
+    def progress(self) -> Progress:
+        run = Totals()
+        run.add_state(self.run_totals.as_state())
+        for part in self._parts.values():
+            run.add_state(part.totals)
+        return replace(super().progress(), run=run)
+
+    def reasons(self, *, is_unfinished: bool) -> list[PipelineError]:
+        reasons = [self._stopped, *self._ended.values()]
+        return list({reason.message: reason for reason in reasons if reason}.values())
+
+    def is_partial(self) -> bool:
+        return super().is_partial() or self._scheduler.is_stopped
+
+    @property
+    def stopped(self) -> PipelineError | None:
+        return self._stopped
+
+    @property
+    def is_draining(self) -> bool:
+        return self._stopped is not None or self.signal is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Collected:
+    """What was collected of a part: the keys of its results, and its money; None where calls are of unknown outcome."""
+
+    keys: list[int]
+    spent: int | None
+
+
+def _key(each: Record) -> int:
+    return record.key(each.custom_id, each.digest)
+
+
+def _size_of(sources: Sequence[str]) -> int:
+    return sum(map(size_of, sources))
+
+
+def _require_same_version(greeting: Greeting) -> None:
+    if greeting.version != own_version():
+        raise UsageError(
+            f"{greeting.host} has pipeline {greeting.version}, and this machine {own_version()}",
+            hint="install the same version on all machines of the cluster",
+        )

@@ -1,0 +1,133 @@
+"""The Python way in: requests from a program, results as they come, no files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+from anyio.streams.memory import MemoryObjectSendStream
+
+from pipeline.accounting.pricing import LIVE, Prices
+from pipeline.accounting.run_ledger import Books
+from pipeline.core import config as configuration
+from pipeline.core import http as transport
+from pipeline.core import jsonl
+from pipeline.core.clock import Clock
+from pipeline.core.config import Config
+from pipeline.core.errors import UsageError
+from pipeline.core.types import Request, Result
+from pipeline.dispatch.live.sender import Sender
+from pipeline.inputs.planner import Invalid, Planner
+from pipeline.inputs.reader import Line
+from pipeline.runner import wiring as assemble
+from pipeline.runner.wiring import Options
+
+_BATCH = 100
+_WAITING_RESULTS = 1_000
+_SOURCE = "<requests>"
+
+
+async def stream(
+    requests: Iterable[Mapping[str, Any]],
+    *,
+    config: Config | None = None,
+    options: Options | None = None,
+) -> AsyncGenerator[Result, None]:
+    """Yield a result for each request (a mapping in any dialect of input lines), in the order of completion.
+
+    A request that is not valid yields a failed result. Raises the `PipelineError` that stopped the run (a wrong key,
+    a spent budget); results that came before were yielded. Close the generator (`contextlib.aclosing`) when you leave
+    early.
+    """
+    options = options or Options()
+    config = config or configuration.load()
+    if config.lane != LIVE:
+        raise UsageError(f"a stream knows the lane live only, not {config.lane}: batches want files")
+    outgoing, incoming = anyio.create_memory_object_stream[Result](_WAITING_RESULTS)
+    with assemble.settings_for(config, options) as settings:
+        planner = assemble.planner(settings, options)
+        clock = Clock()
+        async with transport.Client(settings.sending) as client:
+            pricing = assemble.Pricing(Prices(config), clock)
+            budget = assemble.budget(config)
+            if budget and not options.simulate:
+                today, month = Books(configuration.ledger_path(config)).spent(clock.moment())
+                budget = assemble.budget(config, spent_today=today, spent_this_month=month)
+            sender = assemble.sender(
+                settings,
+                client,
+                clock,
+                _Outgoing(outgoing),
+                pricing,
+                budget,
+                gate_of=partial(assemble.gate, settings),
+                ended={},
+            )
+
+            async def work() -> None:
+                async with outgoing, anyio.create_task_group() as beside:
+                    beside.start_soon(sender.stop_when_stalled, configuration.patience(settings), is_consumer_slow)
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(sender.run)
+                        await _feed(requests, planner, sender, clock, outgoing.send)
+                    beside.cancel_scope.cancel()
+
+            def is_consumer_slow() -> bool:
+                return outgoing.statistics().current_buffer_used >= _WAITING_RESULTS
+
+            async with anyio.create_task_group() as tasks, incoming:
+                tasks.start_soon(work)
+                try:
+                    async for result in incoming:
+                        yield result
+                except GeneratorExit:
+                    tasks.cancel_scope.cancel()
+                    return
+        for reason in assemble.stop_reasons(sender):
+            raise reason
+
+
+class _Outgoing:
+    """Gives results to whoever reads the stream; nothing outlives the process, so nothing is noted of calls."""
+
+    def __init__(self, stream: MemoryObjectSendStream[Result]) -> None:
+        self.append = stream.send
+
+    async def sending(self, request: Request, attempt: int, at: str) -> None:
+        pass
+
+    def unbilled(self, request: Request, attempt: int) -> None:
+        pass
+
+
+async def _feed(
+    requests: Iterable[Mapping[str, Any]],
+    planner: Planner,
+    sender: Sender,
+    clock: Clock,
+    record: Callable[[Result], Awaitable[None]],
+) -> None:
+    lines = _lines_of(requests)
+    while not sender.is_draining and (batch := list(islice(lines, _BATCH))):
+        await anyio.lowlevel.checkpoint()
+        wanted = []
+        for line in batch:
+            item = planner.plan(line)
+            if isinstance(item, Invalid):
+                await record(assemble.invalid_result(item, clock))
+            else:
+                wanted.append(item)
+        await sender.submit(wanted)
+    sender.close()
+
+
+def _lines_of(requests: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
+    for number, request in enumerate(requests, start=1):
+        try:
+            yield Line(source=_SOURCE, number=number, data=jsonl.dumps(request))
+        except (TypeError, ValueError, RecursionError) as exc:
+            yield Line(source=_SOURCE, number=number, data=b"%d" % number, problem=f"cannot be written as JSON: {exc}")
