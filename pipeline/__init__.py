@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.core.config import Config, load
+    from pipeline.core.config import Config
+    from pipeline.core.config_file import load
     from pipeline.core.errors import (
         AnthropicAPIError,
         BudgetReachedError,
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     )
     from pipeline.core.types import Failure, Reply, Request, Result, ToolCall, Usage
     from pipeline.runner.local import run_batch
+    from pipeline.runner.options import Options
     from pipeline.runner.stream import stream
-    from pipeline.runner.wiring import Options
 
 __all__ = [
     "AnthropicAPIError",
@@ -55,8 +56,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "pipeline.core.config": ("Config", "load"),
-    "pipeline.runner.wiring": ("Options",),
+    "pipeline.core.config": ("Config",),
+    "pipeline.core.config_file": ("load",),
+    "pipeline.runner.options": ("Options",),
     "pipeline.runner.local": ("run_batch",),
     "pipeline.runner.stream": ("stream",),
     "pipeline.core.types": ("Failure", "Reply", "Request", "Result", "ToolCall", "Usage"),

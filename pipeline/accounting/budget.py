@@ -11,6 +11,7 @@ from __future__ import annotations
 import anyio
 
 from pipeline.core import money
+from pipeline.core.config import Config
 from pipeline.core.errors import BudgetReachedError
 
 
@@ -86,3 +87,14 @@ class Budget:
     def _announce(self) -> None:
         self._settled.set()
         self._settled = anyio.Event()
+
+
+def budget_of(settings: Config, *, spent_today: int = 0, spent_this_month: int = 0) -> Budget | None:
+    """Make the budget of a run, in nano-dollars: the tightest of the caps, less what other runs spent; None if none."""
+    caps = settings.budget
+    rooms = [
+        int(cap * money.NANO) - spent
+        for cap, spent in ((caps.per_run, 0), (caps.per_day, spent_today), (caps.per_month, spent_this_month))
+        if cap is not None
+    ]
+    return Budget(max(0, min(rooms))) if rooms else None

@@ -29,12 +29,19 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from pipeline.core import jsonl
+from pipeline.core.clock import Clock
 from pipeline.core.config import Config, Price
+from pipeline.core.errors import UsageError
 from pipeline.core.types import Cost, Request, Usage
 
 if TYPE_CHECKING:
     from genai_prices.data_snapshot import DataSnapshot
     from genai_prices.types import ModelInfo, Provider, Tier, TieredPrices
+
+# What an answer without a limit of its own is held for when money is set aside. It may be longer: then the cap is
+# passed by that much, at most once for each call in flight.
+_ASSUMED_OUTPUT_TOKENS = 8_192
+
 
 LIVE = "live"
 BATCH = "batch"
@@ -391,3 +398,47 @@ def _rates(
         request=int(pieces[0] * unit),
         search=None if search is None else int(pieces[1] * unit),
     )
+
+
+class LanePricing:
+    """What the calls of a run cost in one lane: `Pricing` over the price tables."""
+
+    def __init__(self, prices: Prices, clock: Clock, lane: str = LIVE) -> None:
+        self._lane = lane
+        self._prices = prices
+        self._clock = clock
+
+    def cost(self, request: Request, model: str, usage: Usage) -> Cost:
+        """Price an answer; the tier counts that the answer names."""
+        rates = self._prices.rates(
+            provider=request.provider,
+            model=model,
+            asked=request.model,
+            tier=usage.service_tier,
+            lane=self._lane,
+            at=self._clock.moment(),
+        )
+        if rates is None:
+            return Cost()
+        is_cached = usage.cache_read_tokens or usage.cache_write_tokens
+        return Cost(nanos=rates.cost(usage), saved=(rates.saved(usage) or 0) if is_cached else 0)
+
+    def worst_case(self, request: Request) -> int:
+        """Price a call before it is made: a token is a byte of the body at least, but for pictures and documents.
+
+        Raises `UsageError` where no price is known.
+        """
+        most = self._prices.worst_case(
+            request,
+            input_tokens=max(len(request.body), 2 * request.estimated_input_tokens),
+            max_output_tokens=request.max_output_tokens or _ASSUMED_OUTPUT_TOKENS,
+            lane=self._lane,
+            at=self._clock.moment(),
+        )
+        if most is None:
+            raise UsageError(
+                f"no price is known for {request.provider}/{request.model}, and with a budget nothing is sent whose "
+                "price is unknown",
+                hint="add a line for it under prices in config.yaml, or leave out --max-cost and budget",
+            )
+        return most

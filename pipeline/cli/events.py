@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # so that telling an error does not load the whole program
     from pipeline.dispatch.batch.store import Chunk
     from pipeline.dispatch.live.model_queue import Statistics
     from pipeline.results.attempt_log import Sent
-    from pipeline.results.totals import Summary
     from pipeline.runner.base import Progress, Watch
+    from pipeline.runner.summary import Summary
 
     Get = Callable[[], Progress]
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from pipeline.core.config import Config
     from pipeline.core.types import Allowance
     from pipeline.dispatch.batch.manage import Listed
-    from pipeline.results.totals import Summary
     from pipeline.runner.base import Progress
-    from pipeline.runner.wiring import Options
+    from pipeline.runner.options import Options
+    from pipeline.runner.summary import Summary
 
 _ENDS_ALL = (5, 130, 143)  # exit codes of one input after which the others are not begun
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -77,7 +77,7 @@ class _Pair(click.ParamType[tuple[str, str]]):
 
 
 _config_option = click.option(
-    "-c", "--config", "config_file", metavar="FILE", help="Settings [default: ./config.yaml if present]."
+    "-c", "--config", "config_path", metavar="FILE", help="Settings [default: ./config.yaml if present]."
 )
 _provider_option = click.option("--provider", metavar="NAME", help="Provider for lines that name none.")
 _ledger_option = click.option(
@@ -427,10 +427,10 @@ def _ping(url: str, settings: Config, screen: Screen) -> None:
 
 def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
     """Return the configuration with the command line laid over it, and the options of the run."""
-    from pipeline.core import config
-    from pipeline.runner import wiring as assemble
+    from pipeline.core import config_file
+    from pipeline.runner.options import Options
 
-    settings = config.load(options["config_file"])
+    settings = config_file.load(options["config_path"])
     settings = settings.with_(
         "request",
         max_tokens=options["max_tokens"],
@@ -459,7 +459,7 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
         raise UsageError("a deadline wants --lane auto: only there a request may go live when its batch is late")
     if options["no_wait"] and options["simulate"]:
         raise UsageError("--no-wait wants a provider that outlives the command: start `pipeline simulate` beside it")
-    return settings, assemble.Options(
+    return settings, Options(
         provider=options["provider"],
         model=options["model"],
         limit=options["limit"],
@@ -543,7 +543,7 @@ def _estimate(
     inputs: tuple[str, ...],
     output: str | None,
     sample: int | None,
-    config_file: str | None,
+    config_path: str | None,
     provider: str | None,
     model: str | None,
     as_json: bool,
@@ -554,12 +554,12 @@ def _estimate(
 ) -> int:
     from pipeline.accounting import estimate as estimating
     from pipeline.cli import estimate_table as estimates
-    from pipeline.core import clock, config
+    from pipeline.core import clock, config_file, environment
     from pipeline.inputs import reader as read
     from pipeline.inputs.sources import STDIN
-    from pipeline.runner import wiring as assemble
+    from pipeline.runner.options import Options
 
-    settings = config.load(config_file).replace(provider=provider, lane="live")
+    settings = config_file.load(config_path).replace(provider=provider, lane="live")
     settings = settings.with_("request", max_tokens=max_tokens, temperature=temperature, system=system)
     settings = settings.with_("limits", **caps)
     sources = read.sources(inputs, but=_target(output))
@@ -569,7 +569,7 @@ def _estimate(
     if sample and results:
         if STDIN in sources:
             raise UsageError("--sample wants files: stdin can be read only once")
-        options = assemble.Options(provider=provider, model=model, limit=sample)
+        options = Options(provider=provider, model=model, limit=sample)
         summary, learned = _send_sample(_Job(inputs=sources, output=results), settings, options)
         if summary.exit_code not in (0, 1, 6):
             return summary.exit_code
@@ -581,7 +581,7 @@ def _estimate(
             model=model,
             path=path,
             called=results,
-            ledger=config.ledger_path(settings),
+            ledger=environment.ledger_path(settings),
             learned=learned,
             at=clock.utc_now(),
         )
@@ -647,13 +647,13 @@ def _send_sample(
 
 
 def _check(
-    *, inputs: tuple[str, ...], config_file: str | None, provider: str | None, model: str | None, as_json: bool
+    *, inputs: tuple[str, ...], config_path: str | None, provider: str | None, model: str | None, as_json: bool
 ) -> int:
-    from pipeline.core import config
+    from pipeline.core import config_file
     from pipeline.core import text as safe
     from pipeline.inputs import check as checking
 
-    settings = config.load(config_file).replace(provider=provider)
+    settings = config_file.load(config_path).replace(provider=provider)
     screen = _screen()
 
     def tell(problem: str) -> None:
@@ -669,16 +669,16 @@ def _check(
     return int(report.invalid > 0)
 
 
-def _verify(*, results: str, inputs: tuple[str, ...], config_file: str | None, as_json: bool) -> int:
+def _verify(*, results: str, inputs: tuple[str, ...], config_path: str | None, as_json: bool) -> int:
     from pipeline.accounting import verify as verifying
-    from pipeline.core import config
+    from pipeline.core import config_file, environment
     from pipeline.core import text as safe
 
-    settings = config.load(config_file)
+    settings = config_file.load(config_path)
     name = _target(results)
     with _as_file(results) as path:
         assert path is not None
-        report = verifying.verify(path, inputs, settings, ledger=config.ledger_path(settings), name=name)
+        report = verifying.verify(path, inputs, settings, ledger=environment.ledger_path(settings), name=name)
     if as_json:
         _print_json([report.as_dict()])
         return report.exit_code
@@ -726,17 +726,17 @@ def _report(
     *,
     files: tuple[str, ...],
     rebuild: bool,
-    config_file: str | None,
+    config_path: str | None,
     ledger_file: str | None,
     form: str,
     output: str | None,
     **options: Any,
 ) -> int:
     from pipeline.accounting import report
-    from pipeline.core import clock, config
+    from pipeline.core import clock, config_file, environment
     from pipeline.core import object_store as stores
 
-    ledger = Path(ledger_file) if ledger_file else config.ledger_path(config.load(config_file))
+    ledger = Path(ledger_file) if ledger_file else environment.ledger_path(config_file.load(config_path))
     if rebuild != bool(files):
         raise UsageError("--rebuild wants result files, and they want --rebuild: pipeline report --rebuild RESULTS...")
     if url := next((file for file in files if stores.is_url(file)), None):
@@ -765,11 +765,11 @@ def _report(
 def _list_batches(
     *,
     files: tuple[str, ...] = (),
-    config_file: str | None = None,
+    config_path: str | None = None,
     ledger_file: str | None = None,
     as_json: bool = False,
 ) -> int:
-    _, found = _batches(config_file, ledger_file, files)
+    _, found = _batches(config_path, ledger_file, files)
     if not found and not as_json:
         _screen().tell("message", "no run recorded a batch")
         return 0
@@ -781,7 +781,7 @@ def _oversee(
     *,
     verb: str,
     ids: tuple[str, ...],
-    config_file: str | None,
+    config_path: str | None,
     ledger_file: str | None,
     as_json: bool,
     forget: bool = False,
@@ -789,7 +789,7 @@ def _oversee(
     from pipeline.core import process as aio
     from pipeline.dispatch.batch import manage as overseeing
 
-    settings, found = _batches(config_file, ledger_file, ())
+    settings, found = _batches(config_path, ledger_file, ())
     wanted = overseeing.chosen(found, ids)
     if forget:
         told = [overseeing.give_up(each) for each in wanted]
@@ -803,12 +803,12 @@ def _oversee(
     return 0
 
 
-def _batches(config_file: str | None, ledger_file: str | None, files: Sequence[str]) -> tuple[Config, list[Listed]]:
-    from pipeline.core import config
+def _batches(config_path: str | None, ledger_file: str | None, files: Sequence[str]) -> tuple[Config, list[Listed]]:
+    from pipeline.core import config_file, environment
     from pipeline.dispatch.batch import manage as overseeing
 
-    settings = config.load(config_file)
-    ledger = Path(ledger_file) if ledger_file else config.ledger_path(settings)
+    settings = config_file.load(config_path)
+    ledger = Path(ledger_file) if ledger_file else environment.ledger_path(settings)
     return settings, overseeing.listed(ledger, settings, files)
 
 

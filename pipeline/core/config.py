@@ -1,27 +1,21 @@
-"""config.yaml and the environment -> one frozen `Config`.
+"""The settings: one frozen `Config`, validated by pydantic.
 
-The only module that reads YAML or environment variables. Every problem is reported at once, with its key, its line
-and, for a misspelt key, the nearest known one. YAML is read with aliases, tags and deep nesting refused: an alias bomb
-of 442 bytes passes a safe loader and explodes when it is walked.
+Every problem is reported at once, with its key, its line and, for a misspelt key, the nearest known one.
 
-Keys never live here: an endpoint names the variable that holds its key, `api_key` looks it up, and nothing prints it.
+Keys are never part of it: an endpoint names the environment variable that holds its key (see `core.environment`).
 """
 
 from __future__ import annotations
 
 import difflib
-import os
-import pwd
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
-from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -33,13 +27,9 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.core.errors import ConfigError, UsageError
+from pipeline.core.errors import ConfigError
 from pipeline.core.types import OutputFormat, Protocol
 
-MAX_CONFIG_BYTES = 1_000_000
-MAX_CONFIG_DEPTH = 20
-MAX_CONFIG_PARTS = 10_000
-DEFAULT_FILE = "config.yaml"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -302,12 +292,6 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
 }
 _DEFAULT_PATH = {"anthropic": "/v1/messages", "openai": "/chat/completions"}
 _SIMULATED_KEY_ENV = "(simulated)"  # no variable can be called so
-# What else than its URL says where an object is; the names are those of obstore.
-_STORES = (
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"),
-    *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-)
-_BASE_URL_VARIABLES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}
 
 
 class Config(Section):
@@ -409,70 +393,6 @@ def _require_provider(name: str, info: ValidationInfo) -> None:
         raise ValueError(f"provider {name!r} is not one of {', '.join(sorted(known))}")
 
 
-def load(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Config:
-    """Read the configuration: `path`, else `PIPELINE_CONFIG`, else `./config.yaml` if present, else the defaults.
-
-    Raises `ConfigError` naming every problem. `ANTHROPIC_BASE_URL` and `OPENAI_BASE_URL` win over the file, as they do
-    in the official SDKs.
-    """
-    environ = os.environ if environ is None else environ
-    chosen = path or environ.get("PIPELINE_CONFIG") or None
-    if chosen is None and Path(DEFAULT_FILE).is_file():
-        chosen = DEFAULT_FILE
-    data, lines = _read(Path(chosen)) if chosen else ({}, {})
-    for name, variable in _BASE_URL_VARIABLES.items():
-        providers = data.get("providers") or {}
-        own = (providers.get(name) or {}) if isinstance(providers, dict) else None
-        if (url := environ.get(variable)) and isinstance(own, dict):
-            data["providers"] = {**providers, name: {**own, "base_url": url}}
-    return _validated(data, path=str(chosen) if chosen else None, lines=lines)
-
-
-def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the key of an endpoint, None if it needs none; a missing one is a `UsageError` with the way to get it."""
-    if endpoint.api_key_env is None:
-        return None
-    if endpoint.api_key_env == _SIMULATED_KEY_ENV:
-        return "simulated"
-    environ = os.environ if environ is None else environ
-    variable = endpoint.api_key_env
-    key = (environ.get(variable) or environ.get(variable.lower()) or "").strip()
-    if not key:
-        where = {
-            "ANTHROPIC_API_KEY": "https://console.anthropic.com (Settings, API keys)",
-            "OPENAI_API_KEY": "https://platform.openai.com/api-keys",
-        }.get(variable, "the operator of this endpoint")
-        raise UsageError(
-            f"provider {name!r} needs a key, but the environment variable {variable} is not set",
-            hint=f"get a key from {where}, then: export {variable}=…  (or rehearse without one: --simulate)",
-        )
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UsageError(
-            f"the environment variable {variable} does not hold a key: "
-            "it has spaces, control characters or letters beyond ASCII"
-        )
-    return key
-
-
-def variables_of(settings: Config, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment variables that the same work needs elsewhere: keys, whom to trust, the way to stores."""
-    environ = os.environ if environ is None else environ
-    names = {endpoint.api_key_env for endpoint in settings.providers.values() if endpoint.api_key_env}
-    names |= {name.lower() for name in names} | {"SSL_CERT_FILE", "SSL_CERT_DIR"}
-    names |= {name for name in environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))}
-    return {name: environ[name] for name in sorted(names) if name in environ}
-
-
-def default_variable(name: str, value: str) -> str:
-    """Set an environment variable unless it is set; return what it is."""
-    return os.environ.setdefault(name, value)
-
-
-def take_variables(values: Mapping[str, str]) -> None:
-    """Set environment variables that `variables_of` told on another machine."""
-    os.environ.update(values)
-
-
 def simulated(settings: Config, url: str) -> Config:
     """Return a configuration in which a simulator at `url` stands for every provider; no key is needed."""
     providers = {
@@ -486,34 +406,6 @@ def simulated(settings: Config, url: str) -> Config:
         for name, endpoint in settings.providers.items()
     }
     return settings.replace(providers=providers)
-
-
-def ledger_path(settings: Config, environ: Mapping[str, str] | None = None) -> Path:
-    """Return where the ledger is: `PIPELINE_LEDGER`, else the setting, else the user's data directory.
-
-    cron sets no HOME; then the user database tells the home directory.
-    """
-    environ = os.environ if environ is None else environ
-    try:
-        if named := environ.get("PIPELINE_LEDGER") or settings.ledger:
-            return Path(named).expanduser()
-        data = environ.get("XDG_DATA_HOME", "")
-        home = environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
-    except (KeyError, RuntimeError) as exc:
-        hint = "name the file: --ledger FILE, PIPELINE_LEDGER, or ledger: in the configuration"
-        raise UsageError("there is no home directory for the ledger", hint=hint) from exc
-    base = Path(data) if os.path.isabs(data) else Path(home) / ".local" / "share"
-    return base / "pipeline" / "ledger.sqlite"
-
-
-def spool_path(settings: Config, url: str, environ: Mapping[str, str] | None = None) -> Path:
-    """Return the directory of the spool of an output at an object store: beside the ledger, a name for each URL.
-
-    Which store a URL means, its endpoint or account in the environment tells.
-    """
-    environ = os.environ if environ is None else environ
-    store = [environ.get(name, "") for name in _STORES]
-    return ledger_path(settings, environ).parent / "spool" / sha256("\n".join([url, *store]).encode()).hexdigest()[:32]
 
 
 def output_format(config: Config) -> OutputFormat:
@@ -535,69 +427,6 @@ def _is_loopback(host: str) -> bool:
 
 
 # ── reading YAML ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with unique keys and without aliases."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Return the tree of a YAML file and the line of each key in it."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as exc:
-        raise ConfigError(f"cannot read the configuration {str(path)!r}: {exc.strerror}") from exc
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; this is not a configuration")
-    try:
-        _refuse_growth(text)
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        data = (loader.construct_document(node) if node else None) or {}
-        lines = dict(_lines(node, ()))
-    except (yaml.YAMLError, ValueError) as exc:
-        mark = getattr(exc, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(exc, 'problem', None) or exc}") from exc
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold settings (key: value), not {type(data).__name__}")
-    return data, lines
-
-
-def _refuse_growth(text: bytes) -> None:
-    """Stop before the composer does: deep nesting is a RecursionError there, and many small parts take minutes."""
-    depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_CONFIG_DEPTH or count > MAX_CONFIG_PARTS:
-            problem = (
-                f"nested more than {MAX_CONFIG_DEPTH} deep"
-                if depth > MAX_CONFIG_DEPTH
-                else f"more than {MAX_CONFIG_PARTS:,} keys and values; this is not a configuration"
-            )
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
-
-
-def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield the line of every key; a key given twice is an error, as YAML would silently take the last."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        name = str(key.value)
-        if name in seen:
-            problem = f"{'.'.join((*path, name))} is given twice"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        seen.add(name)
-        yield (*path, name), key.start_mark.line + 1
-        yield from _lines(value, (*path, name))
 
 
 def _validated(data: Mapping[str, Any], *, path: str | None, lines: Mapping[tuple[str, ...], int]) -> Config:

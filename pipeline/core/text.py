@@ -3,6 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pipeline.core.http import Post
+from pipeline.core.types import Answer
+
+MASK = "[key]"
+_SHORTEST_KEY = 16  # what is shorter is no secret but a word for a server that wants none: `any`, `EMPTY`
+
+
+MAX_MESSAGE = 2000
+MAX_WORD = 200
+_EXCERPT = 80
+_PLAIN_WORD = re.compile(r"(?:req|chatcmpl|msg|cmpl)[_-][A-Za-z0-9_-]{1,100}")  # ids as they come with every answer
+_KEYS = re.compile(r"(?<![A-Za-z0-9])(sk-|gsk_|xai-|hf_|AIza|[Bb]earer +)[\w.*~+/=-]{4,}")
+
 
 # C0 and C1 controls with DEL, line and paragraph separators, and the characters that reorder or hide text
 # (the last range are the tags, an invisible ASCII).
@@ -19,3 +36,56 @@ def text(value: object, limit: int = 2_000) -> str:
     """
     escaped = _ACTIVE.sub(lambda match: match.group().encode("unicode_escape", "backslashreplace").decode(), str(value))
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def printable(text: str, limit: int) -> str:
+    """Return text from outside on one line: without control characters and keys, cut at `limit`."""
+    text = text[: 2 * limit]
+    if not text.isprintable():
+        text = "".join(character if character.isprintable() else " " for character in text)
+    text = _KEYS.sub(r"\1…", " ".join(text.split()))
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def excerpt(body: bytes, limit: int = _EXCERPT) -> str:
+    """Return the beginning of a body as printable text."""
+    return printable(body[: 8 * limit].decode("utf-8", "replace"), limit)
+
+
+def word(value: Any) -> str | None:
+    """Return a word of the provider's, None for what is none (a numeric code says the status once more)."""
+    if isinstance(value, str) and _PLAIN_WORD.fullmatch(value):
+        return value
+    return printable(value, MAX_WORD) or None if isinstance(value, str) else None
+
+
+def masking(key: str | None) -> Callable[[bytes], bytes]:
+    """Return a function that puts `[key]` where bytes repeat the key."""
+    if key is None or len(key) < _SHORTEST_KEY:
+        return lambda data: data
+    secret = key.encode()
+    return lambda data: data.replace(secret, MASK.encode())
+
+
+def discreet(post: Post, key: str | None) -> Post:
+    """Return a function that posts as `post` does; where its answers repeat the key, they say `[key]` instead."""
+    if key is None or len(key) < _SHORTEST_KEY:
+        return post
+
+    async def post_discreetly(body: bytes) -> Answer:
+        return without(await post(body), key)
+
+    return post_discreetly
+
+
+def without(answer: Answer, key: str | None) -> Answer:
+    """Return an answer in which `[key]` stands where it repeats the key."""
+    if key is None or len(key) < _SHORTEST_KEY:
+        return answer
+    if key.encode() not in answer.body and not any(key in value for value in answer.headers.values()):
+        return answer
+    return replace(
+        answer,
+        headers={name: value.replace(key, MASK) for name, value in answer.headers.items()},
+        body=answer.body.replace(key.encode(), MASK.encode()),
+    )

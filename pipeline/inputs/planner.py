@@ -19,10 +19,11 @@ import orjson
 
 from pipeline import providers
 from pipeline.core import config, jsonl
+from pipeline.core.clock import Clock
 from pipeline.core.config import Config, Endpoint
 from pipeline.core.errors import LineError, UsageError
 from pipeline.core.hashing import FingerprintSet, fingerprint
-from pipeline.core.types import Claims, Failure, Request
+from pipeline.core.types import Claims, Failure, Request, Result
 from pipeline.inputs import dialects as formats
 from pipeline.inputs.dialects import Draft
 from pipeline.inputs.reader import Line
@@ -237,3 +238,16 @@ def _known(name: str, endpoints: Mapping[str, Endpoint]) -> str:
 
 def _digest(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
+
+
+def invalid_result(item: Invalid, clock: Clock) -> Result:
+    """Make the result of a line that cannot become a request."""
+    return Result(
+        custom_id=item.custom_id,
+        line=item.line.number,
+        source=item.line.source,
+        digest=item.digest,
+        attempts=0,
+        completed_at=clock.utc(),
+        failure=item.failure,
+    )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.errors import Reach
+from pipeline.core.text import MAX_MESSAGE, MAX_WORD, excerpt, printable, word
 from pipeline.core.types import Answer
-from pipeline.providers.outside import MAX_MESSAGE, MAX_WORD, excerpt, printable, word
 
 # The HTTP status that belongs to an error which came with another one: inside a 200.
 _STATUSES: Mapping[str, int] = {

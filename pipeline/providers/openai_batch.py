@@ -16,6 +16,7 @@ import orjson
 
 from pipeline.core.config import Endpoint
 from pipeline.core.errors import OpenAIAPIError, ProviderError, Reach
+from pipeline.core.text import MAX_MESSAGE, printable, word
 from pipeline.core.types import Answer, Call
 from pipeline.providers import batch as batches
 from pipeline.providers import responses as answers
@@ -23,7 +24,6 @@ from pipeline.providers.base import Headers
 from pipeline.providers.batch import Batch, Ending, Outcome, Problem
 from pipeline.providers.error_mapping import member
 from pipeline.providers.openai import RULES
-from pipeline.providers.outside import MAX_MESSAGE, printable, word
 from pipeline.providers.responses import Malformed
 
 T = TypeVar("T")

@@ -12,9 +12,9 @@ import orjson
 
 from pipeline.core import jsonl
 from pipeline.core.errors import LineError, ProviderError, Reach, TransportError
+from pipeline.core.text import MAX_WORD, printable, word
 from pipeline.core.types import Answer, Usage
 from pipeline.providers.error_mapping import Rule, complaint_of, description, member, reach_of
-from pipeline.providers.outside import MAX_WORD, printable, word
 from pipeline.providers.rate_limit_headers import retry_after
 
 MAX_TOKENS = 10**9

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core.config import RequestDefaults
 from pipeline.core.errors import LineError
-from pipeline.providers.outside import MAX_WORD, printable
+from pipeline.core.text import MAX_WORD, printable
 
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 LEADING_ROLES = ("system", "developer")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from io import BufferedReader
 from typing import Any
 
@@ -19,27 +18,11 @@ import orjson
 from pipeline.core import jsonl, money
 from pipeline.core.errors import LineError
 from pipeline.core.types import Attempt, Cost, Failure, OutputFormat, Reply, Request, Result, Usage, wasted
+from pipeline.providers.output import _as_chat_completion, _as_message
 
 MAX_LINE_BYTES = 1024 * 1024 * 1024
 BEGINNINGS = (b'{"custom_id":', b'{"id":"batch_req_')
 """How the lines of all dialects begin."""
-
-_ANTHROPIC_STOP = {
-    "stop": "end_turn",
-    "length": "max_tokens",
-    "tool_calls": "tool_use",
-    "function_call": "tool_use",
-    "content_filter": "refusal",
-}
-_OPENAI_STOP = {
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "pause_turn": "stop",
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "tool_use": "tool_calls",
-    "refusal": "content_filter",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,67 +265,6 @@ def _own_or(result: Result, reply: Reply, mark: str, rewrite: Callable[[Result, 
     """Return the answer untouched if it is in the dialect that has the key `mark`, else rewritten."""
     is_own = f'"{mark}"'.encode() in reply.raw and mark in orjson.loads(reply.raw)
     return orjson.Fragment(jsonl.one_line(reply.raw)) if is_own else rewrite(result, reply)
-
-
-def _as_chat_completion(result: Result, reply: Reply) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": reply.refusal}
-    if reply.tool_calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": jsonl.dumps(call.arguments).decode()},
-            }
-            for call in reply.tool_calls
-        ]
-    finish = _OPENAI_STOP.get(reply.finish_reason or "", reply.finish_reason)
-    completion: dict[str, Any] = {
-        "id": _answer_id(reply),
-        "object": "chat.completion",
-        "created": int(datetime.fromisoformat(result.completed_at).timestamp()),
-        "model": result.model,
-        "choices": [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}],
-    }
-    if usage := reply.usage:
-        completion["usage"] = {
-            "prompt_tokens": usage.input_tokens,
-            "completion_tokens": usage.output_tokens,
-            "total_tokens": usage.total_tokens,
-            "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        }
-    return completion
-
-
-def _as_message(result: Result, reply: Reply) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": reply.content}] if reply.content else []
-    content += [
-        {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in reply.tool_calls
-    ]
-    message: dict[str, Any] = {
-        "id": _answer_id(reply),
-        "type": "message",
-        "role": "assistant",
-        "model": result.model,
-        "content": content,
-        "stop_reason": _ANTHROPIC_STOP.get(reply.finish_reason or "", reply.finish_reason),
-        "stop_sequence": None,
-    }
-    if reply.refusal is not None:
-        message["stop_reason"] = "refusal"
-        message["stop_details"] = {"type": "refusal", "category": None, "explanation": reply.refusal}
-    if usage := reply.usage:
-        message["usage"] = {
-            "input_tokens": usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens,
-            "output_tokens": usage.output_tokens,
-            "cache_creation_input_tokens": usage.cache_write_tokens,
-            "cache_read_input_tokens": usage.cache_read_tokens,
-        }
-    return message
-
-
-def _answer_id(reply: Reply) -> Any:
-    return orjson.loads(reply.raw).get("id")
 
 
 def _spelled(value: Any) -> Any:

@@ -21,11 +21,11 @@ from anyio import to_thread
 
 from pipeline import providers
 from pipeline.accounting import ledger
-from pipeline.accounting.budget import Budget
-from pipeline.accounting.pricing import Prices
+from pipeline.accounting.budget import Budget, budget_of
+from pipeline.accounting.pricing import LanePricing, Prices
 from pipeline.accounting.run_ledger import RUNNING, Books, NoBooks
 from pipeline.core import config as configuration
-from pipeline.core import errors
+from pipeline.core import environment, errors
 from pipeline.core import files as disk
 from pipeline.core import object_store as stores
 from pipeline.core.clock import Clock
@@ -47,11 +47,11 @@ from pipeline.results import object_store_writer as parts
 from pipeline.results import staging
 from pipeline.results import writer as record
 from pipeline.results.attempt_log import Sent
-from pipeline.results.totals import Attempts, Summary, Totals
+from pipeline.results.totals import Totals
 from pipeline.results.writer import Recorder
-from pipeline.runner import wiring as assemble
 from pipeline.runner.feed import Intake
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
+from pipeline.runner.summary import Attempts, Summary
 
 SHOWN_FAILURES = 10
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -105,8 +105,8 @@ class Run(ABC):
         self.say = say
         self.clock = Clock()
         self.run_id = run_id or f"run-{self.clock.started_at.translate({45: None, 58: None})}-{secrets.token_hex(3)}"
-        self.pricing = assemble.Pricing(prices, self.clock)
-        self.budget = assemble.budget(settings)
+        self.pricing = LanePricing(prices, self.clock)
+        self.budget = budget_of(settings)
         self.sources = [str(source) for source in sources]
         self.place = output
         self.recorder = self._recorder(output)
@@ -135,7 +135,7 @@ class Run(ABC):
             _refuse_overwriting_input(output, self.sources)
             return Recorder(output, **options)
         _refuse_parts(output, self.sources, self.settings)
-        spool = configuration.spool_path(self.settings, output)
+        spool = environment.spool_path(self.settings, output)
         return parts.RemoteRecorder(output, spool, on_trouble=self._heed_trouble, **options)
 
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
@@ -205,7 +205,7 @@ class Run(ABC):
         """Look at the first lines before anything is sent: keys and prices must be there, retired models are told."""
         found = self.intake.preview()
         for name in dict.fromkeys(name for name, _ in found):
-            configuration.api_key(name, self.settings.providers[name])
+            environment.api_key(name, self.settings.providers[name])
         if self.budget:
             for request in found.values():
                 self.pricing.worst_case(request)
@@ -245,7 +245,7 @@ class Run(ABC):
         if self.options.simulate:
             return self.budget
         today, month = self.books.spent(self.clock.moment())
-        return assemble.budget(self.settings, spent_today=today, spent_this_month=month)
+        return budget_of(self.settings, spent_today=today, spent_this_month=month)
 
     @abstractmethod
     def _open_lanes(self) -> None:

@@ -17,6 +17,7 @@ from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
 from pipeline.core.hashing import FingerprintMap, FingerprintSet, checksum
 from pipeline.core.types import Claims, Request, Result
+from pipeline.inputs import planner
 from pipeline.inputs import reader as read
 from pipeline.inputs.planner import Invalid
 from pipeline.inputs.reader import Batch, Line
@@ -26,7 +27,7 @@ from pipeline.results.resume_index import Awaited, Stretch
 from pipeline.results.writer import Done, Recorder
 from pipeline.runner import wiring as assemble
 from pipeline.runner.dedupe import Originals, copies
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
 
 PREVIEW_LINES = 2_000
 # What is read in one go: a thread hop pays only for many lines.
@@ -241,7 +242,7 @@ class Intake:
                 held += 1
                 self._held_seen.add(request)
             elif isinstance(item, Invalid):
-                invalid.append(assemble.invalid_result(item, self._clock))
+                invalid.append(planner.invalid_result(item, self._clock))
             elif self._originals is None or self._originals.add(item.digest):
                 wanted.append(item)
             else:

@@ -20,27 +20,27 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from pipeline.accounting.pricing import BATCH, LIVE, Prices
+from pipeline.accounting.pricing import BATCH, LIVE, LanePricing, Prices
 from pipeline.accounting.run_ledger import Books, NoBooks
-from pipeline.core import config
-from pipeline.core import config as configuration
-from pipeline.core import fd_limit as files
+from pipeline.core import config, config_file, environment, process
 from pipeline.core import http as transport
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError, StorageError, UsageError
 from pipeline.core.types import Request
 from pipeline.dispatch.batch.coordinator import BatchLane
 from pipeline.dispatch.batch.store import Chunk, Chunks, Member, Step
+from pipeline.dispatch.live import shared_limits
 from pipeline.dispatch.live.rate_limiter import Gate
 from pipeline.dispatch.live.sender import Sender, Statistics
 from pipeline.dispatch.live.shared_limits import Sharing
 from pipeline.inputs import reader as read
 from pipeline.inputs.sources import Span
 from pipeline.results import codec as results
-from pipeline.results.totals import Attempts, Summary
+from pipeline.runner import options, rehearsal
 from pipeline.runner import wiring as assemble
 from pipeline.runner.base import Run, Watch, place_of
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
+from pipeline.runner.summary import Attempts, Summary
 
 _COUNT_REST_SECONDS = 5.0
 
@@ -64,11 +64,11 @@ async def run_batch(
     from an object store, as they are safe on this machine.
     """
     options = options or Options()
-    config = config or configuration.load()
-    with assemble.settings_for(config, options) as settings:
+    config = config or config_file.load()
+    with rehearsal.settings_for(config, options) as settings:
         place = place_of(output)
         sources = read.sources([os.fspath(item) for item in inputs], but=place)
-        books = Books(configuration.ledger_path(config))
+        books = Books(environment.ledger_path(config))
         job = Job(sources, place, settings, options, Prices(config), books, say)
         return await job.execute(watch, handle_signals=handle_signals)
 
@@ -76,7 +76,7 @@ async def run_batch(
 class Job(Run):
     """A run whose requests are sent from here."""
 
-    ended: assemble.Ended = MappingProxyType({})  # models that are given up before the run begins
+    ended: options.Ended = MappingProxyType({})  # models that are given up before the run begins
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Job(Run):
         run_id: str | None = None,
     ) -> None:
         wanted = settings.sending.concurrency
-        room = files.room_for(wanted)
+        room = process.room_for(wanted)
         settings = settings.with_("sending", concurrency=room)
         super().__init__(sources, output, settings, options, prices, books, say, run_id=run_id)
         if room < wanted:
@@ -185,7 +185,7 @@ class Job(Run):
             self.clock,
             self.chunks,
             self.recorder,
-            assemble.Pricing(self.prices, self.clock, BATCH),
+            LanePricing(self.prices, self.clock, BATCH),
             self.budget,
             self.options,
             run_id=self.run_id,
@@ -213,7 +213,7 @@ class Job(Run):
         """Return what keeps this run to its share of limits; None where it has all of them."""
         if not self.settings.sending.share_limits or self.options.simulate:
             return None
-        lessor = assemble.lessor(self.settings, self.run_id)
+        lessor = shared_limits.lessor(self.settings, self.run_id)
         return Sharing(lessor, self.clock, gates=self.sender.gates, say=self.say).keep
 
     async def _work(self, scope: anyio.CancelScope) -> None:

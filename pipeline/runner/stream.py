@@ -11,20 +11,22 @@ import anyio
 import anyio.lowlevel
 from anyio.streams.memory import MemoryObjectSendStream
 
-from pipeline.accounting.pricing import LIVE, Prices
+from pipeline.accounting.budget import budget_of
+from pipeline.accounting.pricing import LIVE, LanePricing, Prices
 from pipeline.accounting.run_ledger import Books
 from pipeline.core import config as configuration
+from pipeline.core import config_file, environment, jsonl
 from pipeline.core import http as transport
-from pipeline.core import jsonl
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
 from pipeline.core.types import Request, Result
 from pipeline.dispatch.live.sender import Sender
-from pipeline.inputs.planner import Invalid, Planner
+from pipeline.inputs.planner import Invalid, Planner, invalid_result
 from pipeline.inputs.reader import Line
+from pipeline.runner import rehearsal
 from pipeline.runner import wiring as assemble
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
 
 _BATCH = 100
 _WAITING_RESULTS = 1_000
@@ -44,19 +46,19 @@ async def stream(
     early.
     """
     options = options or Options()
-    config = config or configuration.load()
+    config = config or config_file.load()
     if config.lane != LIVE:
         raise UsageError(f"a stream knows the lane live only, not {config.lane}: batches want files")
     outgoing, incoming = anyio.create_memory_object_stream[Result](_WAITING_RESULTS)
-    with assemble.settings_for(config, options) as settings:
+    with rehearsal.settings_for(config, options) as settings:
         planner = assemble.planner(settings, options)
         clock = Clock()
         async with transport.Client(settings.sending) as client:
-            pricing = assemble.Pricing(Prices(config), clock)
-            budget = assemble.budget(config)
+            pricing = LanePricing(Prices(config), clock)
+            budget = budget_of(config)
             if budget and not options.simulate:
-                today, month = Books(configuration.ledger_path(config)).spent(clock.moment())
-                budget = assemble.budget(config, spent_today=today, spent_this_month=month)
+                today, month = Books(environment.ledger_path(config)).spent(clock.moment())
+                budget = budget_of(config, spent_today=today, spent_this_month=month)
             sender = assemble.sender(
                 settings,
                 client,
@@ -118,7 +120,7 @@ async def _feed(
         for line in batch:
             item = planner.plan(line)
             if isinstance(item, Invalid):
-                await record(assemble.invalid_result(item, clock))
+                await record(invalid_result(item, clock))
             else:
                 wanted.append(item)
         await sender.submit(wanted)

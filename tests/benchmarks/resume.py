@@ -35,7 +35,7 @@ from typing import Any
 
 import orjson
 
-from pipeline.core import config as configuration
+from pipeline.core import config_file
 from pipeline.core.config import Config
 from pipeline.core.types import OutputFormat, Reply, Request, Result, Usage
 from pipeline.inputs.planner import Planner
@@ -96,7 +96,7 @@ def main(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     source, output = folder / "in.jsonl", folder / "out.jsonl"
     with _serving() as server:
-        settings = configuration.load(environ=_environ(server))
+        settings = config_file.load(environ=_environ(server))
         _write(source, output, count // 10, settings)
         few = [_start(server, source, output) for _ in WAYS]
         output.with_suffix(".index").unlink()

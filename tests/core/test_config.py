@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core import config
+from pipeline.core import config, config_file, environment
 from pipeline.core.config import Config, Endpoint
 from pipeline.core.errors import ConfigError, UsageError
 from pipeline.core.types import Protocol
@@ -37,7 +37,7 @@ def load(tmp_path: Path) -> Load:
     def write_and_load(content: str | bytes, **environ: str) -> Config:
         path = tmp_path / "config.yaml"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return config.load(path, environ)
+        return config_file.load(path, environ)
 
     return write_and_load
 
@@ -60,7 +60,7 @@ def without_models(settings: Config) -> dict[str, Any]:
 
 def test_the_shipped_file_holds_the_defaults() -> None:
     """config.yaml equals the defaults of the code, but for the names of the two default models."""
-    shipped = config.load(SHIPPED, {})
+    shipped = config_file.load(SHIPPED, {})
 
     assert without_models(shipped) == without_models(Config())
     assert {name: each.model for name, each in shipped.providers.items()} == CURRENT_MODELS
@@ -102,7 +102,7 @@ def test_the_fallback_models_are_those_of_the_seeds() -> None:
 
 def test_the_samples_are_valid() -> None:
     """The sample providers load as they are, built-in ones beside them."""
-    sample = config.load(ROOT / "samples" / "providers.yaml", {})
+    sample = config_file.load(ROOT / "samples" / "providers.yaml", {})
 
     assert {"anthropic", "openai", "vllm", "ollama", "openrouter", "azure"} == set(sample.providers)
     assert sample.providers["vllm"].url == "http://localhost:8000/v1/chat/completions"
@@ -133,14 +133,14 @@ def test_the_nearest_word_chooses_the_file(
     folder: Path, path: str | None, environ: Mapping[str, str], expected: str
 ) -> None:
     """The given path wins over PIPELINE_CONFIG, and that over ./config.yaml."""
-    assert config.load(path, environ).progress == expected
+    assert config_file.load(path, environ).progress == expected
 
 
 def test_without_a_file_the_defaults_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory without config.yaml is no error."""
     monkeypatch.chdir(tmp_path)
 
-    assert config.load(None, {}) == Config()
+    assert config_file.load(None, {}) == Config()
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_any_text_is_a_configuration_or_a_config_error(tmp_path_factory: pytest.
     path.write_text(content)
 
     with suppress(ConfigError):
-        config.load(path, {"OPENAI_BASE_URL": "https://x.example"})
+        config_file.load(path, {"OPENAI_BASE_URL": "https://x.example"})
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_wrong_types_meet_the_environment(load: Load, content: str) -> None:
 def test_a_named_file_must_be_readable(tmp_path: Path, path: str) -> None:
     """A file that was named and cannot be read is an error, never the defaults."""
     with pytest.raises(ConfigError, match="cannot read the configuration"):
-        config.load(tmp_path / path, {})
+        config_file.load(tmp_path / path, {})
 
 
 # ── addresses and secrets ─────────────────────────────────────────────────────────────────────────────
@@ -509,7 +509,7 @@ def test_a_key_in_place_of_its_variable_is_refused(load: Load) -> None:
 )
 def test_keys_come_from_the_environment(environ: Mapping[str, str], expected: str) -> None:
     """A key is the value of its variable, in either case, without surrounding space."""
-    assert config.api_key("anthropic", Config().providers["anthropic"], environ) == expected
+    assert environment.api_key("anthropic", Config().providers["anthropic"], environ) == expected
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_keys_come_from_the_environment(environ: Mapping[str, str], expected: st
 def test_a_missing_key_is_explained(provider: str, variable: str, place: str) -> None:
     """A missing key names the variable and where to get a key."""
     with pytest.raises(UsageError, match=variable) as caught:
-        config.api_key(provider, Config().providers[provider], {variable: "  "})
+        environment.api_key(provider, Config().providers[provider], {variable: "  "})
 
     assert caught.value.hint is not None
     assert place in caught.value.hint
@@ -541,14 +541,14 @@ def test_a_missing_key_is_explained(provider: str, variable: str, place: str) ->
 def test_what_cannot_be_a_key_is_refused(key: str) -> None:
     """A key that would break a header is a usage error that does not show it."""
     with pytest.raises(UsageError, match="OPENAI_API_KEY does not hold a key") as caught:
-        config.api_key("openai", Config().providers["openai"], {"OPENAI_API_KEY": key})
+        environment.api_key("openai", Config().providers["openai"], {"OPENAI_API_KEY": key})
 
     assert key not in caught.value.message
 
 
 def test_some_endpoints_need_no_key() -> None:
     """An endpoint without a variable gets no key."""
-    assert config.api_key("x", endpoint("http://localhost:1/v1"), {"OPENAI_API_KEY": "k"}) is None
+    assert environment.api_key("x", endpoint("http://localhost:1/v1"), {"OPENAI_API_KEY": "k"}) is None
 
 
 def test_keys_are_nowhere_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,7 +556,7 @@ def test_keys_are_nowhere_in_the_configuration(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-canary-1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-2")
 
-    settings = config.load()
+    settings = config_file.load()
 
     assert "canary" not in repr(settings) + str(settings) + settings.model_dump_json()
 
@@ -635,7 +635,7 @@ def test_a_rehearsal_goes_to_the_simulator_only(load: Load) -> None:
         "openai": "http://127.0.0.1:9/v1/chat/completions",
         "x": "http://127.0.0.1:9/v1/chat/completions",
     }
-    assert [config.api_key(name, each, {}) for name, each in simulated.providers.items()] == ["simulated"] * 3
+    assert [environment.api_key(name, each, {}) for name, each in simulated.providers.items()] == ["simulated"] * 3
 
 
 def test_choices_are_those_of_the_types() -> None:
@@ -653,7 +653,7 @@ from pipeline.core import config
 from pipeline.core import errors
 sys.setrecursionlimit(150)
 try:
-    config.load(sys.argv[1])
+    config_file.load(sys.argv[1])
 except errors.ConfigError:
     print("refused")
 """
@@ -686,21 +686,21 @@ def test_a_deep_file_costs_no_stack(tmp_path: Path) -> None:
 )
 def test_the_nearest_word_names_the_ledger(setting: str | None, environ: Mapping[str, str], expected: str) -> None:
     """PIPELINE_LEDGER wins over the setting, and that over the user's data directory."""
-    assert config.ledger_path(Config(ledger=setting), environ) == Path(expected)
+    assert environment.ledger_path(Config(ledger=setting), environ) == Path(expected)
 
 
 def test_without_home_the_user_database_tells_it() -> None:
     """cron may set no HOME; the ledger is in the same place all the same."""
     home = Path(pwd.getpwuid(os.getuid()).pw_dir)
 
-    assert config.ledger_path(Config(), {}) == home / ".local" / "share" / "pipeline" / "ledger.sqlite"
-    assert config.ledger_path(Config(ledger="~/l.sqlite"), {}).is_absolute()
+    assert environment.ledger_path(Config(), {}) == home / ".local" / "share" / "pipeline" / "ledger.sqlite"
+    assert environment.ledger_path(Config(ledger="~/l.sqlite"), {}).is_absolute()
 
 
 def test_a_home_that_is_not_there_is_told() -> None:
     """A home directory that nobody knows is an error that says how to name the ledger."""
     with pytest.raises(UsageError, match="no home directory") as caught:
-        config.ledger_path(Config(ledger="~nobody-is-called-so/l.sqlite"), {})
+        environment.ledger_path(Config(ledger="~nobody-is-called-so/l.sqlite"), {})
 
     assert "PIPELINE_LEDGER" in (caught.value.hint or "")
 

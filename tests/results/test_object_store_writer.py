@@ -25,14 +25,15 @@ from pipeline.accounting.ledger import Ledger
 from pipeline.accounting.verify import verify
 from pipeline.cli import main as cli
 from pipeline.core import config as configuration
+from pipeline.core import environment
 from pipeline.core import files as disk
 from pipeline.core import object_store as stores
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError, TryLaterError, UsageError
 from pipeline.results import object_store_writer as parts
 from pipeline.results.object_store_writer import Folder, RemoteRecorder
-from pipeline.results.totals import Summary
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
+from pipeline.runner.summary import Summary
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, serving
 from tests.bucket import KEY, SECRET, Barrier, Bucket
@@ -66,7 +67,7 @@ class World:
         return settings.replace(ledger=str(self.folder / name / "ledger.sqlite"))
 
     def spool(self, name: str = "here") -> Path:
-        return configuration.spool_path(self.machine(name), self.output)
+        return environment.spool_path(self.machine(name), self.output)
 
     def source(self, *lines: Mapping[str, Any]) -> str:
         url = f"{self.bucket.url}in/q.jsonl"

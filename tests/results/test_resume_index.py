@@ -29,10 +29,11 @@ from pipeline.results import codec as results
 from pipeline.results import resume_index as index
 from pipeline.results import writer as record
 from pipeline.results.resume_index import Awaited, Stretch
-from pipeline.results.totals import Summary, Totals
+from pipeline.results.totals import Totals
 from pipeline.results.writer import Recorder
 from pipeline.runner.base import SHOWN_FAILURES
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
+from pipeline.runner.summary import Summary
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import serving
 from tests.results.test_writer import a_line, a_result

@@ -26,7 +26,7 @@ from pipeline.accounting.verify import verify
 from pipeline.core import config as configuration
 from pipeline.core.config import Config
 from pipeline.core.errors import OpenAIAPIError, TryLaterError, UsageError
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, answer_token, serving
 

@@ -26,16 +26,16 @@ from typing import Any
 import orjson
 
 from pipeline import providers
-from pipeline.core import config, jsonl
+from pipeline.core import config_file, jsonl
 from pipeline.core.config import Config
 from pipeline.core.errors import ConfigError, LineError, ProviderError
 from pipeline.core.types import Answer, Attempt, Failure, OutputFormat, Protocol, Request, Result
+from pipeline.inputs import planner
 from pipeline.inputs import reader as read
 from pipeline.inputs.planner import Invalid, Planner
 from pipeline.inputs.reader import Line
 from pipeline.providers import rate_limit_headers as hints
 from pipeline.results import codec as results
-from pipeline.runner import wiring as assemble
 from tests.torture.lines import exactly
 
 if sys.version_info >= (3, 14):
@@ -176,7 +176,7 @@ def _targets(folder: Path) -> Iterator[Target]:
     yield Target(name="providers.decode", corpus=answers, take=_answer, weight=150)
     yield Target(name="providers.limits", corpus=_HEADERS, take=_hints, weight=100, is_json=False)
     yield Target(name="read.lines", corpus=archives, take=partial(_read, folder / "q"), weight=20, is_json=False)
-    yield Target(name="config.load", corpus=texts, take=partial(_configure, folder / "c"), weight=5, is_json=False)
+    yield Target(name="config_file.load", corpus=texts, take=partial(_configure, folder / "c"), weight=5, is_json=False)
 
 
 def _lines_of(path: Path) -> list[bytes]:
@@ -217,7 +217,7 @@ class _Plan:
 
 def _failed(item: Request | Invalid) -> Result:
     if isinstance(item, Invalid):
-        return assemble.invalid_result(item, _CLOCK)
+        return planner.invalid_result(item, _CLOCK)
     failure = Failure(type="invalid_request_error", message="no", status=400, attempts=[_ATTEMPT])
     return Result(
         custom_id=item.custom_id,
@@ -298,7 +298,7 @@ def _read(path: Path, data: bytes) -> bool:
 def _configure(path: Path, data: bytes) -> bool:
     path.write_bytes(data)
     try:
-        settings = config.load(path, {})
+        settings = config_file.load(path, {})
     except ConfigError:
         return False
     return settings.provider in settings.providers

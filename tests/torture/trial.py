@@ -19,8 +19,8 @@ import pytest
 
 import pipeline
 from pipeline import Config
-from pipeline.results.totals import Summary
 from pipeline.runner.base import Watch
+from pipeline.runner.summary import Summary
 from tests.torture import check, truth
 from tests.torture.chaos import Server
 from tests.torture.faults import FAULTS, PROTOCOLS, End, Fault

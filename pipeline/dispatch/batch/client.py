@@ -18,12 +18,13 @@ from anyio import to_thread
 
 from pipeline import providers
 from pipeline.core import config as configuration
+from pipeline.core import environment
 from pipeline.core import files as disk
 from pipeline.core import http as transport
 from pipeline.core.config import Config, Endpoint, patience
 from pipeline.core.errors import ProviderError, Reach, TransportError, TryLaterError, UsageError
 from pipeline.core.http import Content, Write
-from pipeline.core.redact import masking, without
+from pipeline.core.text import masking, without
 from pipeline.core.types import Answer, Call
 from pipeline.dispatch import retry
 from pipeline.dispatch.batch.store import Chunk, Chunks
@@ -314,7 +315,7 @@ def batch_client(settings: Config, client: transport.Client, say: Callable[[str]
         raise UsageError(f"a batch was made with the provider {name!r}, which is not configured any more")
     protocol = configuration.protocol(endpoint)
     codec = providers.codec(protocol)
-    key = configuration.api_key(name, endpoint)
+    key = environment.api_key(name, endpoint)
 
     async def ask(call: Call, content: transport.Content | None) -> Answer:
         return without(await client.call(call, content), key)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.accounting.ledger import Ledger
-from pipeline.core import config as configuration
+from pipeline.core import environment
 from pipeline.core import files as disk
 from pipeline.core import http as transport
 from pipeline.core import object_store as stores
@@ -122,7 +122,7 @@ def _courier(settings: Config, client: transport.Client, chunk: Chunk) -> Courie
 def _file_of(results: str, settings: Config) -> Path:
     if not stores.is_url(results):
         return Path(results)
-    return configuration.spool_path(settings, parts.folder_of(results)) / parts.SPOOL
+    return environment.spool_path(settings, parts.folder_of(results)) / parts.SPOOL
 
 
 def _results_files(ledger: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -11,17 +10,13 @@ import anyio
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.http import Post
-from pipeline.core.types import Allowance, Attempt, Request, Usage
-from pipeline.dispatch.live.rate_limiter import Charge, Gate, Ticket
+from pipeline.core.types import Allowance, Attempt, Request
+from pipeline.dispatch.live.concurrency import Window
+from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.dispatch.live.token_bucket import Charge, Ticket
+from pipeline.dispatch.live.token_forecast import Forecast
 from pipeline.providers.base import Provider
 
-FIRST_WAVE = 2
-_SECOND_WAVE = 8
-_CUT = 0.7
-_LONGEST_PAUSE = 10.0
-_SMOOTHING = 0.1
-_GUESSED_OUTPUT_TOKENS = 300.0
-_LARGEST_RATIO = 5.0  # a picture or a document may be far larger than its guess; the next text is not
 _MARGIN = 1.5  # by which an estimate may be too large
 
 
@@ -32,69 +27,6 @@ class Job:
     request: Request
     attempts: list[Attempt] = field(default_factory=list)
     counted: int = 0
-
-
-class Window:
-    """How many calls of a model may be in flight.
-
-    Slow start: a first wave of two finds out a wrong key or model, then each round of answers doubles. An overload
-    (503, 529, a lost connection, a timeout) cuts to 70 % once, remembers that as the ceiling, and above the ceiling
-    grows by one a round. Overloads without an answer between them lead to ever longer pauses with one call each, so an
-    outage costs next to nothing; the first answer after it opens half of the ceiling at once.
-    """
-
-    def __init__(self, maximum: int) -> None:
-        self.size = float(min(FIRST_WAVE, maximum))
-        self._maximum = maximum
-        self._ceiling = float(maximum)
-        self._cut_at = -math.inf
-        self._failures = 0
-        self._has_answers = False
-
-    def widen(self) -> None:
-        """Note an answer."""
-        if self._failures or not self._has_answers:
-            self.size = max(self.size, self._ceiling / 2 if self._has_answers else _SECOND_WAVE)
-        self._has_answers = True
-        self._failures = 0
-        self.size += 1 if self.size < self._ceiling else 1 / self.size
-        self.size = min(self.size, self._maximum)
-
-    def narrow(self, sent_at: float) -> float:
-        """Note an overload that met a call sent at some time; return how many seconds nobody should call at all."""
-        if sent_at <= self._cut_at:
-            return 0.0
-        self._cut_at = anyio.current_time()
-        self._failures += 1
-        if self._failures == 1:
-            self._ceiling = max(1.0, _CUT * self.size)
-            self.size = self._ceiling
-            return 0.0
-        self.size = 1.0
-        return min(_LONGEST_PAUSE, 0.25 * 2.0 ** min(10, self._failures))
-
-
-class Forecast:
-    """What a call is likely to use: an estimate by size, put right by what was reported so far."""
-
-    def __init__(self) -> None:
-        self._ratio = 1.0
-        self._output: float | None = None
-
-    def input_tokens(self, request: Request) -> float:
-        return request.estimated_input_tokens * self._ratio
-
-    def output_tokens(self, request: Request) -> float:
-        expected = _GUESSED_OUTPUT_TOKENS if self._output is None else self._output
-        return min(expected, request.max_output_tokens or math.inf)
-
-    def learn(self, request: Request, usage: Usage) -> None:
-        """Move towards what one call really used."""
-        if request.estimated_input_tokens:
-            ratio = usage.input_tokens / request.estimated_input_tokens
-            self._ratio += _SMOOTHING * (min(_LARGEST_RATIO, ratio) - self._ratio)
-        before = usage.output_tokens if self._output is None else self._output
-        self._output = before + _SMOOTHING * (usage.output_tokens - before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

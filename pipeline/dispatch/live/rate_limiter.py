@@ -17,67 +17,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import anyio
-from aiolimiter import AsyncLimiter
 
 from pipeline.core.config import Limits
 from pipeline.core.types import Allowance, Limit
+from pipeline.dispatch.live.rate_estimator import _Found
+from pipeline.dispatch.live.token_bucket import REQUESTS, Bucket, Charge, Ticket
 
-REQUESTS = "requests"
 _COOLDOWN = "cooldown"
-Charge = Mapping[str, float]
-"""What one call takes out of the allowances, by kind: `requests`, `input_tokens`, `output_tokens`, `tokens`."""
 
 _ROUNDING = {REQUESTS: 0.0}  # Anthropic rounds remaining tokens to thousands, so they may be off by half of that
 _TOKEN_ROUNDING = 500.0
-_PACE_SECONDS = 5.0  # how much may be caught up after a pause at a rate that was found out
-_LOWEST_RATE = 0.2  # per second: whatever is refused, somebody asks again every few seconds
-_TRUSTED_CALLS = 20.0  # a rate reckoned from fewer is tried from above sooner
-_FASTEST_GROWTH = 0.05  # per second
-_SHORTEST_PAUSE = 0.25
-_LONGEST_PAUSE = 10.0
-_LONGEST_QUIET = 5.0
-_MOST_DOUBLINGS = 10
 _LOOK_AGAIN_SECONDS = 5.0  # while waiting: a limit may have shrunk below what is waited for
-_CALLS_PER_PROBE = 100.0  # a rate that was found out is tried from above about once in so many calls
-
-
-class Bucket(AsyncLimiter):
-    """aiolimiter's leaky bucket, with a level that can be looked at and put right.
-
-    `level` is what is used up and has not leaked out yet, `max_rate` what it holds.
-    """
-
-    @property
-    def level(self) -> float:
-        self._leak()
-        return self._level
-
-    @level.setter
-    def level(self, value: float) -> None:
-        self._leak()
-        self._level = max(0.0, value)
-        self._wake_next()
-
-    @property
-    def rate(self) -> float:
-        """What leaks out, per second."""
-        return self._rate_per_sec
-
-    def take_nowait(self, amount: float) -> None:
-        """Take an amount that is known to be there."""
-        self._level += amount
-
-    def retune(self, max_rate: float, time_period: float) -> None:
-        """Change size and rate, also while somebody waits; what was free stays free, as far as there is room."""
-        free = self.max_rate - self.level
-        self.max_rate = max_rate
-        self.time_period = time_period
-        self._rate_per_sec = max_rate / time_period
-        self.level = max_rate - min(free, max_rate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,18 +54,6 @@ class Need:
     is_hungry: bool
     closed_until: float
     share: float = 1.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Ticket:
-    """Lets one call through, and is handed back with what became of it; `charge` is what was really taken.
-
-    Not frozen: that would cost 1 µs a call.
-    """
-
-    charge: Charge
-    sent_at: float
-    number: int
 
 
 class Gate:
@@ -330,87 +272,6 @@ class Gate:
         """Tell whether a told allowance explains a refusal: then its mirror has only to be put right."""
         short = [bucket for bucket in self._told.values() if bucket.level >= 0.9 * bucket.max_rate]
         return bool(short)
-
-
-class _Found:
-    """The refill rate of a provider that does not tell it, found out by its refusals.
-
-    Calls are numbered as they are sent, so those between two refusals can be counted although their answers are not
-    there yet. Refusals of calls that were sent before the last cut belong to the same event.
-    """
-
-    def __init__(self) -> None:
-        self._now = asyncio.get_running_loop().time
-        self.bucket: Bucket | None = None
-        self._count = 0
-        self._refused = 0
-        self._empty_at: float | None = None
-        self._empty_number = 0
-        self._started_at: float | None = None
-        self._cut_at = -math.inf
-        self._grown_at = 0.0
-        self._barren = 0
-        self._is_guess = True
-        self._trust = 1.0
-
-    def sent(self, now: float) -> int:
-        """Count a call that goes out; return its number."""
-        if self._started_at is None:
-            self._started_at = now
-        self._count += 1
-        return self._count
-
-    def refused(self, ticket: Ticket) -> float:
-        """Learn from a refusal: the provider's bucket was empty when this call came.
-
-        Returns how many seconds to wait where the provider does not say: the time of one call, and twice as long
-        each time that nothing passed since the last refusal, as then the bucket is in debt.
-        """
-        self._refused += 1
-        if ticket.sent_at > self._cut_at:
-            passed = ticket.number - self._empty_number - self._refused
-            self._barren = self._barren + 1 if passed < 1 and self.bucket else 0
-            if not self._barren:
-                self._set_rate(self._reckon(ticket, passed))
-            assert self.bucket is not None
-            self.bucket.level = self.bucket.max_rate
-            self._cut_at = self._grown_at = self._now()
-            self._empty_number, self._refused = ticket.number, 0
-            if not self._barren:
-                self._empty_at = ticket.sent_at
-        assert self.bucket is not None
-        return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, 2.0 ** min(_MOST_DOUBLINGS, self._barren) / self.bucket.rate))
-
-    def grow(self) -> None:
-        """Try a little more, the slower the rarer refusals are to be, and faster when there were none for long."""
-        if self.bucket is None or self.bucket.level < self.bucket.max_rate / 2:
-            return  # no limit was found, or it is not what binds: then more of it would tell nothing
-        now = self._now()
-        rate = self.bucket.rate
-        cycle = _CALLS_PER_PROBE / rate
-        quiet = min(_LONGEST_QUIET, (now - self._cut_at) / cycle)
-        growth = min(0.005, 2 * rate / _CALLS_PER_PROBE**2) * (1 + quiet**3) / self._trust**2
-        self._set_rate(rate * (1 + min(_FASTEST_GROWTH, growth) * min(1.0, now - self._grown_at)))
-        self._grown_at = now
-
-    def _reckon(self, ticket: Ticket, passed: int) -> float:
-        """Return the rate that a refusal tells: calls that passed since the bucket was last empty, by the time."""
-        assert self._started_at is not None
-        if self.bucket is None or self._empty_at is None:
-            return max(_LOWEST_RATE, 0.5 * passed / max(ticket.sent_at - self._started_at, 0.1))
-        told = passed / max(ticket.sent_at - self._empty_at, 1e-3)
-        weight = 1.0 if self._is_guess else min(1.0, passed / 8)
-        self._is_guess = False
-        self._trust = min(1.0, max(0.05, passed / _TRUSTED_CALLS))
-        return max(_LOWEST_RATE, 0.99 * (weight * told + (1 - weight) * 0.8 * self.bucket.rate))
-
-    def _set_rate(self, rate: float) -> None:
-        # Until a second refusal the rate is a guess, and a pause must not save up calls at it.
-        size = 1.0 if self._is_guess else max(1.0, rate * _PACE_SECONDS)
-        if self.bucket is None:
-            self.bucket = Bucket(size, size / rate)
-        else:
-            self.bucket.retune(size, size / rate)
 
 
 def _cap(per_minute: int) -> Bucket:

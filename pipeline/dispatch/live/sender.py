@@ -35,7 +35,8 @@ from pipeline.core.errors import (
 from pipeline.core.types import Attempt, Cost, Failure, Reply, Request, Result, Usage
 from pipeline.dispatch.live import model_queue as lanes
 from pipeline.dispatch.live.model_queue import Job, Lane
-from pipeline.dispatch.live.rate_limiter import Gate, Ticket
+from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.dispatch.live.token_bucket import Ticket
 from pipeline.dispatch.retry import Policy, is_capacity, is_overload
 
 _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured

@@ -21,7 +21,9 @@ from typing import Protocol
 import anyio
 from anyio import to_thread
 
+from pipeline.core import environment
 from pipeline.core.clock import Clock
+from pipeline.core.config import Config
 from pipeline.core.hashing import checksum
 from pipeline.dispatch.live.rate_limiter import Gate, Need
 
@@ -166,3 +168,8 @@ class Sharing:
         for quota, gate in self._gates().items():
             lease = leases.get(quota)
             gate.take_share(*((lease.share, lease.closed_until) if lease else (1.0, 0.0)))
+
+
+def lessor(settings: Config, run_id: str) -> Lessor:
+    """Make what shares limits with the other runs of this machine; its file lies beside the ledger."""
+    return Host(Leases(environment.ledger_path(settings).with_name("limits.sqlite"), run_id))

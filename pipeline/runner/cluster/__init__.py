@@ -17,18 +17,18 @@ from anyio import to_thread
 
 from pipeline.accounting.pricing import LIVE, Prices
 from pipeline.accounting.run_ledger import Books
-from pipeline.core import config as configuration
+from pipeline.core import config_file, environment
 from pipeline.core import object_store as stores
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
 from pipeline.inputs import reader as read
 from pipeline.inputs.sources import can_be_read_again
-from pipeline.results.totals import Summary
-from pipeline.runner import wiring as assemble
+from pipeline.runner import rehearsal
 from pipeline.runner.base import Watch, place_of
 from pipeline.runner.cluster.driver import Driver
 from pipeline.runner.cluster.ray import LOCAL, Session
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
+from pipeline.runner.summary import Summary
 
 __all__ = ["Session", "run_batch"]
 
@@ -52,14 +52,14 @@ async def run_batch(
     `TryLaterError` where the cluster cannot be reached.
     """
     options = options or Options()
-    config = config or configuration.load()
+    config = config or config_file.load()
     session = ray if isinstance(ray, Session) else Session(ray)
     _refuse(config, options, session.address)
     place = place_of(output)
     place = place if isinstance(place, str) else place.absolute()
     sources = _sources([os.fspath(item) for item in inputs], place)
-    with assemble.settings_for(config, options) as settings:
-        books = Books(configuration.ledger_path(config))
+    with rehearsal.settings_for(config, options) as settings:
+        books = Books(environment.ledger_path(config))
         driver = Driver(sources, place, settings, options, Prices(config), books, say)
         if not session.is_open:
             here = session.address == LOCAL

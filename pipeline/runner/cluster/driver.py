@@ -32,13 +32,14 @@ from pipeline.results import staging
 from pipeline.results import writer as record
 from pipeline.results.codec import Record
 from pipeline.results.staging import Name, staging_of, taken_over
-from pipeline.results.totals import Summary, Totals
+from pipeline.results.totals import Totals
 from pipeline.runner.base import SHOWN_FAILURES, Progress, Run, Watch
 from pipeline.runner.cluster import statistics as merging
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.scheduler import Scheduler, Shard
 from pipeline.runner.cluster.worker import Greeting, Outcome, Snapshot, Task, own_version
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
+from pipeline.runner.summary import Summary
 
 PARTS_AT_ONCE = 2  # of one worker: while one waits for its last answers the other goes on
 _PARTS_PER_WORKER = 8  # so that all workers end at about the same time

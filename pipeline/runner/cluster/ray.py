@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 import anyio
 
-from pipeline.core import config as configuration
 from pipeline.core import cpu_affinity as cores
+from pipeline.core import environment
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError, TryLaterError, UsageError
 from pipeline.core.types import Claims
@@ -34,7 +34,7 @@ from pipeline.runner.cluster.driver import WorkerLostError
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.quota import Quota
 from pipeline.runner.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
 
 T = TypeVar("T")
 LOCAL = "local"
@@ -90,9 +90,9 @@ class Session:
         return place
 
     def _connected(self, settings: Config) -> Any:
-        configuration.default_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
-        configuration.default_variable("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "10")  # all stands still meanwhile
-        configuration.default_variable("RAY_ENABLE_AUTO_CONNECT", "0")  # what is lost is not replaced by a local one
+        environment.default_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unasked
+        environment.default_variable("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "10")  # all stands still meanwhile
+        environment.default_variable("RAY_ENABLE_AUTO_CONNECT", "0")  # what is lost is not replaced by a local one
         try:
             import ray
         except ImportError as exc:
@@ -101,7 +101,7 @@ class Session:
             ) from exc
         if self.address != LOCAL:
             _require_reachable(self.address)
-        sealed, self._pad = sealing.seal(configuration.variables_of(settings))
+        sealed, self._pad = sealing.seal(environment.variables_of(settings))
         try:
             ray.init(
                 address=self.address,
@@ -197,7 +197,7 @@ class RemoteWorker(Worker):
     """A worker as an actor: it opens what was sealed on its way."""
 
     def __init__(self, pad: bytes, *words: Any, **named: Any) -> None:
-        configuration.take_variables(sealing.unseal(configuration.default_variable(sealing.VARIABLE, ""), pad))
+        environment.take_variables(sealing.unseal(environment.default_variable(sealing.VARIABLE, ""), pad))
         super().__init__(*words, **named)
         cores.watch()
 

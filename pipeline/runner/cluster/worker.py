@@ -33,10 +33,11 @@ from pipeline.inputs.sources import Span, require_unchanged
 from pipeline.results import staging
 from pipeline.results import writer as record
 from pipeline.results.staging import Name
+from pipeline.runner import options
 from pipeline.runner import wiring as assemble
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.local import Job
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ class Task:
     known: Sequence[int]
     before: Claims
     grant: int | None
-    ended: assemble.Ended
+    ended: options.Ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,7 @@ class Outcome:
     sender: Statistics | None = None
     spent: int = 0
     failures: tuple[str, ...] = ()
-    ended: assemble.Ended = field(default_factory=dict)
+    ended: options.Ended = field(default_factory=dict)
     stopped: PipelineError | None = None
 
 

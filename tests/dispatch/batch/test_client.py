@@ -21,7 +21,7 @@ from pipeline import providers
 from pipeline.core.config import Config, Sending
 from pipeline.core.errors import ProviderError, Reach, StorageError, TransportError, TryLaterError
 from pipeline.core.http import Client, Content
-from pipeline.core.redact import masking, without
+from pipeline.core.text import masking, without
 from pipeline.core.types import Answer, Call, Protocol
 from pipeline.dispatch.batch.client import Courier, UncertainError, Way, batch_client
 from pipeline.dispatch.batch.store import Chunk, Chunks, Member

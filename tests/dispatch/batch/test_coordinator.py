@@ -23,8 +23,8 @@ from pipeline.core import http as transport
 from pipeline.core.config import Config
 from pipeline.core.errors import StorageError, UsageError
 from pipeline.core.types import Usage
-from pipeline.results.totals import Summary
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
+from pipeline.runner.summary import Summary
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import build_app
 from tests.virtual import virtual_time

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from pipeline import providers
-from pipeline.accounting.pricing import BATCH, LIVE, Prices
+from pipeline.accounting.pricing import BATCH, LIVE, LanePricing, Prices
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config, Sending
 from pipeline.core.errors import ProviderError, Reach
@@ -22,7 +22,6 @@ from pipeline.dispatch.batch.outcome import Judge, Verdict
 from pipeline.dispatch.batch.store import Chunk, Chunks, Member
 from pipeline.dispatch.retry import Policy
 from pipeline.providers.batch import Batch, Ending, Problem
-from pipeline.runner import wiring as assemble
 
 ANTHROPIC, OPENAI = Protocol.ANTHROPIC, Protocol.OPENAI
 both = pytest.mark.parametrize("protocol", [ANTHROPIC, OPENAI])
@@ -56,7 +55,7 @@ def chunk_of(protocol: Protocol, **fields: Any) -> Chunk:
 
 def judge(protocol: Protocol, chunk: Chunk | None = None, *, lane: str = BATCH, max_attempts: int = 3) -> Judge:
     clock = Clock()
-    pricing = assemble.Pricing(PRICES, clock, lane)
+    pricing = LanePricing(PRICES, clock, lane)
     return Judge(chunk or chunk_of(protocol), providers.codec(protocol), pricing, clock, max_attempts)
 
 

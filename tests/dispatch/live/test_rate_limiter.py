@@ -7,8 +7,9 @@ import pytest
 
 from pipeline.core.config import Limits
 from pipeline.core.types import Limit
-from pipeline.dispatch.live.model_queue import Window
-from pipeline.dispatch.live.rate_limiter import Charge, Gate
+from pipeline.dispatch.live.concurrency import Window
+from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.dispatch.live.token_bucket import Charge
 from tests.virtual import virtual_time
 
 pytestmark = virtual_time

@@ -13,7 +13,7 @@ from pipeline.accounting.budget import Budget
 from pipeline.core.config import Limits, Sending
 from pipeline.core.errors import BudgetReachedError, OpenAIAPIError, Reach, TransportError, TryLaterError
 from pipeline.core.types import Answer, Request, Result
-from pipeline.dispatch.live.model_queue import FIRST_WAVE
+from pipeline.dispatch.live.concurrency import FIRST_WAVE
 from tests.scripted import Script, World, refusal, reply, request
 from tests.virtual import virtual_time
 

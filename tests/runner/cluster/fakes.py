@@ -10,7 +10,7 @@ import anyio
 
 from pipeline.accounting.pricing import Prices
 from pipeline.accounting.run_ledger import Books
-from pipeline.core import config as configuration
+from pipeline.core import environment
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError, TryLaterError
 from pipeline.core.types import Claims
@@ -18,13 +18,13 @@ from pipeline.dispatch.live.rate_limiter import Need
 from pipeline.dispatch.live.shared_limits import Lease
 from pipeline.inputs.sources import Span
 from pipeline.results.staging import Name
-from pipeline.results.totals import Summary
 from pipeline.runner.base import Watch
 from pipeline.runner.cluster.driver import Driver, WorkerLostError
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.quota import Quota
 from pipeline.runner.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
+from pipeline.runner.summary import Summary
 
 T = TypeVar("T")
 
@@ -208,7 +208,7 @@ async def drive(
     **options: Any,
 ) -> Summary:
     """Have a job done by the pool."""
-    books = Books(configuration.ledger_path(settings))
+    books = Books(environment.ledger_path(settings))
     names = [str(source) for source in sources]
     driver = Driver(names, output, settings, Options(**options), Prices(settings), books, say)
     return await driver.lead(pool, watch, handle_signals=handle_signals)

@@ -18,6 +18,7 @@ from anyio import to_thread
 import pipeline
 from pipeline.accounting.verify import verify
 from pipeline.core import config as configuration
+from pipeline.core import environment
 from pipeline.core import object_store as stores
 from pipeline.core.config import Config
 from pipeline.core.errors import TryLaterError, UsageError
@@ -380,7 +381,7 @@ async def test_what_a_killed_driver_left_at_a_store_is_taken_in(bucket: Bucket, 
         await drive([source], output, config, FakePool(1), limit=5)
         (part,) = await to_thread.run_sync(parts_at, output)
         await to_thread.run_sync(stores.move, part.url, f"{output}work/part-00000-00001-x/part-00000.jsonl")
-        await to_thread.run_sync(shutil.rmtree, configuration.spool_path(config, output))
+        await to_thread.run_sync(shutil.rmtree, environment.spool_path(config, output))
         summary = await drive([source], output, config, FakePool(1))
         assert server.statistics()["answered"] == 10
 

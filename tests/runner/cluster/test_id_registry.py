@@ -19,7 +19,7 @@ from pipeline.inputs.reader import Line
 from pipeline.inputs.sources import Span, cut
 from pipeline.runner.cluster.id_registry import NONE, Register, Scan
 from pipeline.runner.cluster.worker import Worker
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
 
 # Few ids and few texts, so that they meet again; and an id that looks like one that is made up.
 _IDS = st.sampled_from([None, None, "a", "b", "line-made-up-2"])

@@ -12,7 +12,7 @@ from pipeline.core.errors import TryLaterError
 from pipeline.results.writer import Recorder
 from pipeline.runner.cluster.scheduler import Scheduler, Shard
 from pipeline.runner.feed import Intake
-from pipeline.runner.wiring import Options
+from pipeline.runner.options import Options
 
 
 async def test_an_input_that_changes_while_it_is_cut_is_not_read_to_its_end(tmp_path: Path) -> None:

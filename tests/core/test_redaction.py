@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.core.http import Post
-from pipeline.core.redact import discreet
+from pipeline.core.text import discreet
 from pipeline.core.types import Answer
 
 KEY = "9f3c7A1e5b8D2c6f4a0E7d1B3c5f8a2e"

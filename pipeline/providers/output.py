@@ -1,0 +1,89 @@
+"""A completion of one provider, rewritten as the response object of the other."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from pipeline.core import jsonl
+from pipeline.core.types import Reply, Result
+
+_ANTHROPIC_STOP = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
+_OPENAI_STOP = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "pause_turn": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}
+
+
+def _as_chat_completion(result: Result, reply: Reply) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": reply.refusal}
+    if reply.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": jsonl.dumps(call.arguments).decode()},
+            }
+            for call in reply.tool_calls
+        ]
+    finish = _OPENAI_STOP.get(reply.finish_reason or "", reply.finish_reason)
+    completion: dict[str, Any] = {
+        "id": _answer_id(reply),
+        "object": "chat.completion",
+        "created": int(datetime.fromisoformat(result.completed_at).timestamp()),
+        "model": result.model,
+        "choices": [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}],
+    }
+    if usage := reply.usage:
+        completion["usage"] = {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.total_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        }
+    return completion
+
+
+def _as_message(result: Result, reply: Reply) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": reply.content}] if reply.content else []
+    content += [
+        {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in reply.tool_calls
+    ]
+    message: dict[str, Any] = {
+        "id": _answer_id(reply),
+        "type": "message",
+        "role": "assistant",
+        "model": result.model,
+        "content": content,
+        "stop_reason": _ANTHROPIC_STOP.get(reply.finish_reason or "", reply.finish_reason),
+        "stop_sequence": None,
+    }
+    if reply.refusal is not None:
+        message["stop_reason"] = "refusal"
+        message["stop_details"] = {"type": "refusal", "category": None, "explanation": reply.refusal}
+    if usage := reply.usage:
+        message["usage"] = {
+            "input_tokens": usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens,
+            "output_tokens": usage.output_tokens,
+            "cache_creation_input_tokens": usage.cache_write_tokens,
+            "cache_read_input_tokens": usage.cache_read_tokens,
+        }
+    return message
+
+
+def _answer_id(reply: Reply) -> Any:
+    return orjson.loads(reply.raw).get("id")
