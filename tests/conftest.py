@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import tools
 from tests.bucket import bucket, s3_server
 from tests.virtual import creeping_clock, no_threads
 
@@ -24,6 +25,16 @@ for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.S
 
 settings.register_profile("pipeline", deadline=None, database=None, max_examples=60)
 settings.load_profile("pipeline")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-tools", action="store_true", help="fail tests whose tools could be installed")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        tools.require(*mark.args, is_strict=item.config.getoption("--require-tools"))
+
 
 _VARIABLES = (
     "ANTHROPIC_API_KEY",

@@ -5,7 +5,6 @@ import dataclasses
 import graphlib
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ import pytest
 import pipeline
 from pipeline.core import errors, types
 from pipeline.core.errors import PipelineError, Reach
+from tests.tools import needs
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pipeline"
@@ -239,7 +239,8 @@ def test_no_export_hides_a_module() -> None:
 # ── the repository ────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not a git checkout")
+@needs("git")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_the_top_level_is_as_designed() -> None:
     """At the top of the repository there is what the design names, and hidden files."""
     command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "--cached", "--others", "--exclude-standard"]

@@ -4,8 +4,10 @@ import gzip
 import os
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -378,13 +380,28 @@ def test_a_drop_folder_may_be_empty(tmp_path: Path) -> None:
         read.sources([str(tmp_path / "absent")], may_be_empty=True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
-    """A file without read permission is a usage error before anything is sent."""
-    (tmp_path / "a.jsonl").touch(mode=0)
+@contextmanager
+def as_an_ordinary_user() -> Iterator[None]:
+    """Act as another user if the tests run as root, who may read every file."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
 
-    with pytest.raises(UsageError, match="permission denied"):
-        read.sources([str(tmp_path / "a.jsonl")])
+
+def test_an_unreadable_file_is_refused() -> None:
+    """A file without read permission is a usage error before anything is sent."""
+    # Not in `tmp_path`, which lies in a folder that only its owner may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        (Path(folder) / "a.jsonl").touch(mode=0)
+
+        with as_an_ordinary_user(), pytest.raises(UsageError, match="permission denied"):
+            read.sources([f"{folder}/a.jsonl"])
 
 
 # ── batches and names ─────────────────────────────────────────────────────────────────────────────────

@@ -94,17 +94,6 @@ def _states(pid: int) -> Iterator[str]:
             yield path.read_text().rpartition(")")[2].split()[0]
 
 
-def can_mount(scratch: Path) -> bool:
-    """Tell whether this machine lets us make disks."""
-    if os.geteuid() != 0:
-        return False
-    try:
-        with disk(scratch):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
-
-
 def torture_one(scratch: Path, seed: str, cuts: int = _CUTS_OF_A_JOB) -> Verdict:
     """Run a job on a disk whose power fails again and again."""
     rng = random.Random(seed)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import needs
 from tests.torture.syscalls import SYNCS, Fault, fail_at
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), needs("strace", "tracing")]
 RESULTS, JOURNAL, TOTALS = ".jsonl", ".attempts.jsonl", ".usage.json"
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import needs
 from tests.torture import order
 from tests.torture.jobs import Job, kill, providing, whole_lines
 from tests.torture.kill import torture_one
-from tests.torture.powercut import can_mount
 from tests.torture.powercut import torture_one as cut_the_power_of_one
 from tests.torture.syscalls import kill_at, strike, trace
 
@@ -37,6 +37,7 @@ def test_kills_at_random_times_cost_nothing_but_repeated_calls(seed: str, tmp_pa
     assert verdict.is_good, verdict
 
 
+@needs("strace", "tracing")
 @pytest.mark.parametrize(
     ("call", "n", "follows"),
     [
@@ -62,12 +63,11 @@ def test_a_kill_at_any_system_call_loses_nothing(call: str, n: int, follows: boo
     assert verdict.is_good, verdict
 
 
+@needs("mkfs.ext4", "loop devices")
 @pytest.mark.parametrize("seed", ["a", "b"])
 def test_a_power_cut_undoes_nothing_that_was_reported_as_done(seed: str, scratch: Path) -> None:
     """Six times all that was not synced is gone: what was reported is there, and what was paid for again is listed."""
     scratch.mkdir()
-    if not can_mount(scratch):
-        pytest.skip("needs root and loop devices")
 
     verdict = cut_the_power_of_one(scratch / "job", seed, cuts=6)
 
@@ -75,6 +75,7 @@ def test_a_power_cut_undoes_nothing_that_was_reported_as_done(seed: str, scratch
     assert verdict.is_good, verdict
 
 
+@needs("strace", "tracing")
 def test_a_kill_while_old_results_are_set_aside_accuses_no_call_that_was_answered(tmp_path: Path) -> None:
     """A run that starts afresh and is killed between moving journal and results does not list what they tell of."""
     with providing() as provider:
@@ -92,6 +93,7 @@ def test_a_kill_while_old_results_are_set_aside_accuses_no_call_that_was_answere
     assert len(whole_lines(job.output)) == 100
 
 
+@needs("strace", "tracing")
 def test_what_must_be_safe_is_synced_before_it_counts(tmp_path: Path) -> None:
     """An intent is on the disk before its call is made, a result before it is reported, names before both, and a new
     file before it takes an old one's place.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import socket
 import ssl
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.tools import needs
 from tests.torture import certificates, chaos, trial
 from tests.torture.certificates import Authority
 from tests.torture.chaos import Plan, Server
@@ -34,8 +34,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    if not shutil.which("openssl"):
-        pytest.skip("certificates are made by the command openssl, which is not here")
     return certificates.authority(tmp_path_factory.mktemp("ca"))
 
 
@@ -48,6 +46,7 @@ def run(folder: Path, server: Server, url: str, protocol: str, **sending: Any) -
 # ── trust ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@needs("openssl")
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_certificate_of_the_own_authority_is_trusted(
     tmp_path: Path, server: Server, authority: Authority, protocol: str
@@ -60,6 +59,7 @@ def test_a_certificate_of_the_own_authority_is_trusted(
     assert done.verdict.faults == {}
 
 
+@needs("openssl")
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("kind", ["unknown authority", "self-signed", "expired", "not yet valid", "other host"])
 def test_a_certificate_that_is_not_trusted_stops_the_run(
@@ -86,6 +86,7 @@ def test_a_certificate_that_is_not_trusted_stops_the_run(
     assert done.summary.attempts.total <= 2
 
 
+@needs("openssl")
 def test_a_server_ends_with_a_handshake_under_way(
     tmp_path: Path, authority: Authority, recwarn: pytest.WarningsRecorder
 ) -> None:

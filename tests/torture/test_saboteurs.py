@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from tests.tools import needs
 from tests.torture.jobs import ROOT
-from tests.torture.powercut import can_mount
 from tests.torture.saboteurs import SABOTEURS, Saboteur, is_caught
 
 pytestmark = pytest.mark.timeout(300)
@@ -25,19 +23,22 @@ def test_every_defect_can_still_be_planted(saboteur: Saboteur) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["results are not synced", "intents are not synced", "a torn tail is not repaired", "retry-after is ignored"],
+    [
+        pytest.param("results are not synced", marks=needs("strace", "tracing")),
+        pytest.param("intents are not synced", marks=needs("strace", "tracing")),
+        "a torn tail is not repaired",
+        "retry-after is ignored",
+    ],
 )
 def test_a_planted_defect_is_caught(name: str) -> None:
     """The test that is named for a defect fails with it. All of them: `python -m tests.torture.saboteurs`."""
     assert is_caught(BY_NAME[name])
 
 
-def test_the_power_cut_can_fail(tmp_path: Path) -> None:
+@needs("mkfs.ext4", "loop devices")
+def test_the_power_cut_can_fail() -> None:
     """Without syncing, cutting the power undoes what was reported: the test above it has teeth.
 
     Not at every moment: on a busy machine the kernel may have written all by itself before the cut.
     """
-    if not can_mount(tmp_path):
-        pytest.skip("needs root and loop devices")
-
     assert any(is_caught(BY_NAME["results are not synced, and the power fails"]) for _ in range(3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -16,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import faketime_library, needs
 from tests.torture.jobs import HANG_SECONDS, Job, judge, kill, providing, whole_lines
-
-_FAKETIME_HINT = "this test needs faketime: apt-get install faketime"
 
 
 @pytest.fixture
@@ -49,15 +47,14 @@ def test_cron_gets_a_finished_job_and_a_readable_log(job: Job) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in job.output.parent.iterdir()} == {0o600}
 
 
+@needs("faketime")
 @pytest.mark.parametrize("jumps", ["-1h", "+1d", "+1y"])
 def test_the_wall_clock_may_jump(jumps: str, job: Job) -> None:
     """A clock that is set back an hour or on a day or a year in the middle of a run changes nothing."""
-    assert shutil.which("faketime"), _FAKETIME_HINT
-    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     clock = job.folder / "clock"
     clock.write_text("+0")
     environ = job.environ | {
-        "LD_PRELOAD": str(library),
+        "LD_PRELOAD": str(faketime_library()),
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.tools import browser
 
 _FLAGS = (
     "--headless",
@@ -139,10 +138,8 @@ class Page:
 @contextmanager
 def browsing(profile: Path) -> Iterator[Page]:
     """Start a browser with a fresh profile; it is stopped in the end."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not program:  # the tests must pass where only Python is; CI installs it and must not go without
-        assert "CI" not in os.environ, "the page is tested in a browser: apt-get install chromium"
-        pytest.skip("no browser to open the page in: apt-get install chromium")
+    program = browser()
+    assert program is not None
     commands_out, commands_in = os.pipe()
     events_out, events_in = os.pipe()
     # The browser reads commands from descriptor 3 and writes to 4; bash puts them there.

@@ -61,8 +61,10 @@ def test_a_cluster_out_of_reach_is_another_times_matter(monkeypatch: pytest.Monk
     assert f"the Ray cluster at '{address}' cannot be reached" in done.stderr
 
 
-def test_a_name_that_no_machine_has_is_a_mistake() -> None:
+def test_a_name_that_no_machine_has_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     """No later time makes it right."""
+    monkeypatch.setitem(sys.modules, "ray", _ray(init=_failing(AssertionError("nobody asks Ray"))))
+
     done = _run("--ray", "Local")
 
     assert done.exit_code in (2, 75)  # 75 where some resolver knows every name

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import needs
 from tests.torture import cluster as clusters
 from tests.torture import jobs
 from tests.torture.cluster import Cluster, job_of
 
-ray = pytest.importorskip("ray")
 pytestmark = [
+    needs("ray", "pgrep"),
     pytest.mark.ray,
     pytest.mark.xdist_group("one cluster"),
     pytest.mark.timeout(240),  # a cluster takes ten seconds to start, and a minute on a machine that is busy
@@ -77,6 +78,8 @@ def _wait_for(provider: jobs.Provider, answers: int) -> None:
 
 def test_the_dashboard_tells_actors_by_name(cluster: Cluster, tmp_path: Path) -> None:
     """Actors are named after what they are and whose; keys are in nothing that it shows."""
+    import ray
+
     ray.init(address=cluster.address, namespace="pipeline", log_to_driver=False)
     try:
         with job_of(tmp_path, 400, RPM) as job:
