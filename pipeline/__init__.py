@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         TryLaterError,
         UsageError,
     )
-    from pipeline.core.types import Failure, Reply, Request, Result, ToolCall, Usage
+    from pipeline.core.types import Completion, Failure, Request, Result, ToolCall, Usage
     from pipeline.runner.local import run_batch
     from pipeline.runner.options import Options
     from pipeline.runner.stream import stream
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnthropicAPIError",
     "BudgetReachedError",
+    "Completion",
     "Config",
     "ConfigError",
     "Failure",
@@ -61,9 +62,12 @@ _HOMES = {
     "pipeline.runner.options": ("Options",),
     "pipeline.runner.local": ("run_batch",),
     "pipeline.runner.stream": ("stream",),
-    "pipeline.core.types": ("Failure", "Reply", "Request", "Result", "ToolCall", "Usage"),
+    "pipeline.core.types": ("Completion", "Failure", "Request", "Result", "ToolCall", "Usage"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+_OLD_NAMES = {"Reply": "Completion"}  # exported until 0.1.0 under the first name
 
 
 def __dir__() -> list[str]:
@@ -73,4 +77,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    name = _OLD_NAMES.get(name, name)
     return getattr(import_module(_HOME_OF.get(name, "pipeline.core.errors")), name)

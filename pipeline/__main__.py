@@ -9,9 +9,9 @@ def start() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from pipeline.cli.main import main
-    from pipeline.core import cpu_affinity as cores
+    from pipeline.core import cpu_affinity
 
-    cores.watch()
+    cpu_affinity.pin()
     try:
         main(prog_name="pipeline")
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core import object_store as stores
+from pipeline.core import object_store
 
 HANG_SECONDS = 30  # nothing here takes a tenth of it
 _REFUSAL = (
@@ -73,10 +73,10 @@ class Bucket:
 
     def names(self) -> list[str]:
         """Return the keys of all objects."""
-        return [found.url.removeprefix(self.url) for found in stores.listed_deep(self.url)]
+        return [found.url.removeprefix(self.url) for found in object_store.listed_deep(self.url)]
 
     def content(self, key: str) -> bytes:
-        return stores.read(self.url + key)[0]
+        return object_store.read(self.url + key)[0]
 
 
 class Barrier:

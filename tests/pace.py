@@ -17,15 +17,15 @@ import looptime
 import orjson
 
 from pipeline import providers
-from pipeline.core import http as transport
+from pipeline.core import http
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config, Limits, Sending, protocol
 from pipeline.core.errors import PipelineError
 from pipeline.core.types import Cost, Request, Result, Usage
-from pipeline.dispatch.live.model_queue import Lane
-from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.dispatch.live.model_queue import ModelQueue
+from pipeline.dispatch.live.rate_limiter import RateLimiter
 from pipeline.dispatch.live.sender import Sender
-from pipeline.dispatch.live.shared_limits import Host, Leases, Sharing
+from pipeline.dispatch.live.shared_limits import LeaseTable, QuotaSync, SqliteBroker
 from pipeline.dispatch.retry import Policy
 from pipeline.simulator import Options, build_app
 
@@ -60,7 +60,7 @@ class Run:
         words: Callable[[int], int] = lambda n: 60,
         max_tokens: int = 100,
         app: Any = None,
-        leases: Leases | None = None,
+        leases: LeaseTable | None = None,
     ) -> None:
         self.provider = provider
         self.app: Any = app or build_app(options)
@@ -75,7 +75,7 @@ class Run:
     async def go(self, seconds: float, *, changes: Mapping[float, float] | None = None) -> None:
         """Send for some virtual seconds; `changes` maps moments to factors by which the limits change then."""
         self.start = anyio.current_time()
-        client = transport.Client(self._settings, httpx.ASGITransport(self.app))
+        client = http.Client(self._settings, httpx.ASGITransport(self.app))
         self.sender = Sender(
             concurrency=self._settings.concurrency,
             read_ahead_bytes=1_000_000,
@@ -89,7 +89,7 @@ class Run:
             tasks.start_soon(self.sender.run)
             tasks.start_soon(self._feed)
             if self.leases:
-                sharing = Sharing(Host(self.leases), Clock(), gates=self.sender.gates, say=print)
+                sharing = QuotaSync(SqliteBroker(self.leases), Clock(), gates=self.sender.gates, say=print)
                 tasks.start_soon(sharing.keep)
             for moment, factor in sorted((changes or {}).items()):
                 await anyio.sleep(moment - (anyio.current_time() - self.start))
@@ -105,16 +105,16 @@ class Run:
         """Return the simulator's own count."""
         return self.app.state.simulator.statistics.snapshot()
 
-    def _lane(self, client: transport.Client, request: Request) -> Lane:
+    def _lane(self, client: http.Client, request: Request) -> ModelQueue:
         endpoint = Config().providers[self.provider]
         codec = providers.codec(protocol(endpoint))
         url = f"http://simulator{PATHS[self.provider]}"
-        return Lane(
+        return ModelQueue(
             provider=request.provider,
             model=request.model,
             post=client.post_to(url, codec.headers(endpoint, "key")),
             codec=codec,
-            gate=Gate(self._caps),
+            gate=RateLimiter(self._caps),
             concurrency=self._settings.concurrency,
             quota="quota" if self.leases else "",
         )

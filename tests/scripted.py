@@ -15,17 +15,17 @@ from pipeline.accounting.budget import Budget
 from pipeline.core.clock import Clock
 from pipeline.core.config import Limits, Sending
 from pipeline.core.errors import TransportError
-from pipeline.core.types import Answer, Cost, Protocol, Request, Result, Usage
-from pipeline.dispatch.live.model_queue import Lane
-from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.core.types import Cost, HttpResponse, Protocol, Request, Result, Usage
+from pipeline.dispatch.live.model_queue import ModelQueue
+from pipeline.dispatch.live.rate_limiter import RateLimiter
 from pipeline.dispatch.live.sender import Sender
 from pipeline.dispatch.retry import Policy
 
-Script = Callable[[int], Answer | TransportError]
+Script = Callable[[int], HttpResponse | TransportError]
 """What to answer to the n-th call (from 1) for one request."""
 
 
-def reply(text: str = "fine") -> Answer:
+def reply(text: str = "fine") -> HttpResponse:
     """Return a chat completion."""
     body = {
         "id": "chatcmpl-1",
@@ -35,14 +35,14 @@ def reply(text: str = "fine") -> Answer:
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
     }
-    return Answer(status=200, headers={"x-request-id": "req_1"}, body=orjson.dumps(body))
+    return HttpResponse(status=200, headers={"x-request-id": "req_1"}, body=orjson.dumps(body))
 
 
-def refusal(status: int, *, type: str = "error", code: str | None = None, **headers: str) -> Answer:
+def refusal(status: int, *, type: str = "error", code: str | None = None, **headers: str) -> HttpResponse:
     """Return an error in OpenAI's form; header names are given with underscores."""
     body = {"error": {"message": f"scripted {status}", "type": type, "param": None, "code": code}}
     names = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Answer(status=status, headers=names, body=orjson.dumps(body))
+    return HttpResponse(status=status, headers=names, body=orjson.dumps(body))
 
 
 def request(custom_id: str, model: str = "m") -> Request:
@@ -109,17 +109,17 @@ class World:
     def outcomes(self) -> dict[str, bool]:
         return {result.custom_id: result.success for result in self.results}
 
-    def _open_lane(self, request: Request) -> Lane:
-        return Lane(
+    def _open_lane(self, request: Request) -> ModelQueue:
+        return ModelQueue(
             provider=request.provider,
             model=request.model,
             post=self._post,
             codec=providers.codec(Protocol.OPENAI),
-            gate=Gate(self.limits.get(request.model, Limits())),
+            gate=RateLimiter(self.limits.get(request.model, Limits())),
             concurrency=self.settings.concurrency,
         )
 
-    async def _post(self, body: bytes) -> Answer:
+    async def _post(self, body: bytes) -> HttpResponse:
         custom_id: Any = orjson.loads(body)["messages"][0]["content"]
         self.calls[custom_id].append(self.elapsed())
         self.in_flight[custom_id] += 1

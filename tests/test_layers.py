@@ -17,7 +17,7 @@ import pytest
 
 import pipeline
 from pipeline.core import errors, types
-from pipeline.core.errors import PipelineError, Reach
+from pipeline.core.errors import ErrorScope, PipelineError
 from tests.tools import needs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,11 +287,11 @@ def test_the_drawing_of_errors_is_true() -> None:
 
 EXTRA: dict[str, dict[str, Any]] = {
     "LineError": {"type": "duplicate_custom_id"},
-    "TransportError": {"type": "timeout", "is_sent": True, "reach": Reach.RUN},
+    "TransportError": {"type": "timeout", "is_sent": True, "reach": ErrorScope.RUN},
 }
 OF_PROVIDERS = {
     "type": "rate_limit_error",
-    "reach": Reach.MODEL,
+    "reach": ErrorScope.MODEL,
     "code": "c",
     "status": 429,
     "request_id": "req_1",
@@ -361,7 +361,7 @@ def test_values_are_frozen_and_named(cls: Any) -> None:
 
 def test_enumerations_are_texts() -> None:
     """Enumerations are their own text, so they can stand in files and messages."""
-    members = [member for cls in (types.Protocol, types.OutputFormat, Reach) for member in cls]
+    members = [member for cls in (types.Protocol, types.OutputFormat, ErrorScope) for member in cls]
 
     assert [str(member) for member in members] == [member.value for member in members]
     assert all(isinstance(member, Enum) for member in members)

@@ -23,11 +23,10 @@ from pipeline.core import config, money
 from pipeline.core.config import Config, Limits
 from pipeline.core.errors import UsageError
 from pipeline.core.types import Allowance, Request, Usage
-from pipeline.inputs import reader as read
+from pipeline.inputs import reader
 from pipeline.inputs.planner import Invalid, Planner
 from pipeline.inputs.sources import STDIN
-from pipeline.results import codec as results
-from pipeline.results import writer as record
+from pipeline.results import codec, writer
 from pipeline.results.writer import Done
 
 LIVE = "live"
@@ -240,13 +239,13 @@ def estimate(
     What the results at `path` hold is left out, and learned from; `called` is their name, where that is another.
     `learned` are the allowances that a sample met.
     """
-    sources = read.sources(inputs)
+    sources = reader.sources(inputs)
     earlier = _Earlier.read(path) if path and path.is_file() else _Earlier()
 
     def items() -> Iterator[Request | Invalid]:
         planner = Planner(settings, provider=provider, model=model)
         for source in sources:
-            yield from map(planner.plan, read.lines(source, settings.input.max_line_bytes))
+            yield from map(planner.plan, reader.lines(source, settings.input.max_line_bytes))
 
     answers = earlier.answers(items()) if earlier.usages and STDIN not in sources else {}
     prices = Prices(settings)
@@ -257,7 +256,7 @@ def estimate(
         lines += 1
         if isinstance(item, Invalid):
             invalid += 1
-        elif earlier.done.outcome(record.key(item.custom_id, item.digest)) is not None:
+        elif earlier.done.outcome(writer.key(item.custom_id, item.digest)) is not None:
             done += 1
         else:
             name = item.provider, item.model
@@ -402,10 +401,10 @@ class _Earlier:
         earlier = cls()
         try:
             with path.open("rb") as file:
-                for _, _, found in results.read(file):
+                for _, _, found in codec.read(file):
                     if found is None:
                         continue
-                    request = record.key(found.custom_id, found.digest)
+                    request = writer.key(found.custom_id, found.digest)
                     earlier.done.add(request, success=found.success)
                     if found.success and found.usage and len(earlier.usages) < _LEARNED_FROM:
                         earlier.usages[request] = found.usage
@@ -418,7 +417,7 @@ class _Earlier:
         met: dict[Model, _Answers] = defaultdict(_Answers)
         left = dict(self.usages)
         for item in items:
-            usage = left.pop(record.key(item.custom_id, item.digest), None)
+            usage = left.pop(writer.key(item.custom_id, item.digest), None)
             if usage and isinstance(item, Request):
                 met[item.provider, item.model].add(item, usage)
             if not left:

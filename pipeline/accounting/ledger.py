@@ -95,7 +95,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RunRow:
     """One run: what it was and how it ended; the counts are input lines, as in `*.usage.json`."""
 
     run_id: str
@@ -162,7 +162,7 @@ class History:
     mean_output_tokens: float
 
 
-_RUN_COLUMNS = tuple(each.name for each in fields(Run))
+_RUN_COLUMNS = tuple(each.name for each in fields(RunRow))
 _ENTRY_COLUMNS = tuple(each.name for each in fields(Entry))
 
 
@@ -189,7 +189,7 @@ class Ledger:
                 bring_up_to_date(connection, path)
             yield cls(connection, path)
 
-    def record(self, run: Run, entries: Iterable[Entry]) -> None:
+    def record(self, run: RunRow, entries: Iterable[Entry]) -> None:
         """Write a run and its entries, in place of what is there of this run; all of it or nothing."""
         rows = [_entry_row(run.run_id, entry) for entry in entries]
         with _explaining(self._path), _transaction(self._connection):
@@ -199,7 +199,7 @@ class Ledger:
 
     def runs(
         self, *, include_simulated: bool = False, status: str | None = None, results_file: str | None = None
-    ) -> list[Run]:
+    ) -> list[RunRow]:
         """Return the runs, the oldest first; those of one status or one results file, where these are given."""
         sql = (
             f"SELECT {', '.join(_RUN_COLUMNS)} FROM runs WHERE simulated <= ? "
@@ -389,7 +389,7 @@ def _insert(verb: str, table: str, columns: Sequence[str]) -> str:
     return f"{verb} INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
-def _run_row(run: Run) -> list[Any]:
+def _run_row(run: RunRow) -> list[Any]:
     row = {name: getattr(run, name) for name in _RUN_COLUMNS}
     row["simulated"] = int(run.simulated)
     row["inputs"] = json.dumps(run.inputs)  # its escapes hold any file name, also one that is not UTF-8
@@ -402,12 +402,12 @@ def _entry_row(run_id: str, entry: Entry) -> list[Any]:
     return [_text(run_id), *(_text(getattr(entry, name)) for name in _ENTRY_COLUMNS)]
 
 
-def _to_run(row: Sequence[Any]) -> Run:
+def _to_run(row: Sequence[Any]) -> RunRow:
     values = dict(zip(_RUN_COLUMNS, row, strict=True))
     values["simulated"] = bool(values["simulated"])
     values["inputs"] = tuple(json.loads(values["inputs"]))
     values["tags"] = json.loads(values["tags"])
-    return Run(**values)
+    return RunRow(**values)
 
 
 def _text(value: Any) -> Any:

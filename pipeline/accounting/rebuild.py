@@ -17,13 +17,13 @@ from typing import Any
 
 import orjson
 
-from pipeline.accounting.ledger import Entry, Ledger, Run
-from pipeline.accounting.usage import Accounts
+from pipeline.accounting.ledger import Entry, Ledger, RunRow
+from pipeline.accounting.usage import UsageAggregator
 from pipeline.core.errors import UsageError
 from pipeline.core.files import beside
 from pipeline.core.hashing import FingerprintSet, fingerprint
-from pipeline.results import codec as results
-from pipeline.results.codec import Record
+from pipeline.results import codec
+from pipeline.results.codec import StoredResult
 
 _TIME = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 _RUN_ID = re.compile(r"run-(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)Z-", re.ASCII)
@@ -48,13 +48,13 @@ class _Found:
 
     results_file: Path
     lines: Counter[str] = field(default_factory=Counter)
-    accounts: Accounts = field(default_factory=Accounts)
+    accounts: UsageAggregator = field(default_factory=UsageAggregator)
     first: str = "9999"
     last: str = ""
     is_simulated: bool = False
 
 
-def rebuild(ledger: Ledger, files: Sequence[Path], only: Mapping[str, Run] | None = None) -> Rebuilt:
+def rebuild(ledger: Ledger, files: Sequence[Path], only: Mapping[str, RunRow] | None = None) -> Rebuilt:
     """Record the runs of these result files and of what was set aside beside them; other runs stay as they are.
 
     With `only` just these runs, by id; else a file that holds no result is somebody's mistake: `UsageError`.
@@ -108,15 +108,15 @@ def _set_aside(main: Path) -> list[Path]:
     return [superseded, *aside] if superseded.exists() else aside
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, StoredResult | None]]:
     try:
         with path.open("rb") as file:
-            yield from ((line, record) for _, line, record in results.read(file) if line.strip())
+            yield from ((line, record) for _, line, record in codec.read(file) if line.strip())
     except OSError as exc:
         raise UsageError(f"cannot read {str(path)!r}: {exc.strerror}") from exc
 
 
-def _add(value: Mapping[str, Any], record: Record, path: Path, main: Path, found: dict[str, _Found]) -> None:
+def _add(value: Mapping[str, Any], record: StoredResult, path: Path, main: Path, found: dict[str, _Found]) -> None:
     run_id = _string(value.get("run")) or f"file:{main.resolve()}"
     what = found.setdefault(run_id, _Found(results_file=main))
     at = _time(value.get("completed_at")) or _time_of_run(run_id) or _time_of_file(path)
@@ -142,9 +142,9 @@ def _summary(path: Path) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _run(run_id: str, what: _Found, summary: Mapping[str, Any] | None, known: Run | None) -> Run:
+def _run(run_id: str, what: _Found, summary: Mapping[str, Any] | None, known: RunRow | None) -> RunRow:
     """Describe a run: the lines count what they hold, the rest is told by its summary, else by the ledger."""
-    run = Run(
+    run = RunRow(
         run_id=run_id,
         started_at=_time_of_run(run_id) or what.first,
         finished_at=what.last,
@@ -165,7 +165,7 @@ def _run(run_id: str, what: _Found, summary: Mapping[str, Any] | None, known: Ru
     )
 
 
-def _described(run: Run, summary: Mapping[str, Any]) -> Run:
+def _described(run: RunRow, summary: Mapping[str, Any]) -> RunRow:
     """Return a run with what its summary tells; values of other types than ours tell nothing."""
     tags, inputs = summary.get("tags"), summary.get("inputs")
     requests, cost = summary.get("requests"), summary.get("cost")

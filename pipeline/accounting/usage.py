@@ -11,19 +11,19 @@ from collections.abc import Sequence
 
 from pipeline.accounting.ledger import Entry
 from pipeline.core.types import Result, Usage
-from pipeline.results.attempt_log import Sent
-from pipeline.results.codec import Record
+from pipeline.results.attempt_log import LoggedCall
+from pipeline.results.codec import StoredResult
 
 _TOKENS = tuple(name for name in Entry.__slots__ if name.endswith("_tokens"))
 
 
-class Accounts:
+class UsageAggregator:
     """The entries of one run, while it goes on."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str, str, str], Counter[str]] = defaultdict(Counter)
 
-    def add(self, record: Record | Result, day: str) -> None:
+    def add(self, record: StoredResult | Result, day: str) -> None:
         """Count a result of a day (UTC, `2026-11-26`); an invalid line cost nothing."""
         if record.is_invalid:
             return
@@ -40,7 +40,7 @@ class Accounts:
         if record.failed_attempts:
             _add_failures(sums, record)
 
-    def entries(self, unknown: Sequence[Sent] = ()) -> list[Entry]:
+    def entries(self, unknown: Sequence[LoggedCall] = ()) -> list[Entry]:
         """Return the entries; `unknown` are calls that may be billed and that no result tells of."""
         sums = {key: Counter(counts) for key, counts in self._sums.items()}
         for sent in unknown:
@@ -52,7 +52,7 @@ class Accounts:
         ]
 
 
-def _add_failures(sums: Counter[str], record: Record | Result) -> None:
+def _add_failures(sums: Counter[str], record: StoredResult | Result) -> None:
     rate_limited = sum(attempt.status == 429 for attempt in record.failed_attempts)
     sums["rate_limited"] += rate_limited
     sums["failed_attempts"] += len(record.failed_attempts) - rate_limited

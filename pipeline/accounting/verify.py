@@ -10,16 +10,15 @@ from typing import Any
 
 import orjson
 
-from pipeline.accounting import rebuild as rebuilding
+from pipeline.accounting import rebuild
 from pipeline.accounting.ledger import Ledger
-from pipeline.core import files as disk
-from pipeline.core import jsonl
+from pipeline.core import files, jsonl
 from pipeline.core.config import Config
 from pipeline.core.errors import LineError, UsageError
 from pipeline.core.hashing import FingerprintMap, FingerprintSet, fingerprint
-from pipeline.inputs import reader as read
+from pipeline.inputs import reader
 from pipeline.inputs.planner import Planner
-from pipeline.results import codec as results
+from pipeline.results import codec
 from pipeline.results.totals import Totals
 
 SHOWN = 20
@@ -27,7 +26,7 @@ _LEDGER_SUMS = ("succeeded", "failed", "input_tokens", "output_tokens", "cost_na
 
 
 @dataclass(slots=True)
-class Report:
+class VerifyReport:
     """What was found: how much was looked at, what is wrong, what a person should know all the same.
 
     `problems` counts every kind of problem, `shown` holds the first few of them in words.
@@ -67,7 +66,7 @@ def verify(
     *,
     ledger: Path | None = None,
     name: str | Path | None = None,
-) -> Report:
+) -> VerifyReport:
     """Look at a results file, its totals, what a ledger says of its runs, and whether each line of `inputs` has one.
 
     `name` is what the results are called: the folder at a store where the file is a copy of that.
@@ -75,7 +74,7 @@ def verify(
     name = name or path
     if not path.is_file():
         raise UsageError(f"the results {str(name)!r} are not a file" if name == path else f"{name!r} holds no results")
-    report = Report()
+    report = VerifyReport()
     totals = Totals()
     ids = _results(path, name, report, totals)
     _totals(path, name, report, totals)
@@ -86,7 +85,7 @@ def verify(
     return report
 
 
-def _results(path: Path, name: str | Path, report: Report, totals: Totals) -> FingerprintMap:
+def _results(path: Path, name: str | Path, report: VerifyReport, totals: Totals) -> FingerprintMap:
     """Read every result line; return how many lines each id has.
 
     An id stands once among the requests, but a line that could not be sent may bear any: it may well have been given
@@ -96,7 +95,7 @@ def _results(path: Path, name: str | Path, report: Report, totals: Totals) -> Fi
     seen = FingerprintSet()
     for number, line in _lines(path, name, report):
         try:
-            record = results.decode(line)
+            record = codec.decode(line)
         except LineError as exc:
             report.add("damaged", f"{name}:{number}: {exc.message}")
             continue
@@ -109,10 +108,10 @@ def _results(path: Path, name: str | Path, report: Report, totals: Totals) -> Fi
     return ids
 
 
-def _lines(path: Path, name: str | Path, report: Report) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, name: str | Path, report: VerifyReport) -> Iterator[tuple[int, bytes]]:
     size = path.stat().st_size
     with path.open("rb") as file:
-        for number, (line, length) in enumerate(jsonl.lines(file, results.MAX_LINE_BYTES), start=1):
+        for number, (line, length) in enumerate(jsonl.lines(file, codec.MAX_LINE_BYTES), start=1):
             if length:
                 yield number, line
         file.seek(max(0, size - 1))
@@ -120,9 +119,9 @@ def _lines(path: Path, name: str | Path, report: Report) -> Iterator[tuple[int, 
             report.add("damaged", f"{name}: the last line has no end: the run was killed, repeat it")
 
 
-def _totals(path: Path, of: str | Path, report: Report, totals: Totals) -> None:
+def _totals(path: Path, of: str | Path, report: VerifyReport, totals: Totals) -> None:
     """Compare the totals file with the sum over the lines."""
-    file = disk.beside(path, ".usage.json")
+    file = files.beside(path, ".usage.json")
     name = file if of == path else f"{of}usage.json"
     try:
         told = orjson.loads(file.read_bytes())
@@ -147,11 +146,11 @@ def _totals(path: Path, of: str | Path, report: Report, totals: Totals) -> None:
             report.add("totals", f"{name}: results.{key} is {stated.get(key)}, and the lines add up to {found}")
 
 
-def _ledger(path: Path, name: str | Path, ledger: Path, report: Report) -> None:
+def _ledger(path: Path, name: str | Path, ledger: Path, report: VerifyReport) -> None:
     """Compare what the ledger says of each run with what the lines say; calls that no line tells of do not count."""
     with Ledger.open(ledger) as book:
         recorded = book.entries(include_simulated=True)
-    for run, entries in rebuilding.entries_of(path).items():
+    for run, entries in rebuild.entries_of(path).items():
         if run not in recorded:
             way_out = f"; pipeline report --rebuild {path} tells it" if name == path else ""
             report.notes.append(f"the ledger knows nothing of {run}{way_out}")
@@ -162,12 +161,14 @@ def _ledger(path: Path, name: str | Path, ledger: Path, report: Report) -> None:
                 report.add("ledger", f"{ledger}: {field_name} of {run} is {said:,}, and the lines add up to {found:,}")
 
 
-def _inputs(name: str | Path, inputs: Sequence[str], settings: Config, report: Report, ids: FingerprintMap) -> None:
+def _inputs(
+    name: str | Path, inputs: Sequence[str], settings: Config, report: VerifyReport, ids: FingerprintMap
+) -> None:
     """Look for the result of every line; ids do not depend on settings."""
     planner = Planner(settings)
     found = 0
-    for source in read.sources(inputs, but=name):
-        for line in read.lines(source, settings.input.max_line_bytes):
+    for source in reader.sources(inputs, but=name):
+        for line in reader.lines(source, settings.input.max_line_bytes):
             report.inputs += 1
             custom_id = planner.plan(line).custom_id
             count = ids.get(fingerprint(custom_id))

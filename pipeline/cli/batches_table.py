@@ -8,10 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.core import money
-from pipeline.core import text as safe
+from pipeline.core import money, text
 from pipeline.dispatch.batch.manage import Listed
-from pipeline.dispatch.batch.store import Chunk
+from pipeline.dispatch.batch.store import BatchRecord
 
 
 def show(console: Console, batches: Sequence[Listed]) -> None:
@@ -25,27 +24,27 @@ def show(console: Console, batches: Sequence[Listed]) -> None:
     for each in batches:
         chunk = each.chunk
         table.add_row(
-            Text(safe.text(chunk.name)),
-            Text(safe.text(chunk.group, 60)),
+            Text(text.escape(chunk.name)),
+            Text(text.escape(chunk.group, 60)),
             Text(_status(chunk)),
-            Text(safe.text(chunk.created_at or chunk.at)),
+            Text(text.escape(chunk.created_at or chunk.at)),
             f"{chunk.requests:,}",
             *("–" if count is None else f"{count:,}" for count in (chunk.succeeded, chunk.failed)),
             _cost(chunk),
-            Text(safe.text(each.results_file)),
+            Text(text.escape(each.results_file)),
         )
     console.print(table)
 
 
-def _status(chunk: Chunk) -> str:
+def _status(chunk: BatchRecord) -> str:
     """Return the provider's word and, where there is more to say, what became of the results."""
-    word = safe.text(chunk.status or chunk.step.value, 40)
+    word = text.escape(chunk.status or chunk.step.value, 40)
     if chunk.is_open:
         return word if chunk.is_confirmed else f"{word}, perhaps not ours"
     return f"{word}, {chunk.step.value}" if word != chunk.step.value else word
 
 
-def _cost(chunk: Chunk) -> str:
+def _cost(chunk: BatchRecord) -> str:
     if chunk.is_open:
         return "–"
     return money.text(chunk.cost_nano) + (" + ?" if chunk.unpriced else "")

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from pipeline.accounting.estimate import Costs, Estimate, Figures, Row, Sum
 from pipeline.cli.events import mark
-from pipeline.core import money
-from pipeline.core import text as safe
+from pipeline.core import money, text
 
 _UNKNOWN = "–"
 
@@ -27,7 +26,7 @@ def show(console: Console, estimate: Estimate) -> None:
     for note in estimate.notes:
         console.print(Text(f"! {note}", style="yellow"), soft_wrap=True)
     parts = [f"{estimate.total.requests:,} to send"]
-    parts += [f"{estimate.done:,} done already in {safe.text(estimate.results_file)}"] if estimate.done else []
+    parts += [f"{estimate.done:,} done already in {text.escape(estimate.results_file)}"] if estimate.done else []
     parts += [f"{estimate.invalid:,} invalid (pipeline check tells which)"] if estimate.invalid else []
     console.print(Text(f"{estimate.lines:,} lines: {', '.join(parts)}"), soft_wrap=True)
 
@@ -39,7 +38,7 @@ def _costs(estimate: Estimate) -> Table:
     for name in ("requests", "input", "output", "live", "batch", "minutes"):
         table.add_column(name, justify="right")
     for row in estimate.rows:
-        label = Text(safe.text(f"{row.provider}/{row.model}", 60))
+        label = Text(text.escape(f"{row.provider}/{row.model}", 60))
         _add_lines(table, label, row.figures, row.pace.minutes if row.pace else None)
     if len(estimate.rows) > 1:
         _add_lines(table, Text("total", style="bold"), estimate.total, estimate.minutes)
@@ -78,11 +77,11 @@ def _known(sum_: Sum, known: str) -> str:
 
 def _reckoning(row: Row) -> str:
     """Say where the numbers of a model come from."""
-    parts = [safe.text(row.basis)]
+    parts = [text.escape(row.basis)]
     if row.input_ratio is not None:
         parts.append(f"input as estimated × {row.input_ratio:.2f}")
     if row.pace:
         limit = row.pace.limit
         pace = f"{mark(limit)}{limit.per_minute:,.0f} {limit.kind.replace('_', ' ')}/min"
         parts.append(f"{row.pace.minutes:,.1f} minutes at {pace}")
-    return f"{safe.text(f'{row.provider}/{row.model}', 60)}: {'; '.join(parts)}"
+    return f"{text.escape(f'{row.provider}/{row.model}', 60)}: {'; '.join(parts)}"

@@ -24,9 +24,9 @@ from pipeline.core import text as safe
 
 if TYPE_CHECKING:  # so that telling an error does not load the whole program
     from pipeline.core.types import Allowance
-    from pipeline.dispatch.batch.store import Chunk
+    from pipeline.dispatch.batch.store import BatchRecord
     from pipeline.dispatch.live.model_queue import Statistics
-    from pipeline.results.attempt_log import Sent
+    from pipeline.results.attempt_log import LoggedCall
     from pipeline.runner.base import Progress, Watch
     from pipeline.runner.summary import Summary
 
@@ -80,7 +80,7 @@ class Screen:
         look = _LOOKS[event]
         if self._is_quiet and look.level != "error":
             return
-        shown = safe.text(
+        shown = safe.escape(
             text, len(text) * 10 if event == "resume" else _SHOWN_CHARACTERS
         )  # a command is whole or useless
         if self._is_json:
@@ -226,21 +226,21 @@ def _waits(progress: Progress) -> list[str]:
     return [*lines[:_SHOWN_LANES], f"and {hidden:,} more"] if hidden > 0 else lines
 
 
-def _batch(chunk: Chunk) -> str:
+def _batch(chunk: BatchRecord) -> str:
     """Return e.g. `openai/gpt-6-luna: batch batch_67f: in_progress, 1,200 of 50,000 answered, 3 failed`."""
-    name = safe.text(chunk.group, 60)
+    name = safe.escape(chunk.group, 60)
     if chunk.batch_id is None:
         return f"{name}: {chunk.requests:,} requests on their way to a batch: {chunk.step.value}"
     answered = "" if chunk.succeeded is None else f"{chunk.succeeded:,} of "
-    parts = [safe.text(chunk.status, 40), f"{answered}{chunk.requests:,}{' answered' if answered else ' requests'}"]
+    parts = [safe.escape(chunk.status, 40), f"{answered}{chunk.requests:,}{' answered' if answered else ' requests'}"]
     parts += [f"{chunk.failed:,} failed"] if chunk.failed else []
-    return f"{name}: batch {safe.text(chunk.batch_id, 80)}: {', '.join(parts)}"
+    return f"{name}: batch {safe.escape(chunk.batch_id, 80)}: {', '.join(parts)}"
 
 
 def _lane(lane: Statistics) -> str:
-    name = safe.text(f"{lane.provider}/{lane.model}", 60)
+    name = safe.escape(f"{lane.provider}/{lane.model}", 60)
     if lane.ended:
-        return f"{name}: given up: {safe.text(lane.ended, 160)}"
+        return f"{name}: given up: {safe.escape(lane.ended, 160)}"
     parts = [f"{lane.in_flight:,} of {lane.window:,} in flight"]
     parts += [
         _allowance(allowance) for allowance in lane.allowances if allowance.source != "told" or allowance.used > 0.01
@@ -248,7 +248,7 @@ def _lane(lane: Statistics) -> str:
     if lane.rate_limited:
         parts.append(f"{lane.rate_limited:,} × 429")
     if lane.cooldown_s:
-        parts.append(f"waits {lane.cooldown_s:,.0f} s: {safe.text(lane.trouble or 'rate limit', 80)}")
+        parts.append(f"waits {lane.cooldown_s:,.0f} s: {safe.escape(lane.trouble or 'rate limit', 80)}")
     elif lane.waiting_for:
         parts.append(f"waits for {lane.waiting_for}")
     return f"{name}: {', '.join(parts)}"
@@ -268,7 +268,7 @@ def mark(allowance: Allowance) -> str:
 def show_summary(screen: Screen, summary: Summary, command: str | None) -> None:
     """Tell what a run did, on one screen; `command` is how to go on where that is possible."""
     for line in summary.failures:
-        screen.tell("failure", safe.text(line, 300))
+        screen.tell("failure", safe.escape(line, 300))
     hidden = summary.run.failed + summary.run.invalid - len(summary.failures)
     if hidden > 0:
         screen.tell("failure", f'… and {hidden:,} more; they are in the results with "success":false', hidden=hidden)
@@ -282,7 +282,7 @@ def show_summary(screen: Screen, summary: Summary, command: str | None) -> None:
         screen.tell("resume", command)
 
 
-def _possibly_billed(calls: Sequence[Sent]) -> str:
+def _possibly_billed(calls: Sequence[LoggedCall]) -> str:
     """Say what calls without an answer may cost."""
     tokens = sum(call.input_tokens for call in calls)
     return (
@@ -304,8 +304,8 @@ def _models(summary: Summary) -> Table:
     for row in rows:
         tokens = row["tokens"]
         table.add_row(
-            Text(safe.text(f"{row['provider']}/{row['model']}", 60)),
-            *([Text(safe.text(row["lane"], 20))] if has_lanes else []),
+            Text(safe.escape(f"{row['provider']}/{row['model']}", 60)),
+            *([Text(safe.escape(row["lane"], 20))] if has_lanes else []),
             *(f"{n:,}" for n in (row["requests"], tokens["input"], tokens["cache_read"], tokens["output"])),
             _dollars(row["cost"]),
         )
@@ -335,7 +335,7 @@ def _outcome(summary: Summary) -> str:
     if summary.status == "completed" and summary.reused == summary.total and not run.finished:
         failed = summary.results.failed + summary.results.invalid
         hint = f", {failed:,} of them failures (--retry-failed sends them again)" if failed else ""
-        return f"nothing to do: all {summary.total:,} lines have results in {safe.text(summary.results_file)}{hint}"
+        return f"nothing to do: all {summary.total:,} lines have results in {safe.escape(summary.results_file)}{hint}"
     parts = [f"{run.succeeded:,} answered"]
     parts += [f"{count:,} {name}" for count, name in ((run.failed, "failed"), (run.invalid, "invalid")) if count]
     parts += [f"{summary.reused:,} already done"] if summary.reused else []
@@ -354,4 +354,4 @@ def _outcome(summary: Summary) -> str:
     calls += f" ({', '.join(trouble)})" if trouble else ""
     tokens = f"{run.tokens.input:,} tokens in, {run.tokens.output:,} out; {_money(summary)}"
     kind = "; SIMULATED, nothing was sent to a provider" if summary.simulated else ""
-    return f"{lines}; {tokens}; {calls}; results in {safe.text(summary.results_file)}{kind}"
+    return f"{lines}; {tokens}; {calls}; results in {safe.escape(summary.results_file)}{kind}"

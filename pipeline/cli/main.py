@@ -338,12 +338,12 @@ def _run_jobs(
 ) -> tuple[list[int], list[Summary]]:
     """Do one job after the other; what ends one does not end those after it, unless it would end them too."""
     from pipeline.cli.events import show_summary
-    from pipeline.core import process as aio
-    from pipeline.runner import local as job
+    from pipeline.core import process
+    from pipeline.runner import local
 
     codes: list[int] = []
     summaries: list[Summary] = []
-    run_batch = job.run_batch
+    run_batch = local.run_batch
     end = ExitStack()
     if ray is not None:
         from pipeline.runner import cluster
@@ -379,7 +379,7 @@ def _run_jobs(
     if not jobs:
         screen.tell("message", "nothing to do: no inputs there")
     with end:
-        aio.run(work)
+        process.run(work)
     if left := len(jobs) - len(codes):
         screen.tell("warning", f"{left:,} further inputs were not begun", not_begun=left)
     return codes, summaries
@@ -413,11 +413,10 @@ def _between_pings(work: Callable[[], int], settings: Config, screen: Screen) ->
 
 def _ping(url: str, settings: Config, screen: Screen) -> None:
     """Ping, and take it easy where that fails; the address is not told, as who knows it can ping too."""
-    from pipeline.core import http as transport
-    from pipeline.core import process as aio
+    from pipeline.core import http, process
 
     try:
-        status = aio.run(lambda: transport.ping(url, settings.sending))
+        status = process.run(lambda: http.ping(url, settings.sending))
         problem = None if 200 <= status < 300 else f"HTTP {status}"
     except PipelineError as exc:
         problem = exc.message
@@ -473,44 +472,44 @@ def _settings(options: dict[str, Any]) -> tuple[Config, Options]:
 
 def _jobs(inputs: Sequence[str], output: str | None, directory: str | None) -> list[_Job]:
     """Tell which results go where."""
-    from pipeline.core import object_store as stores
-    from pipeline.inputs import reader as read
+    from pipeline.core import object_store
+    from pipeline.inputs import reader
     from pipeline.inputs.sources import STDIN
 
     if output and directory:
         raise UsageError("-o and -d exclude each other: one results file, or one for each input")
-    sources = read.sources(inputs, may_be_empty=directory is not None, but=_target(output))
+    sources = reader.sources(inputs, may_be_empty=directory is not None, but=_target(output))
     if output:
         return [_Job(inputs=sources, output=output)]
     if directory:
-        jobs = [_Job(inputs=[source], output=_output_in(directory, read.stem(source))) for source in sources]
+        jobs = [_Job(inputs=[source], output=_output_in(directory, reader.stem(source))) for source in sources]
         names = [each.output for each in jobs]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UsageError(f"two inputs would write {twice!r}: their names differ only in directory or suffix")
-        if not stores.is_url(directory):
+        if not object_store.is_url(directory):
             _make_directory(directory)
         return jobs
     if len(sources) > 1 or sources == [STDIN]:
         raise UsageError("say where results go: -o FILE for one file, or -d DIR for one file per input")
     [source] = sources
-    beside = source.rpartition("/")[0] if stores.is_url(source) else str(Path(source).parent)
-    return [_Job(inputs=sources, output=_output_in(beside, read.stem(source)))]
+    beside = source.rpartition("/")[0] if object_store.is_url(source) else str(Path(source).parent)
+    return [_Job(inputs=sources, output=_output_in(beside, reader.stem(source)))]
 
 
 def _target(output: str | None) -> str | Path | None:
     """Return what an output means: a file, or the folder at a store."""
-    from pipeline.core import object_store as stores
-    from pipeline.results import object_store_writer as parts
+    from pipeline.core import object_store
+    from pipeline.results import object_store_writer
 
     if not output:
         return None
-    return parts.folder_of(output) if stores.is_url(output) else Path(output)
+    return object_store_writer.folder_of(output) if object_store.is_url(output) else Path(output)
 
 
 def _output_in(directory: str, stem: str) -> str:
-    from pipeline.core import object_store as stores
+    from pipeline.core import object_store
 
-    if stores.is_url(directory):
+    if object_store.is_url(directory):
         return f"{directory.removesuffix('/')}/{stem}.results/"
     return str(Path(directory) / f"{stem}.results.jsonl")
 
@@ -552,17 +551,17 @@ def _estimate(
     system: str | None,
     **caps: int | None,
 ) -> int:
-    from pipeline.accounting import estimate as estimating
-    from pipeline.cli import estimate_table as estimates
+    from pipeline.accounting import estimate
+    from pipeline.cli import estimate_table
     from pipeline.core import clock, config_file, environment
-    from pipeline.inputs import reader as read
+    from pipeline.inputs import reader
     from pipeline.inputs.sources import STDIN
     from pipeline.runner.options import Options
 
     settings = config_file.load(config_path).replace(provider=provider, lane="live")
     settings = settings.with_("request", max_tokens=max_tokens, temperature=temperature, system=system)
     settings = settings.with_("limits", **caps)
-    sources = read.sources(inputs, but=_target(output))
+    sources = reader.sources(inputs, but=_target(output))
     has_default = len(sources) == 1 and STDIN not in sources
     results = _jobs(sources, output, None)[0].output if output or sample or has_default else None
     learned: dict[tuple[str, str], Sequence[Allowance]] = {}
@@ -574,7 +573,7 @@ def _estimate(
         if summary.exit_code not in (0, 1, 6):
             return summary.exit_code
     with _as_file(results) as path:
-        estimate = estimating.estimate(
+        quoted = estimate.estimate(
             sources,
             settings,
             provider=provider,
@@ -586,23 +585,23 @@ def _estimate(
             at=clock.utc_now(),
         )
     if as_json:
-        _print_json([estimate.as_dict()])
+        _print_json([quoted.as_dict()])
     else:
-        estimates.show(_page(), estimate)
-    return estimate.exit_code
+        estimate_table.show(_page(), quoted)
+    return quoted.exit_code
 
 
 @contextmanager
 def _as_file(results: str | None) -> Iterator[Path | None]:
     """Give results as a file: a temporary copy, where they are at an object store."""
-    from pipeline.core import object_store as stores
-    from pipeline.results import object_store_writer as parts
+    from pipeline.core import object_store
+    from pipeline.results import object_store_writer
 
-    if not results or not stores.is_url(results):
+    if not results or not object_store.is_url(results):
         yield Path(results) if results else None
         return
     with tempfile.TemporaryDirectory() as directory:
-        yield parts.fetch(parts.folder_of(results), Path(directory))
+        yield object_store_writer.fetch(object_store_writer.folder_of(results), Path(directory))
 
 
 def _send_sample(
@@ -612,8 +611,8 @@ def _send_sample(
     import anyio
 
     from pipeline.cli.events import show_summary
-    from pipeline.core import process as aio
-    from pipeline.runner import local as job
+    from pipeline.core import process
+    from pipeline.runner import local
 
     screen = _screen()
     learned: dict[tuple[str, str], Sequence[Allowance]] = {}
@@ -625,7 +624,7 @@ def _send_sample(
             learned.update({(lane.provider, lane.model): lane.allowances for lane in get().sender.lanes})
 
     async def work() -> Summary:
-        return await job.run_batch(
+        return await local.run_batch(
             sample.inputs,
             output=sample.output,
             config=settings,
@@ -635,7 +634,7 @@ def _send_sample(
             handle_signals=True,
         )
 
-    summary = aio.run(work)
+    summary = process.run(work)
     show_summary(screen, summary, None)
     if summary.run.succeeded:
         text = "these answers are kept: a run of the same input, with the same options, takes them from there"
@@ -649,17 +648,16 @@ def _send_sample(
 def _check(
     *, inputs: tuple[str, ...], config_path: str | None, provider: str | None, model: str | None, as_json: bool
 ) -> int:
-    from pipeline.core import config_file
-    from pipeline.core import text as safe
-    from pipeline.inputs import check as checking
+    from pipeline.core import config_file, text
+    from pipeline.inputs import check
 
     settings = config_file.load(config_path).replace(provider=provider)
     screen = _screen()
 
     def tell(problem: str) -> None:
-        screen.tell("failure", problem) if as_json else print(safe.text(problem))
+        screen.tell("failure", problem) if as_json else print(text.escape(problem))
 
-    report = checking.check(inputs, settings, provider=provider, model=model, on_problem=tell)
+    report = check.check(inputs, settings, provider=provider, model=model, on_problem=tell)
     if as_json:
         _print_json([report.as_dict()])
     else:
@@ -670,24 +668,24 @@ def _check(
 
 
 def _verify(*, results: str, inputs: tuple[str, ...], config_path: str | None, as_json: bool) -> int:
-    from pipeline.accounting import verify as verifying
+    from pipeline.accounting import verify
     from pipeline.core import config_file, environment
-    from pipeline.core import text as safe
+    from pipeline.core.text import escape
 
     settings = config_file.load(config_path)
     name = _target(results)
     with _as_file(results) as path:
         assert path is not None
-        report = verifying.verify(path, inputs, settings, ledger=environment.ledger_path(settings), name=name)
+        report = verify.verify(path, inputs, settings, ledger=environment.ledger_path(settings), name=name)
     if as_json:
         _print_json([report.as_dict()])
         return report.exit_code
-    for text in report.shown:
-        print(f"✗ {safe.text(text)}")
+    for problem in report.shown:
+        print(f"✗ {escape(problem)}")
     if hidden := report.problems.total() - len(report.shown):
         print(f"✗ … and {hidden:,} more")
-    for text in report.notes:
-        print(f"! {safe.text(text)}")
+    for note in report.notes:
+        print(f"! {escape(note)}")
     verdict = "NOT PROVEN" if report.exit_code else "proven"
     looked = f"{report.results:,} results" + (f", {report.inputs:,} input lines" if inputs else "")
     print(f"{verdict}: {looked}" + ("" if inputs else "; without --input nobody knows whether lines are missing"))
@@ -733,13 +731,12 @@ def _report(
     **options: Any,
 ) -> int:
     from pipeline.accounting import report
-    from pipeline.core import clock, config_file, environment
-    from pipeline.core import object_store as stores
+    from pipeline.core import clock, config_file, environment, object_store
 
     ledger = Path(ledger_file) if ledger_file else environment.ledger_path(config_file.load(config_path))
     if rebuild != bool(files):
         raise UsageError("--rebuild wants result files, and they want --rebuild: pipeline report --rebuild RESULTS...")
-    if url := next((file for file in files if stores.is_url(file)), None):
+    if url := next((file for file in files if object_store.is_url(file)), None):
         hint = "copy its parts into one file, and give that"
         raise UsageError(f"--rebuild wants files, and {url!r} is at an object store", hint=hint)
     if rebuild:
@@ -786,39 +783,39 @@ def _oversee(
     as_json: bool,
     forget: bool = False,
 ) -> int:
-    from pipeline.core import process as aio
-    from pipeline.dispatch.batch import manage as overseeing
+    from pipeline.core import process
+    from pipeline.dispatch.batch import manage
 
     settings, found = _batches(config_path, ledger_file, ())
-    wanted = overseeing.chosen(found, ids)
+    wanted = manage.chosen(found, ids)
     if forget:
-        told = [overseeing.give_up(each) for each in wanted]
+        told = [manage.give_up(each) for each in wanted]
         requests = sum(each.chunk.requests for each in told if each.chunk.batch_id)
         if requests:
             _screen().tell("warning", f"what the provider did of {requests:,} requests may be billed all the same")
     else:
-        ask = overseeing.cancel if verb == "cancel" else overseeing.status
-        told = aio.run(lambda: ask(settings, wanted))
+        ask = manage.cancel if verb == "cancel" else manage.status
+        told = process.run(lambda: ask(settings, wanted))
     _show_batches(told, as_json=as_json)
     return 0
 
 
 def _batches(config_path: str | None, ledger_file: str | None, files: Sequence[str]) -> tuple[Config, list[Listed]]:
     from pipeline.core import config_file, environment
-    from pipeline.dispatch.batch import manage as overseeing
+    from pipeline.dispatch.batch import manage
 
     settings = config_file.load(config_path)
     ledger = Path(ledger_file) if ledger_file else environment.ledger_path(settings)
-    return settings, overseeing.listed(ledger, settings, files)
+    return settings, manage.listed(ledger, settings, files)
 
 
 def _show_batches(found: Sequence[Listed], *, as_json: bool) -> None:
-    from pipeline.cli import batches_table as batches
+    from pipeline.cli import batches_table
 
     if as_json:
         _print_json([each.as_dict() for each in found])
     else:
-        batches.show(_page(), found)
+        batches_table.show(_page(), found)
 
 
 # ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -870,10 +867,10 @@ def _print_json(objects: list[dict[str, Any]]) -> None:
 
 def _write(data: bytes) -> None:
     """Write to stdout and leave nothing in a buffer: Python would try again at its end, and change the exit code."""
-    from pipeline.core import files as disk
+    from pipeline.core import files
 
     try:
-        disk.write_all(sys.stdout.fileno(), data)
+        files.write_all(sys.stdout.fileno(), data)
     except OSError as exc:
         raise StorageError(f"cannot write to standard output: {exc.strerror}") from exc
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import anyio
 
 
-class Stop:
+class StopSignal:
     """Called once; what waits under `cuts_short` ends then, and what comes to wait there later at once."""
 
     def __init__(self) -> None:

@@ -463,7 +463,7 @@ def _known_keys(path: tuple[str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def patience(settings: Config) -> float:
+def poll_policy(settings: Config) -> float:
     """Return how many seconds without a finished request are too many: never fewer than one may honestly take."""
     sending = settings.sending
     return max(sending.stall_timeout, 2 * sending.timeout, sending.max_retry_after + sending.timeout)

@@ -38,7 +38,7 @@ class Use:
     waits: int
 
 
-def watch() -> None:
+def pin() -> None:
     """Begin to look after the cores of this process, which must be a program of its own."""
     if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
         Thread(target=keep, name="cores", daemon=True).start()

@@ -22,7 +22,7 @@ from enum import StrEnum
 from typing import Any
 
 
-class Reach(StrEnum):
+class ErrorScope(StrEnum):
     """How far an error reaches."""
 
     ATTEMPT = "attempt"
@@ -34,7 +34,7 @@ class Reach(StrEnum):
 class PipelineError(Exception):
     """Base of every error that this package raises on purpose."""
 
-    reach = Reach.RUN
+    reach = ErrorScope.RUN
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -89,7 +89,7 @@ class TryLaterError(PipelineError):
 class LineError(PipelineError):
     """One input line cannot become a request. The message is the reason, without file and line."""
 
-    reach = Reach.REQUEST
+    reach = ErrorScope.REQUEST
 
     def __init__(self, message: str, *, type: str = "invalid_line") -> None:
         super().__init__(message)
@@ -103,7 +103,7 @@ class TransportError(PipelineError):
     `is_sent` tells whether the request may have reached the provider, and so may be billed without an answer.
     """
 
-    def __init__(self, message: str, *, type: str, is_sent: bool, reach: Reach = Reach.ATTEMPT) -> None:
+    def __init__(self, message: str, *, type: str, is_sent: bool, reach: ErrorScope = ErrorScope.ATTEMPT) -> None:
         super().__init__(message)
         self.type = type
         self.is_sent = is_sent
@@ -124,7 +124,7 @@ class ProviderError(PipelineError):
         message: str,
         *,
         type: str,
-        reach: Reach,
+        reach: ErrorScope,
         code: str | None = None,
         status: int | None = None,
         request_id: str | None = None,

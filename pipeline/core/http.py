@@ -33,8 +33,8 @@ from pyreqwest.request import StreamRequest
 from pyreqwest.response import Response as ReqwestResponse
 
 from pipeline.core.config import Sending
-from pipeline.core.errors import Reach, TransportError, UsageError
-from pipeline.core.types import Answer, Call
+from pipeline.core.errors import ErrorScope, TransportError, UsageError
+from pipeline.core.types import HttpRequest, HttpResponse
 
 _PING_SECONDS = 10.0
 SLOWEST_BYTES_PER_SECOND = 100_000
@@ -43,7 +43,7 @@ _DEADLINE = "pipeline.deadline"
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
 
 Headers = Sequence[tuple[str, str]]
-Exchange = Callable[[bytes], Awaitable[Answer]]
+Exchange = Callable[[bytes], Awaitable[HttpResponse]]
 """A body goes out; the whole answer comes back, or an error of httpx."""
 
 
@@ -62,7 +62,7 @@ Write = Callable[[int, bytes], Awaitable[None]]
 class Post(Protocol):
     """Posts bodies to one address with one set of headers."""
 
-    async def __call__(self, body: bytes) -> Answer: ...
+    async def __call__(self, body: bytes) -> HttpResponse: ...
 
 
 class Client:
@@ -84,7 +84,7 @@ class Client:
         ready = [*headers, ("host", address.netloc.decode()), ("accept-encoding", "gzip, zstd, br")]
         exchange = self._exchange(url, ready)
 
-        async def post(body: bytes) -> Answer:
+        async def post(body: bytes) -> HttpResponse:
             try:
                 return await exchange(body)
             except httpx.HTTPError as exc:
@@ -92,7 +92,7 @@ class Client:
 
         return post
 
-    async def call(self, call: Call, content: Content | None = None) -> Answer:
+    async def call(self, call: HttpRequest, content: Content | None = None) -> HttpResponse:
         """Make a call of a batch API; `content` is the chunk that it carries. Raises `TransportError`.
 
         What is large has longer than one attempt of a request: 100 kB/s are enough.
@@ -100,7 +100,7 @@ class Client:
         seconds = self._settings.timeout + (content.size / SLOWEST_BYTES_PER_SECOND if content else 0)
         try:
             async with self._opened(call, content, seconds) as response:
-                return Answer(
+                return HttpResponse(
                     status=response.status_code,
                     headers=dict(response.headers.items()),
                     body=await self._whole(response),
@@ -108,7 +108,7 @@ class Client:
         except httpx.HTTPError as exc:
             raise _translate(exc) from exc
 
-    async def download(self, call: Call, write: Write, start: int = 0) -> Answer:
+    async def download(self, call: HttpRequest, write: Write, start: int = 0) -> HttpResponse:
         """Give the body of a 200 or 206 to `write` piece by piece, with where it begins; return the answer without it.
 
         `start` asks for what comes from there on. Whatever else is answered is returned with its body.
@@ -116,7 +116,7 @@ class Client:
         headers = [*call.headers, *([("range", f"bytes={start}-")] if start else [])]
         try:
             async with self._opened(replace(call, headers=headers), None, _LONGEST_DOWNLOAD) as response:
-                answer = Answer(status=response.status_code, headers=dict(response.headers.items()))
+                answer = HttpResponse(status=response.status_code, headers=dict(response.headers.items()))
                 if response.status_code not in (200, 206):
                     return replace(answer, body=await self._whole(response))
                 place = _place(answer, start) if response.status_code == 206 else 0
@@ -129,7 +129,9 @@ class Client:
             raise _translate(exc) from exc
 
     @asynccontextmanager
-    async def _opened(self, call: Call, content: Content | None, seconds: float) -> AsyncIterator[httpx.Response]:
+    async def _opened(
+        self, call: HttpRequest, content: Content | None, seconds: float
+    ) -> AsyncIterator[httpx.Response]:
         """Send a call that may take so long; yield the response, whose body is still to be read."""
         tail = call.tail or b""
         size = len(call.body) + (content.size if content else 0) + len(tail)
@@ -167,11 +169,11 @@ class Client:
         if isinstance(transport, ReqwestTransport):
             return transport.exchange(url, headers)
 
-        async def exchange(body: bytes) -> Answer:
+        async def exchange(body: bytes) -> HttpResponse:
             request = httpx.Request("POST", url, headers=list(headers), content=body)
             response = await transport.handle_async_request(request)
             content = await response.aread()
-            return Answer(status=response.status_code, headers=dict(response.headers.items()), body=content)
+            return HttpResponse(status=response.status_code, headers=dict(response.headers.items()), body=content)
 
         return exchange
 
@@ -184,7 +186,7 @@ class Client:
         await self._transport.aclose()
 
 
-def _place(answer: Answer, start: int) -> int:
+def _place(answer: HttpResponse, start: int) -> int:
     """Return where a part begins: as its header says, else where it was asked to."""
     match = _CONTENT_RANGE.match(answer.headers.get("content-range", ""))
     return int(match[1]) if match else start
@@ -246,14 +248,14 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
         """Return a function that posts a body and returns the whole answer; it raises httpx's errors."""
         address, fields = Url(url), HeaderMap(headers)  # once: to parse them for each call costs more than to build it
 
-        async def exchange(body: bytes) -> Answer:
+        async def exchange(body: bytes) -> HttpResponse:
             builder = self._client.post(address).headers(fields).body_bytes(body)
             try:
                 async with builder.build_streamed() as response:
                     content = await response.body_reader.read(self._max_bytes + 1)
                     if content is not None and len(content) > self._max_bytes:
                         raise httpx.DecodingError(f"answer larger than {self._max_bytes:,} bytes")
-                    return Answer(
+                    return HttpResponse(
                         status=response.status,
                         headers=_headers_of(response),
                         body=b"" if content is None else content.to_bytes(),
@@ -379,7 +381,7 @@ def _translate(error: httpx.HTTPError) -> TransportError:
     """
     reason = str(error)
     if isinstance(error, httpx.ConnectError) and _is_about_trust(reason):
-        return TransportError(f"no trusted connection: {reason}", type="tls_error", is_sent=False, reach=Reach.RUN)
+        return TransportError(f"no trusted connection: {reason}", type="tls_error", is_sent=False, reach=ErrorScope.RUN)
     if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
         return TransportError("no connection within the connect timeout", type="timeout", is_sent=False)
     if isinstance(error, httpx.TimeoutException):

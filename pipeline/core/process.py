@@ -23,18 +23,18 @@ T = TypeVar("T")
 _YOUNG_OBJECTS = 50_000
 
 
-def tune() -> None:
+def tune_gc() -> None:
     """Set the process up for the work of a run."""
     gc.set_threshold(_YOUNG_OBJECTS)
 
 
 def run(work: Callable[[], Awaitable[T]]) -> T:
     """Run an async function to its end and return its value."""
-    tune()
+    tune_gc()
     return anyio.run(work, backend_options={"use_uvloop": find_spec("uvloop") is not None})
 
 
-def room_for(connections: int) -> int:
+def raise_fd_limit(connections: int) -> int:
     """Raise the soft limit of open files as far as needed and allowed; return how many connections fit, at least 1."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + _OTHER_FILES

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.core.http import Post
-from pipeline.core.types import Answer
+from pipeline.core.types import HttpResponse
 
 MASK = "[key]"
 _SHORTEST_KEY = 16  # what is shorter is no secret but a word for a server that wants none: `any`, `EMPTY`
@@ -29,7 +29,7 @@ _ACTIVE = re.compile(
 )
 
 
-def text(value: object, limit: int = 2_000) -> str:
+def escape(value: object, limit: int = 2_000) -> str:
     """Return a text in which no character acts: controls and direction marks become visible escapes.
 
     Longer texts are cut at `limit` characters.
@@ -38,7 +38,7 @@ def text(value: object, limit: int = 2_000) -> str:
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 
-def printable(text: str, limit: int) -> str:
+def sanitize(text: str, limit: int) -> str:
     """Return text from outside on one line: without control characters and keys, cut at `limit`."""
     text = text[: 2 * limit]
     if not text.isprintable():
@@ -49,17 +49,17 @@ def printable(text: str, limit: int) -> str:
 
 def excerpt(body: bytes, limit: int = _EXCERPT) -> str:
     """Return the beginning of a body as printable text."""
-    return printable(body[: 8 * limit].decode("utf-8", "replace"), limit)
+    return sanitize(body[: 8 * limit].decode("utf-8", "replace"), limit)
 
 
 def word(value: Any) -> str | None:
     """Return a word of the provider's, None for what is none (a numeric code says the status once more)."""
     if isinstance(value, str) and _PLAIN_WORD.fullmatch(value):
         return value
-    return printable(value, MAX_WORD) or None if isinstance(value, str) else None
+    return sanitize(value, MAX_WORD) or None if isinstance(value, str) else None
 
 
-def masking(key: str | None) -> Callable[[bytes], bytes]:
+def redactor(key: str | None) -> Callable[[bytes], bytes]:
     """Return a function that puts `[key]` where bytes repeat the key."""
     if key is None or len(key) < _SHORTEST_KEY:
         return lambda data: data
@@ -67,18 +67,18 @@ def masking(key: str | None) -> Callable[[bytes], bytes]:
     return lambda data: data.replace(secret, MASK.encode())
 
 
-def discreet(post: Post, key: str | None) -> Post:
+def redacted_post(post: Post, key: str | None) -> Post:
     """Return a function that posts as `post` does; where its answers repeat the key, they say `[key]` instead."""
     if key is None or len(key) < _SHORTEST_KEY:
         return post
 
-    async def post_discreetly(body: bytes) -> Answer:
-        return without(await post(body), key)
+    async def post_discreetly(body: bytes) -> HttpResponse:
+        return redact(await post(body), key)
 
     return post_discreetly
 
 
-def without(answer: Answer, key: str | None) -> Answer:
+def redact(answer: HttpResponse, key: str | None) -> HttpResponse:
     """Return an answer in which `[key]` stands where it repeats the key."""
     if key is None or len(key) < _SHORTEST_KEY:
         return answer

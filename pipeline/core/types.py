@@ -78,7 +78,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class Completion:
     """A valid answer of a provider, decoded; `raw` is its body, byte for byte.
 
     Only where that is not strict JSON (a lone surrogate, NaN) is `raw` encoded anew. `model` is "" where none is told.
@@ -164,7 +164,7 @@ class Result:
     attempts: int
     completed_at: str
     request: Request | None = None
-    reply: Reply | None = None
+    reply: Completion | None = None
     failure: Failure | None = None
     failed_attempts: Sequence[Attempt] = ()
     latency_s: float | None = None
@@ -208,7 +208,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class HttpResponse:
     """An HTTP answer: status, headers with lower-case names, and the decoded body."""
 
     status: int
@@ -217,7 +217,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class HttpRequest:
     """One HTTP request of a batch API; `headers` is all of them but for host and content-length, names in lower case.
 
     Where `tail` is not None the content of a chunk goes between `body` and `tail`.
@@ -256,7 +256,7 @@ class Allowance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claims:
+class IdRange:
     """What planning some lines left behind: the fingerprints that they took, and how often those that they repeat.
 
     `is_alone` tells that no line before them took any of these, so that they mean the same wherever none did.

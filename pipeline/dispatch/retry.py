@@ -14,7 +14,7 @@ from tenacity import DoSleep, RetryCallState, Retrying, retry_if_exception, stop
 from tenacity.wait import wait_base, wait_random_exponential
 
 from pipeline.core.config import Sending
-from pipeline.core.errors import ProviderError, Reach
+from pipeline.core.errors import ErrorScope, ProviderError
 
 CAPACITY_STATUSES = frozenset({429, 503, 529})
 
@@ -33,7 +33,7 @@ def is_overload(error: ProviderError) -> bool:
 
 def is_retryable(error: BaseException) -> bool:
     """Tell whether another attempt may succeed."""
-    return isinstance(error, ProviderError) and error.reach is Reach.ATTEMPT
+    return isinstance(error, ProviderError) and error.reach is ErrorScope.ATTEMPT
 
 
 class _HintOrBackoff(wait_base):

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.config import Config
-from pipeline.inputs import reader as read
+from pipeline.inputs import reader
 from pipeline.inputs.planner import Invalid, Planner
 
 
 @dataclass(slots=True)
-class Report:
+class CheckReport:
     """What the lines of some inputs are: how many, how many invalid, and whom they go to."""
 
     lines: int = 0
@@ -31,12 +31,12 @@ def check(
     provider: str | None = None,
     model: str | None = None,
     on_problem: Callable[[str], None],
-) -> Report:
+) -> CheckReport:
     """Plan every line of the inputs; `on_problem` hears `file:line: reason` of each that is not valid."""
-    report = Report()
+    report = CheckReport()
     planner = Planner(settings, provider=provider, model=model)
-    for source in read.sources(inputs):
-        for line in read.lines(source, settings.input.max_line_bytes):
+    for source in reader.sources(inputs):
+        for line in reader.lines(source, settings.input.max_line_bytes):
             item = planner.plan(line)
             report.lines += 1
             if isinstance(item, Invalid):

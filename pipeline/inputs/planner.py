@@ -23,8 +23,8 @@ from pipeline.core.clock import Clock
 from pipeline.core.config import Config, Endpoint
 from pipeline.core.errors import LineError, UsageError
 from pipeline.core.hashing import FingerprintSet, fingerprint
-from pipeline.core.types import Claims, Failure, Request, Result
-from pipeline.inputs import dialects as formats
+from pipeline.core.types import Failure, IdRange, Request, Result
+from pipeline.inputs import dialects
 from pipeline.inputs.dialects import Draft
 from pipeline.inputs.reader import Line
 
@@ -82,17 +82,17 @@ class Planner:
         }
         return orjson.dumps(parts)
 
-    def claim(self, claims: Claims) -> bool:
+    def claim(self, claims: IdRange) -> bool:
         """Take what lines left behind that were planned by an earlier run, if they mean the same here; else nothing."""
         if not self.ids.add_all(claims.marks):
             return False
         self._repeats.update(claims.repeats)
         return True
 
-    def take_claims(self) -> Claims:
+    def take_claims(self) -> IdRange:
         """Return what the lines left behind that were planned since the last time."""
         new, self._claims = self._claims, _NewClaims()
-        return Claims(marks=new.marks, repeats=new.repeats, is_alone=new.is_alone)
+        return IdRange(marks=new.marks, repeats=new.repeats, is_alone=new.is_alone)
 
     def plan(self, line: Line) -> Request | Invalid:
         """Return the request that a line asks for, or why there is none."""
@@ -102,7 +102,7 @@ class Planner:
             if line.problem:
                 raise LineError(line.problem)
             value = jsonl.loads(line.data)
-            draft = formats.parse(value)
+            draft = dialects.parse(value)
             custom_id = draft.custom_id or self._derive_id(jsonl.dumps(value))
             request = self._request(draft, custom_id, line)
             if draft.custom_id:

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from pipeline.core import jsonl
-from pipeline.core import object_store as stores
+from pipeline.core import jsonl, object_store
 from pipeline.core.errors import LineError, UsageError
 from pipeline.core.hashing import checksum
-from pipeline.inputs.sources import GZIP, STDIN, ZSTD, Span, opened
+from pipeline.inputs.sources import GZIP, STDIN, ZSTD, ByteRange, opened
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -96,13 +95,13 @@ def sources(inputs: Sequence[str], *, may_be_empty: bool = False, but: str | Pat
     """
     found: dict[str, str] = {}
     for path in (path for item in inputs for path in _expand(item, may_be_empty, but)):
-        found.setdefault(path if path == STDIN or stores.is_url(path) else os.path.realpath(path), path)
+        found.setdefault(path if path == STDIN or object_store.is_url(path) else os.path.realpath(path), path)
     for path in found.values():
         _require_readable(path)
     return list(found.values())
 
 
-def lines(source: str | Span, max_line_bytes: int) -> Iterator[Line]:
+def lines(source: str | ByteRange, max_line_bytes: int) -> Iterator[Line]:
     """Yield the lines of one input that are not blank, numbered from 1 as an editor numbers them.
 
     An input that turns out damaged (a cut archive, a disk error) or endless ends with a line that says so.
@@ -111,17 +110,17 @@ def lines(source: str | Span, max_line_bytes: int) -> Iterator[Line]:
         yield from batch.lines()
 
 
-def batches(inputs: Iterable[str | Span], max_line_bytes: int, size_of: _SizeOf = None) -> Iterator[Batch]:
+def batches(inputs: Iterable[str | ByteRange], max_line_bytes: int, size_of: _SizeOf = None) -> Iterator[Batch]:
     """Yield the lines of all inputs in batches of bounded length and size: a thread hop pays only for many lines.
 
     `size_of` tells how batches were cut before: how many bytes had the one that began with a line of this checksum.
     They are cut so again wherever such a line stands, so the same lines are mostly in the same batch.
     """
     for each in inputs:
-        yield from _batches_of(each if isinstance(each, Span) else Span(source=each), max_line_bytes, size_of)
+        yield from _batches_of(each if isinstance(each, ByteRange) else ByteRange(source=each), max_line_bytes, size_of)
 
 
-def _batches_of(span: Span, max_line_bytes: int, size_of: _SizeOf) -> Iterator[Batch]:
+def _batches_of(span: ByteRange, max_line_bytes: int, size_of: _SizeOf) -> Iterator[Batch]:
     source, number = span.source, span.number
     try:
         with opened(span) as raw, _decompressed(raw) if span.is_whole else raw as file:
@@ -234,7 +233,7 @@ class _Ahead:
 
 def is_file_of(source: str, path: Path) -> bool:
     """Tell whether an input is a file that exists, under whatever name."""
-    if stores.is_url(source):
+    if object_store.is_url(source):
         return False
     if source == STDIN:
         return sys.stdin is not None and os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat())
@@ -255,8 +254,8 @@ def stem(source: str) -> str:
 
 
 def _expand(item: str, may_be_empty: bool, output: str | Path | None) -> list[str]:
-    if stores.is_url(item):
-        with stores.before_sending():
+    if object_store.is_url(item):
+        with object_store.before_sending():
             return _expand_url(item, may_be_empty, output if isinstance(output, str) else None)
     path = Path(item)
     if item == STDIN or (os.path.exists(item) and not os.path.isdir(item)):
@@ -280,12 +279,14 @@ def _expand(item: str, may_be_empty: bool, output: str | Path | None) -> list[st
 
 def _expand_url(url: str, may_be_empty: bool, folder: str | None) -> list[str]:
     """Return the objects that a URL stands for: one, those of a prefix, or those that match."""
-    if not url.endswith("/") and stores.head(url):
+    if not url.endswith("/") and object_store.head(url):
         return [url]
-    is_glob = not url.endswith("/") and stores.has_magic(url)
+    is_glob = not url.endswith("/") and object_store.has_magic(url)
     prefix = url if url.endswith("/") else f"{url}/"
     found = (
-        stores.matching(url) if is_glob else [each for each in stores.listed(prefix) if each.name.endswith(SUFFIXES)]
+        object_store.matching(url)
+        if is_glob
+        else [each for each in object_store.listed(prefix) if each.name.endswith(SUFFIXES)]
     )
     names = [each.url for each in found if not _is_part(each.url, folder)]
     if names or (may_be_empty and url.endswith("/")):
@@ -306,7 +307,7 @@ def _is_part(url: str, folder: str | None) -> bool:
 
 def _is_ours(name: str, output: str | Path | None) -> bool:
     """Tell whether a file is one that this program writes: by its name, or because it belongs to the output."""
-    if _OURS.search(name) or output is None or stores.is_url(output):
+    if _OURS.search(name) or output is None or object_store.is_url(output):
         return _OURS.search(name) is not None
     own, real = os.path.realpath(output), os.path.realpath(name)
     begin = own.removesuffix(".jsonl")
@@ -318,7 +319,7 @@ def _require_readable(path: str) -> None:
         if sys.stdin is None:
             raise UsageError("the input '-' cannot be read: standard input is closed")
         return
-    if stores.is_url(path):
+    if object_store.is_url(path):
         return  # it was looked at when it was found
     if not path.isascii() and path != os.fsencode(path).decode("utf-8", "replace"):
         raise UsageError(f"the name of the input {path!r} is not UTF-8, so no result could name it; rename the file")

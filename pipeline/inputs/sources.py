@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core import object_store as stores
+from pipeline.core import object_store
 from pipeline.core.errors import StorageError, TryLaterError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _BLOCK_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class ByteRange:
     """A part of an input: the bytes from `start` to `end` (None: to its end), the first line of this number.
 
     It is cut at line ends. `stamp` tells whether the input is still what it was when it was cut (`stamp_of`).
@@ -47,10 +47,10 @@ class Span:
 
 def can_be_read_again(source: str) -> bool:
     """Tell what can be read again, and elsewhere, from what is gone when it was read."""
-    return stores.is_url(source) or (source != STDIN and Path(source).is_file())
+    return object_store.is_url(source) or (source != STDIN and Path(source).is_file())
 
 
-def stamp_of(source: str) -> str:
+def version_of(source: str) -> str:
     """Return what is another text when an input was changed: of a file, its size and the time of its last change."""
     return _seen(source)[1]
 
@@ -60,13 +60,13 @@ def size_of(source: str) -> int:
     return _seen(source)[0]
 
 
-def cut(source: str, size: int) -> Iterator[Span]:
+def cut(source: str, size: int) -> Iterator[ByteRange]:
     """Cut an input into spans of about so many bytes, at line ends, without reading more than these; numbers are 1.
 
     What is compressed is one span. Raises `UsageError` where it cannot be read, `TryLaterError` where it changes.
     """
     total, stamp = _seen(source)
-    whole = Span(source=source, stamp=stamp)
+    whole = ByteRange(source=source, stamp=stamp)
     try:
         if _is_compressed(whole):
             yield whole
@@ -74,27 +74,27 @@ def cut(source: str, size: int) -> Iterator[Span]:
         start = 0
         while start < total:
             end = _line_end(whole, min(start + size, total), total)
-            yield Span(source=source, start=start, end=end, stamp=stamp)
+            yield ByteRange(source=source, start=start, end=end, stamp=stamp)
             start = end
     except OSError as exc:
         require_unchanged(whole)
         raise UsageError(f"the input {source!r} cannot be read: {exc.strerror or exc}") from exc
 
 
-def require_unchanged(span: Span) -> None:
+def require_unchanged(span: ByteRange) -> None:
     """Raise `TryLaterError` where an input is not what it was when a span was cut out of it."""
-    if stamp_of(span.source) != span.stamp:
+    if version_of(span.source) != span.stamp:
         raise TryLaterError(f"the input {span.source!r} was changed while it was being read", hint="repeat the command")
 
 
-def opened(span: Span) -> BufferedReader:
+def opened(span: ByteRange) -> BufferedReader:
     """Open an input, or a part of it, for reading in one pass.
 
     Raises `OSError`, then or while it is read: also where it is not, or no longer, what it was when the span was cut.
     """
-    if stores.is_url(span.source):
+    if object_store.is_url(span.source):
         try:
-            return stores.open_reader(span.source, span.start, span.end, etag=span.stamp or None)
+            return object_store.open_reader(span.source, span.start, span.end, etag=span.stamp or None)
         except StorageError as exc:
             raise OSError(exc.message) from exc
     if span.is_whole and not span.stamp:
@@ -106,7 +106,7 @@ def opened(span: Span) -> BufferedReader:
 class _Slice(io.RawIOBase):
     """A span of a file as a raw stream."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, span: ByteRange) -> None:
         self._file = io.FileIO(span.source)
         self._file.seek(span.start)
         self._span = span
@@ -129,9 +129,9 @@ class _Slice(io.RawIOBase):
 
 def _seen(source: str) -> tuple[int, str]:
     """Return size and stamp of an input."""
-    if stores.is_url(source):
-        with stores.before_sending():
-            found = stores.head(source)
+    if object_store.is_url(source):
+        with object_store.before_sending():
+            found = object_store.head(source)
         if found is None:
             raise UsageError(f"the input {source!r} does not exist")
         return found.size, found.etag
@@ -146,16 +146,16 @@ def _stamp(status: os.stat_result) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _is_compressed(whole: Span) -> bool:
+def _is_compressed(whole: ByteRange) -> bool:
     with opened(whole) as file:
         magic = file.peek(4)[:4]
     return magic.startswith(GZIP) or ZSTD.match(magic) is not None
 
 
-def _line_end(whole: Span, at: int, total: int) -> int:
+def _line_end(whole: ByteRange, at: int, total: int) -> int:
     """Return the end of the line that holds the byte before `at`."""
     end = at - 1
-    with opened(Span(source=whole.source, start=end, end=total, stamp=whole.stamp)) as file:
+    with opened(ByteRange(source=whole.source, start=end, end=total, stamp=whole.stamp)) as file:
         while block := file.readline(_BLOCK_BYTES):
             end += len(block)
             if block.endswith(b"\n"):

@@ -9,7 +9,7 @@ from pipeline.core.config import Config
 from pipeline.core.types import Protocol
 from pipeline.providers.anthropic import AnthropicCodec
 from pipeline.providers.anthropic_batch import AnthropicBatches
-from pipeline.providers.base import USER_AGENT, Provider
+from pipeline.providers.base import USER_AGENT, Codec
 from pipeline.providers.batch import BatchCodec
 from pipeline.providers.deprecations import retirement
 from pipeline.providers.openai import OpenAICodec
@@ -19,7 +19,7 @@ from pipeline.providers.tokens import estimate_input_tokens
 __all__ = [
     "USER_AGENT",
     "BatchCodec",
-    "Provider",
+    "Codec",
     "batch_codec",
     "codec",
     "estimate_input_tokens",
@@ -27,12 +27,12 @@ __all__ = [
     "retirement",
 ]
 
-_CODECS: Mapping[Protocol, Provider] = {Protocol.ANTHROPIC: AnthropicCodec(), Protocol.OPENAI: OpenAICodec()}
+_CODECS: Mapping[Protocol, Codec] = {Protocol.ANTHROPIC: AnthropicCodec(), Protocol.OPENAI: OpenAICodec()}
 _BATCHES: Mapping[Protocol, BatchCodec] = {Protocol.ANTHROPIC: AnthropicBatches(), Protocol.OPENAI: OpenAIBatches()}
 _BUILT_IN = tuple(Protocol)
 
 
-def codec(protocol: Protocol) -> Provider:
+def codec(protocol: Protocol) -> Codec:
     """Return the codec of a protocol: stateless, one for all."""
     return _CODECS[protocol]
 

@@ -6,22 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.core.config import Endpoint, RequestDefaults
-from pipeline.core.errors import AnthropicAPIError, ProviderError, Reach, TransportError
-from pipeline.core.types import Answer, Limit, Reply, ToolCall, Usage
+from pipeline.core.errors import AnthropicAPIError, ErrorScope, ProviderError, TransportError
+from pipeline.core.types import Completion, HttpResponse, Limit, ToolCall, Usage
 from pipeline.providers import (
-    anthropic_convert as to_anthropic,
-)
-from pipeline.providers import (
+    anthropic_convert,
     base,
-)
-from pipeline.providers import (
-    rate_limit_headers as hints,
-)
-from pipeline.providers import (
-    responses as answers,
-)
-from pipeline.providers import (
-    validation as checks,
+    rate_limit_headers,
+    responses,
+    validation,
 )
 from pipeline.providers.error_mapping import Rule
 from pipeline.providers.responses import Malformed
@@ -34,18 +26,18 @@ _CUT = ("max_tokens", "model_context_window_exceeded")
 
 RULES = (
     # Spending limits and accounts on hold: nothing will succeed until somebody acts.
-    Rule(codes=("enforced_spend_limit_reached", "contract_spend_limit_reached"), reach=Reach.RUN),
+    Rule(codes=("enforced_spend_limit_reached", "contract_spend_limit_reached"), reach=ErrorScope.RUN),
     Rule(
         codes=("linked_organization_billing_unavailable", "linked_organization_spend_limit_reached"),
-        reach=Reach.RUN,
+        reach=ErrorScope.RUN,
     ),
-    Rule(codes=("organization_on_hold", "cmek_key_disabled"), reach=Reach.RUN),
-    Rule(statuses=(400,), says=r"^You have reached your specified", reach=Reach.RUN),
-    Rule(statuses=(400,), says=r"^Your credit balance is too low", reach=Reach.RUN),
-    Rule(types=("authentication_error", "billing_error", "permission_error"), reach=Reach.RUN),
+    Rule(codes=("organization_on_hold", "cmek_key_disabled"), reach=ErrorScope.RUN),
+    Rule(statuses=(400,), says=r"^You have reached your specified", reach=ErrorScope.RUN),
+    Rule(statuses=(400,), says=r"^Your credit balance is too low", reach=ErrorScope.RUN),
+    Rule(types=("authentication_error", "billing_error", "permission_error"), reach=ErrorScope.RUN),
     # One line names a file that is gone; any other 404 is about the model.
-    Rule(types=("not_found_error",), says=r"\b[Ff]ile", reach=Reach.REQUEST),
-    Rule(types=("not_found_error",), reach=Reach.MODEL),
+    Rule(types=("not_found_error",), says=r"\b[Ff]ile", reach=ErrorScope.REQUEST),
+    Rule(types=("not_found_error",), reach=ErrorScope.MODEL),
 )
 
 
@@ -65,35 +57,35 @@ class AnthropicCodec:
     def body(
         self, fields: Mapping[str, Any], endpoint: Endpoint, defaults: RequestDefaults, model: str
     ) -> dict[str, Any]:
-        checks.check_model(model)
-        line = checks.completed(fields, defaults)
-        checks.check_line(line, ROLES, MAX_TEMPERATURE)
-        body = to_anthropic.translate(line, model)
+        validation.check_model(model)
+        line = validation.completed(fields, defaults)
+        validation.check_line(line, ROLES, MAX_TEMPERATURE)
+        body = anthropic_convert.translate(line, model)
         body.setdefault("max_tokens", endpoint.max_tokens or DEFAULT_MAX_TOKENS)
         return body
 
     def check_body(self, body: Mapping[str, Any]) -> None:
-        checks.check_own_body(body)
+        validation.check_own_body(body)
 
     def max_output_tokens(self, body: Mapping[str, Any]) -> int | None:
         limit = body.get("max_tokens")
         return limit if type(limit) is int else None
 
-    def decode(self, answer: Answer) -> Reply:
-        message, raw = answers.accepted(answer, AnthropicAPIError, RULES)
+    def decode(self, answer: HttpResponse) -> Completion:
+        message, raw = responses.accepted(answer, AnthropicAPIError, RULES)
         try:
-            return _reply(message, raw, answers.request_id(answer.headers))
+            return _reply(message, raw, responses.request_id(answer.headers))
         except Malformed as exc:
-            raise answers.invalid_response(answer, AnthropicAPIError, str(exc)) from exc
+            raise responses.invalid_response(answer, AnthropicAPIError, str(exc)) from exc
 
-    def usage(self, answer: Answer) -> Usage | None:
-        return answers.usage_of(answer, _usage)
+    def usage(self, answer: HttpResponse) -> Usage | None:
+        return responses.usage_of(answer, _usage)
 
     def lost(self, error: TransportError) -> ProviderError:
-        return answers.lost(error, AnthropicAPIError)
+        return responses.lost(error, AnthropicAPIError)
 
     def limits(self, headers: Mapping[str, str]) -> Sequence[Limit]:
-        return hints.limits(headers, _LIMITS)
+        return rate_limit_headers.limits(headers, _LIMITS)
 
     def charge(self, input_tokens: float, output_tokens: float, max_output_tokens: int | None) -> dict[str, float]:
         """Charge what is expected: `max_tokens` is not reserved."""
@@ -105,18 +97,18 @@ class AnthropicCodec:
         return {"input_tokens": float(counted), "output_tokens": float(usage.output_tokens)}
 
 
-def _reply(message: Mapping[str, Any], raw: bytes, request_id: str | None) -> Reply:
+def _reply(message: Mapping[str, Any], raw: bytes, request_id: str | None) -> Completion:
     if message.get("type") != "message":
         raise Malformed("its type is not 'message'")
     blocks = _blocks(message.get("content"))
     texts = [_text(block) for block in blocks if block.get("type") == "text"]
     model, finish_reason = message.get("model"), message.get("stop_reason")
-    return Reply(
+    return Completion(
         model=model if isinstance(model, str) else "",
         content="".join(texts) if texts else None,
         finish_reason=finish_reason if isinstance(finish_reason, str) else None,
         truncated=finish_reason in _CUT,
-        usage=answers.believable(_usage, message),
+        usage=responses.usage_or_none(_usage, message),
         raw=raw,
         refusal=_refusal(message) if finish_reason == "refusal" else None,
         tool_calls=tuple(_tool_call(block) for block in blocks if block.get("type") == "tool_use"),
@@ -145,27 +137,27 @@ def _tool_call(block: Mapping[str, Any]) -> ToolCall:
 
 
 def _refusal(message: Mapping[str, Any]) -> str:
-    details = answers.optional_object(message, "stop_details")
+    details = responses.optional_object(message, "stop_details")
     said = (details.get("category"), details.get("explanation"))
     return ": ".join(text for text in said if isinstance(text, str) and text) or "refusal"
 
 
 def _usage(message: Mapping[str, Any]) -> Usage | None:
     """Add the cached tokens to the input, which Anthropic tells without them; None where no usage is told."""
-    usage = answers.optional_object(message, "usage")
-    uncached, output = answers.count(usage, "input_tokens"), answers.count(usage, "output_tokens")
+    usage = responses.optional_object(message, "usage")
+    uncached, output = responses.count(usage, "input_tokens"), responses.count(usage, "output_tokens")
     if uncached is None or output is None:
         return None
-    read = answers.count(usage, "cache_read_input_tokens") or 0
-    split = answers.optional_object(usage, "cache_creation")
-    written_1h = answers.count(split, "ephemeral_1h_input_tokens") or 0
-    written = answers.count(usage, "cache_creation_input_tokens")
+    read = responses.count(usage, "cache_read_input_tokens") or 0
+    split = responses.optional_object(usage, "cache_creation")
+    written_1h = responses.count(split, "ephemeral_1h_input_tokens") or 0
+    written = responses.count(usage, "cache_creation_input_tokens")
     if written is None:
-        written = written_1h + (answers.count(split, "ephemeral_5m_input_tokens") or 0)
+        written = written_1h + (responses.count(split, "ephemeral_5m_input_tokens") or 0)
     if written_1h > written:
         raise Malformed("usage has more tokens written for 1h than written at all")
-    reasoning = answers.count(answers.optional_object(usage, "output_tokens_details"), "thinking_tokens") or 0
-    searches = answers.count(answers.optional_object(usage, "server_tool_use"), "web_search_requests") or 0
+    reasoning = responses.count(responses.optional_object(usage, "output_tokens_details"), "thinking_tokens") or 0
+    searches = responses.count(responses.optional_object(usage, "server_tool_use"), "web_search_requests") or 0
     tier = "fast" if usage.get("speed") == "fast" else usage.get("service_tier")
     return Usage(
         input_tokens=uncached + written + read,

@@ -16,9 +16,9 @@ import orjson
 
 from pipeline.core.config import Endpoint
 from pipeline.core.errors import AnthropicAPIError, LineError, ProviderError
-from pipeline.core.types import Answer, Call
+from pipeline.core.types import HttpRequest, HttpResponse
 from pipeline.providers import batch as batches
-from pipeline.providers import responses as answers
+from pipeline.providers import responses
 from pipeline.providers.anthropic import RULES
 from pipeline.providers.base import Headers
 from pipeline.providers.batch import Batch, Ending, Outcome, Problem
@@ -53,34 +53,34 @@ class AnthropicBatches:
     def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> None:
         return None
 
-    def uploaded(self, answer: Answer) -> str:
+    def uploaded(self, answer: HttpResponse) -> str:
         raise NotImplementedError("there is no upload")
 
-    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> Call:
-        return Call(method="POST", url=_url(endpoint), headers=headers, body=b'{"requests":[', tail=b"]}")
+    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> HttpRequest:
+        return HttpRequest(method="POST", url=_url(endpoint), headers=headers, body=b'{"requests":[', tail=b"]}")
 
-    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> Call:
-        return Call(method="GET", url=_url(endpoint, id), headers=headers)
+    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
+        return HttpRequest(method="GET", url=_url(endpoint, id), headers=headers)
 
-    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> Call:
-        return Call(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
+    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
+        return HttpRequest(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
 
-    def batch(self, answer: Answer) -> Batch:
+    def batch(self, answer: HttpResponse) -> Batch:
         return _read(answer, _batch)
 
-    def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> Call:
+    def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> HttpRequest:
         query = f"?limit={_PAGE}" + (f"&after_id={quote(after, safe='')}" if after else "")
-        return Call(method="GET", url=_url(endpoint) + query, headers=headers)
+        return HttpRequest(method="GET", url=_url(endpoint) + query, headers=headers)
 
-    def listed(self, answer: Answer) -> tuple[Sequence[Batch], bool]:
+    def listed(self, answer: HttpResponse) -> tuple[Sequence[Batch], bool]:
         return _read(answer, partial(batches.page, _batch))
 
-    def download(self, endpoint: Endpoint, headers: Headers, file: str) -> Call:
+    def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest:
         """Ask for the results where the API has them: `results_url` may name any host, and the key goes with it."""
-        return Call(method="GET", url=f"{_url(endpoint)}/{file}", headers=headers)
+        return HttpRequest(method="GET", url=f"{_url(endpoint)}/{file}", headers=headers)
 
-    def refusal(self, answer: Answer) -> ProviderError:
-        return answers.refusal(answer, AnthropicAPIError, RULES)
+    def refusal(self, answer: HttpResponse) -> ProviderError:
+        return responses.refusal(answer, AnthropicAPIError, RULES)
 
     def outcome(self, line: bytes) -> Outcome:
         """Read `{"custom_id", "result": {"type", "message"?, "error"?}}`."""
@@ -90,13 +90,13 @@ class AnthropicBatches:
         if ending := _ENDINGS.get(str(kind)):
             return Outcome(name=name, ending=ending)
         if kind == "succeeded":
-            return Outcome(name=name, answer=Answer(status=200, body=batches.encoded(member(result, "message"))))
+            return Outcome(name=name, answer=HttpResponse(status=200, body=batches.encoded(member(result, "message"))))
         if kind == "errored":
             error = member(result, "error")
             inner = member(error, "error") or error
             status = status_of(None, str(member(inner, "type")))
             body = batches.encoded({"type": "error", "error": inner, "request_id": member(error, "request_id")})
-            return Outcome(name=name, answer=Answer(status=status, body=body))
+            return Outcome(name=name, answer=HttpResponse(status=status, body=body))
         return Outcome(name=name, answer=batches.unusable("a result of no known type"))
 
     def belongs(self, nonce: str, line: bytes) -> bool:
@@ -116,7 +116,7 @@ def _url(endpoint: Endpoint, id: str | None = None) -> str:
     return f"{endpoint.url}/batches" + (f"/{quote(id, safe='')}" if id else "")
 
 
-def _read(answer: Answer, reader: Callable[[Mapping[str, Any]], T]) -> T:
+def _read(answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
     return batches.read(answer, reader, AnthropicAPIError, RULES)
 
 

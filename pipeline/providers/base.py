@@ -8,13 +8,13 @@ from typing import Any
 
 from pipeline.core.config import Endpoint, RequestDefaults
 from pipeline.core.errors import ProviderError, TransportError
-from pipeline.core.types import Answer, Limit, Reply, Usage
+from pipeline.core.types import Completion, HttpResponse, Limit, Usage
 
 USER_AGENT = "pipeline-batch"
 Headers = tuple[tuple[str, str], ...]
 
 
-class Provider(typing.Protocol):
+class Codec(typing.Protocol):
     """One wire protocol: requests to bodies, answers to replies or errors."""
 
     def headers(self, endpoint: Endpoint, key: str | None) -> Headers:
@@ -39,14 +39,14 @@ class Provider(typing.Protocol):
         """Return how many tokens the answer to a body can have at most, where the body says so."""
         ...
 
-    def decode(self, answer: Answer) -> Reply:
+    def decode(self, answer: HttpResponse) -> Completion:
         """Return the reply in a valid 200; everything else raises the provider's `ProviderError`.
 
         `Reply.model` is "" where the answer names none.
         """
         ...
 
-    def usage(self, answer: Answer) -> Usage | None:
+    def usage(self, answer: HttpResponse) -> Usage | None:
         """Return what an answer that is no reply says that it used: it is billed all the same; None if nothing."""
         ...
 

@@ -16,9 +16,9 @@ import orjson
 
 from pipeline.core import jsonl
 from pipeline.core.config import Endpoint
-from pipeline.core.errors import LineError, ProviderError, Reach
-from pipeline.core.types import Answer, Call
-from pipeline.providers import responses as answers
+from pipeline.core.errors import ErrorScope, LineError, ProviderError
+from pipeline.core.types import HttpRequest, HttpResponse
+from pipeline.providers import responses
 from pipeline.providers.base import Headers
 from pipeline.providers.error_mapping import Rule
 from pipeline.providers.responses import Malformed
@@ -66,7 +66,7 @@ class Outcome:
     """What became of one request of a batch: the answer that a live call would have got, else how it ended."""
 
     name: str
-    answer: Answer | None = None
+    answer: HttpResponse | None = None
     ending: Ending | None = None
 
 
@@ -92,37 +92,37 @@ class BatchCodec(typing.Protocol):
         """Return a request as it stands in the upload."""
         ...
 
-    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> Call | None:
+    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> HttpRequest | None:
         """Return the call that uploads a chunk ahead of its batch; None where it goes into the batch's own call."""
         ...
 
-    def uploaded(self, answer: Answer) -> str:
+    def uploaded(self, answer: HttpResponse) -> str:
         """Return the id of the file that was uploaded. This and all that read answers raise `ProviderError`."""
         ...
 
-    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> Call:
+    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> HttpRequest:
         """Return the call that makes a batch."""
         ...
 
-    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> Call: ...
+    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest: ...
 
-    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> Call: ...
+    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest: ...
 
-    def batch(self, answer: Answer) -> Batch:
+    def batch(self, answer: HttpResponse) -> Batch:
         """Read the answer of `create`, `poll` and `cancel`."""
         ...
 
-    def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> Call:
+    def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> HttpRequest:
         """Return the call that lists batches, newest first, from behind the one called `after`."""
         ...
 
-    def listed(self, answer: Answer) -> tuple[Sequence[Batch], bool]:
+    def listed(self, answer: HttpResponse) -> tuple[Sequence[Batch], bool]:
         """Return the batches of a page, and whether there are older ones."""
         ...
 
-    def download(self, endpoint: Endpoint, headers: Headers, file: str) -> Call: ...
+    def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest: ...
 
-    def refusal(self, answer: Answer) -> ProviderError:
+    def refusal(self, answer: HttpResponse) -> ProviderError:
         """Return the error in the answer to a download that is no file."""
         ...
 
@@ -152,14 +152,14 @@ def address(endpoint: Endpoint, path: str) -> str:
 
 
 def read(
-    answer: Answer, reader: Callable[[Mapping[str, Any]], T], error: type[ProviderError], rules: Sequence[Rule]
+    answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T], error: type[ProviderError], rules: Sequence[Rule]
 ) -> T:
     """Read the object of a 200; everything else raises `error`."""
-    value, _ = answers.accepted(answer, error, rules)
+    value, _ = responses.accepted(answer, error, rules)
     try:
         return reader(value)
     except Malformed as exc:
-        raise answers.invalid_response(answer, error, str(exc)) from exc
+        raise responses.invalid_response(answer, error, str(exc)) from exc
 
 
 def page(reader: Callable[[Any], Batch], value: Mapping[str, Any]) -> tuple[Sequence[Batch], bool]:
@@ -218,7 +218,7 @@ def result_line(line: bytes) -> tuple[str, Mapping[str, Any]]:
     try:
         value = jsonl.loads(line)
     except LineError:
-        value, _ = answers.parsed(line)
+        value, _ = responses.parsed(line)
     if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
         raise LineError("not a line of results: it has no custom_id")
     return value["custom_id"], value
@@ -232,13 +232,13 @@ def encoded(value: Any) -> bytes:
         return b'"nested too deep"'
 
 
-def unusable(reason: str) -> Answer:
+def unusable(reason: str) -> HttpResponse:
     """Return an answer that no reply can be read from, for a result that tells neither reply nor error."""
-    return Answer(status=200, body=orjson.dumps(reason))
+    return HttpResponse(status=200, body=orjson.dumps(reason))
 
 
 def of_whole_batch(error: ProviderError) -> ProviderError:
     """Let an error that would end one request end all of its model: it was said of a batch as a whole."""
-    if error.reach is Reach.REQUEST:
-        error.reach = Reach.MODEL
+    if error.reach is ErrorScope.REQUEST:
+        error.reach = ErrorScope.MODEL
     return error

@@ -7,9 +7,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.errors import Reach
-from pipeline.core.text import MAX_MESSAGE, MAX_WORD, excerpt, printable, word
-from pipeline.core.types import Answer
+from pipeline.core.errors import ErrorScope
+from pipeline.core.text import MAX_MESSAGE, MAX_WORD, excerpt, sanitize, word
+from pipeline.core.types import HttpResponse
 
 # The HTTP status that belongs to an error which came with another one: inside a 200.
 _STATUSES: Mapping[str, int] = {
@@ -29,7 +29,7 @@ _STATUSES: Mapping[str, int] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Complaint:
+class ErrorBody:
     """What an error answer says, whatever its shape; `status` is the HTTP status that belongs to it."""
 
     status: int
@@ -43,14 +43,14 @@ class Complaint:
 class Rule:
     """A row of a table of errors: where all that it names is so, the error reaches so far. The first wins."""
 
-    reach: Reach
+    reach: ErrorScope
     statuses: Container[int] | None = None
     types: Container[str] | None = None
     codes: Container[str | None] | None = None
     says: str = ""
     is_structured: bool = False
 
-    def fits(self, complaint: Complaint) -> bool:
+    def fits(self, complaint: ErrorBody) -> bool:
         return (
             (self.statuses is None or complaint.status in self.statuses)
             and (self.types is None or complaint.type in self.types)
@@ -61,37 +61,37 @@ class Rule:
 
 
 COMMON_RULES = (
-    Rule(statuses=(401, 402), reach=Reach.RUN),
+    Rule(statuses=(401, 402), reach=ErrorScope.RUN),
     # 403 is about the key when the provider itself says so; a firewall's page may be about one conversation.
-    Rule(statuses=(403,), is_structured=True, reach=Reach.RUN),
+    Rule(statuses=(403,), is_structured=True, reach=ErrorScope.RUN),
     # 404 is about the model or the address, which every line of the model shares.
-    Rule(statuses=(404,), reach=Reach.MODEL),
-    Rule(statuses=(408, 409, 425, 429, *range(500, 1000)), reach=Reach.ATTEMPT),
-    Rule(reach=Reach.REQUEST),
+    Rule(statuses=(404,), reach=ErrorScope.MODEL),
+    Rule(statuses=(408, 409, 425, 429, *range(500, 1000)), reach=ErrorScope.ATTEMPT),
+    Rule(reach=ErrorScope.REQUEST),
 )
 
 
-def reach_of(complaint: Complaint, rules: Sequence[Rule], should_retry: str | None) -> Reach:
+def scope_of(complaint: ErrorBody, rules: Sequence[Rule], should_retry: str | None) -> ErrorScope:
     """Return how far an error reaches: the first rule that fits, then the server's word on trying again."""
     reach = next(rule.reach for rule in (*rules, *COMMON_RULES) if rule.fits(complaint))
-    if reach in (Reach.ATTEMPT, Reach.REQUEST):
-        return {"true": Reach.ATTEMPT, "false": Reach.REQUEST}.get(should_retry or "", reach)
+    if reach in (ErrorScope.ATTEMPT, ErrorScope.REQUEST):
+        return {"true": ErrorScope.ATTEMPT, "false": ErrorScope.REQUEST}.get(should_retry or "", reach)
     return reach
 
 
-def complaint_of(answer: Answer, value: Any) -> Complaint:
+def error_body_of(answer: HttpResponse, value: Any) -> ErrorBody:
     """Say in one form what any server says in its own: see `_error_object` for the shapes."""
     error = _error_object(value)
     if error is None:
         status = answer.status if answer.status >= 400 else 500
         text = f"an error that cannot be read: {description(answer)}"
-        return Complaint(status=status, type=f"http_{status}", message=text, is_structured=False)
+        return ErrorBody(status=status, type=f"http_{status}", message=text, is_structured=False)
     code = member(error.get("details"), "error_code") or error.get("code")
     kind = word(error.get("type")) or word(error.get("status"))
     status = answer.status if answer.status >= 400 else status_of(code, kind)
     message = error.get("message")
-    said = printable(message, MAX_MESSAGE) if isinstance(message, str) else ""
-    return Complaint(
+    said = sanitize(message, MAX_MESSAGE) if isinstance(message, str) else ""
+    return ErrorBody(
         status=status,
         type=kind or f"http_{status}",
         code=word(code),
@@ -134,8 +134,8 @@ def _validation_problem(problem: Any) -> str:
     return f"{'.'.join(map(str, place))}: {message}"
 
 
-def description(answer: Answer) -> str:
-    kind = printable(answer.headers.get("content-type", "none"), MAX_WORD)
+def description(answer: HttpResponse) -> str:
+    kind = sanitize(answer.headers.get("content-type", "none"), MAX_WORD)
     return f"status {answer.status}, content-type {kind}, {len(answer.body):,} bytes: {excerpt(answer.body)!r}"
 
 

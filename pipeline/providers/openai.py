@@ -8,22 +8,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.core.config import Endpoint, RequestDefaults
-from pipeline.core.errors import OpenAIAPIError, ProviderError, Reach, TransportError
-from pipeline.core.types import Answer, Limit, Reply, ToolCall, Usage
+from pipeline.core.errors import ErrorScope, OpenAIAPIError, ProviderError, TransportError
+from pipeline.core.types import Completion, HttpResponse, Limit, ToolCall, Usage
 from pipeline.providers import (
     base,
-)
-from pipeline.providers import (
-    openai_convert as to_openai,
-)
-from pipeline.providers import (
-    rate_limit_headers as hints,
-)
-from pipeline.providers import (
-    responses as answers,
-)
-from pipeline.providers import (
-    validation as checks,
+    openai_convert,
+    rate_limit_headers,
+    responses,
+    validation,
 )
 from pipeline.providers.error_mapping import Rule
 from pipeline.providers.responses import Malformed
@@ -34,18 +26,18 @@ _HOST = "api.openai.com"
 
 RULES = (
     # Quotas and spending limits: they come as 429, but no retry passes them.
-    Rule(types=("insufficient_quota",), reach=Reach.RUN),
+    Rule(types=("insufficient_quota",), reach=ErrorScope.RUN),
     Rule(
         codes=("insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached"),
-        reach=Reach.RUN,
+        reach=ErrorScope.RUN,
     ),
-    Rule(codes=("organization_spend_limit_exceeded", "project_spend_limit_exceeded"), reach=Reach.RUN),
-    Rule(codes=("organization_usage_limit_exceeded", "invalid_api_key"), reach=Reach.RUN),
-    Rule(codes=("model_not_found", "model_not_available", "DeploymentNotFound"), reach=Reach.MODEL),
+    Rule(codes=("organization_spend_limit_exceeded", "project_spend_limit_exceeded"), reach=ErrorScope.RUN),
+    Rule(codes=("organization_usage_limit_exceeded", "invalid_api_key"), reach=ErrorScope.RUN),
+    Rule(codes=("model_not_found", "model_not_available", "DeploymentNotFound"), reach=ErrorScope.MODEL),
     # A request that alone is larger than the limit per minute never fits.
-    Rule(statuses=(429,), says=r"^Request too large .*tokens per min", reach=Reach.REQUEST),
+    Rule(statuses=(429,), says=r"^Request too large .*tokens per min", reach=ErrorScope.REQUEST),
     # OpenRouter's word on a conversation, not on the key.
-    Rule(statuses=(403,), says=r"(?i)moderation|flagged", reach=Reach.REQUEST),
+    Rule(statuses=(403,), says=r"(?i)moderation|flagged", reach=ErrorScope.REQUEST),
 )
 
 
@@ -65,21 +57,21 @@ class OpenAICodec:
     def body(
         self, fields: Mapping[str, Any], endpoint: Endpoint, defaults: RequestDefaults, model: str
     ) -> dict[str, Any]:
-        checks.check_model(model)
-        line = checks.completed(fields, defaults)
-        checks.check_line(line, ROLES, MAX_TEMPERATURE)
-        is_own, is_reasoning = _is_own_host(endpoint.base_url), to_openai.is_reasoning(model)
+        validation.check_model(model)
+        line = validation.completed(fields, defaults)
+        validation.check_line(line, ROLES, MAX_TEMPERATURE)
+        is_own, is_reasoning = _is_own_host(endpoint.base_url), openai_convert.is_reasoning(model)
         limit_field = endpoint.max_tokens_field
         if limit_field in (None, "auto"):
             limit_field = "max_completion_tokens" if is_reasoning else None
         system_role = "developer" if is_own and is_reasoning else "system"
-        body = to_openai.translate(line, model, limit_field=limit_field, system_role=system_role)
+        body = openai_convert.translate(line, model, limit_field=limit_field, system_role=system_role)
         if is_own and endpoint.store is not None:
             body.setdefault("store", endpoint.store)
         return body
 
     def check_body(self, body: Mapping[str, Any]) -> None:
-        checks.check_own_body(body)
+        validation.check_own_body(body)
 
     def max_output_tokens(self, body: Mapping[str, Any]) -> int | None:
         """Return the limit of one answer times the number of answers asked for."""
@@ -89,24 +81,24 @@ class OpenAICodec:
             return None
         return limit * choices if type(choices) is int and choices > 1 else limit
 
-    def decode(self, answer: Answer) -> Reply:
-        completion, raw = answers.accepted(answer, OpenAIAPIError, RULES)
+    def decode(self, answer: HttpResponse) -> Completion:
+        completion, raw = responses.accepted(answer, OpenAIAPIError, RULES)
         try:
             choice = _first_choice(completion)
             if choice.get("error"):  # OpenRouter, when the model's server failed halfway
-                raise answers.refused(answer, choice, OpenAIAPIError, RULES)
-            return _reply(completion, choice, raw, answers.request_id(answer.headers))
+                raise responses.refused(answer, choice, OpenAIAPIError, RULES)
+            return _reply(completion, choice, raw, responses.request_id(answer.headers))
         except Malformed as exc:
-            raise answers.invalid_response(answer, OpenAIAPIError, str(exc)) from exc
+            raise responses.invalid_response(answer, OpenAIAPIError, str(exc)) from exc
 
-    def usage(self, answer: Answer) -> Usage | None:
-        return answers.usage_of(answer, _usage)
+    def usage(self, answer: HttpResponse) -> Usage | None:
+        return responses.usage_of(answer, _usage)
 
     def lost(self, error: TransportError) -> ProviderError:
-        return answers.lost(error, OpenAIAPIError)
+        return responses.lost(error, OpenAIAPIError)
 
     def limits(self, headers: Mapping[str, str]) -> Sequence[Limit]:
-        return hints.limits(headers, _LIMITS)
+        return rate_limit_headers.limits(headers, _LIMITS)
 
     def charge(self, input_tokens: float, output_tokens: float, max_output_tokens: int | None) -> dict[str, float]:
         """Charge `tokens` with the larger of the answer's bound and the prompt: so OpenAI counts, and leaves it so."""
@@ -138,17 +130,17 @@ def _first_choice(completion: Mapping[str, Any]) -> Mapping[str, Any]:
     return choice
 
 
-def _reply(completion: Mapping[str, Any], choice: Mapping[str, Any], raw: bytes, request_id: str | None) -> Reply:
+def _reply(completion: Mapping[str, Any], choice: Mapping[str, Any], raw: bytes, request_id: str | None) -> Completion:
     message = choice.get("message")
     if not isinstance(message, dict):
         raise Malformed("its first choice has no message")
     model, finish_reason = completion.get("model"), choice.get("finish_reason")
-    return Reply(
+    return Completion(
         model=model if isinstance(model, str) else "",
         content=_content(message.get("content")),
         finish_reason=finish_reason if isinstance(finish_reason, str) else None,
         truncated=finish_reason == "length",
-        usage=answers.believable(_usage, completion),
+        usage=responses.usage_or_none(_usage, completion),
         raw=raw,
         refusal=_refusal(message, finish_reason),
         tool_calls=_tool_calls(message),
@@ -185,31 +177,31 @@ def _tool_calls(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
 def _tool_call(call: Mapping[str, Any]) -> ToolCall:
     """Read a call of a function, with arguments in JSON, or of a custom tool, with free text as its input."""
     id = call.get("id")
-    function, custom = answers.optional_object(call, "function"), answers.optional_object(call, "custom")
+    function, custom = responses.optional_object(call, "function"), responses.optional_object(call, "custom")
     name = function.get("name") or custom.get("name")
     if not isinstance(name, str):
         raise Malformed("a tool call without a name")
     return ToolCall(
         id=id if isinstance(id, str) else None,
         name=name,
-        arguments=answers.arguments(function.get("arguments")) if function else custom.get("input"),
+        arguments=responses.arguments(function.get("arguments")) if function else custom.get("input"),
     )
 
 
 def _usage(completion: Mapping[str, Any]) -> Usage | None:
     """Return the usage as told, None where none is; what is not told in detail counts 0."""
-    usage = answers.optional_object(completion, "usage")
-    prompt, output = answers.count(usage, "prompt_tokens"), answers.count(usage, "completion_tokens")
+    usage = responses.optional_object(completion, "usage")
+    prompt, output = responses.count(usage, "prompt_tokens"), responses.count(usage, "completion_tokens")
     if prompt is None or output is None:
         return None
-    details = answers.optional_object(usage, "prompt_tokens_details")
+    details = responses.optional_object(usage, "prompt_tokens_details")
     read, written = (
-        answers.count(details, "cached_tokens") or 0,
-        answers.count(details, "cache_write_tokens") or 0,
+        responses.count(details, "cached_tokens") or 0,
+        responses.count(details, "cache_write_tokens") or 0,
     )
     if read + written > prompt:
         raise Malformed("usage has more cached tokens than prompt tokens")
-    reasoning = answers.count(answers.optional_object(usage, "completion_tokens_details"), "reasoning_tokens") or 0
+    reasoning = responses.count(responses.optional_object(usage, "completion_tokens_details"), "reasoning_tokens") or 0
     tier = completion.get("service_tier")
     return Usage(
         input_tokens=prompt,

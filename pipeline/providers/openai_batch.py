@@ -15,11 +15,11 @@ from urllib.parse import quote
 import orjson
 
 from pipeline.core.config import Endpoint
-from pipeline.core.errors import OpenAIAPIError, ProviderError, Reach
-from pipeline.core.text import MAX_MESSAGE, printable, word
-from pipeline.core.types import Answer, Call
+from pipeline.core.errors import ErrorScope, OpenAIAPIError, ProviderError
+from pipeline.core.text import MAX_MESSAGE, sanitize, word
+from pipeline.core.types import HttpRequest, HttpResponse
 from pipeline.providers import batch as batches
-from pipeline.providers import responses as answers
+from pipeline.providers import responses
 from pipeline.providers.base import Headers
 from pipeline.providers.batch import Batch, Ending, Outcome, Problem
 from pipeline.providers.error_mapping import member
@@ -59,14 +59,14 @@ class OpenAIBatches:
     def entry(self, name: str, body: bytes) -> bytes:
         return _ENTRY % (orjson.dumps(name), body)
 
-    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> Call:
+    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> HttpRequest:
         boundary = f"pipeline-{nonce}"
         head = (
             f'--{boundary}\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
             f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{nonce}.jsonl"\r\n'
             "content-type: application/jsonl\r\n\r\n"
         )
-        return Call(
+        return HttpRequest(
             method="POST",
             url=batches.address(endpoint, "files"),
             headers=batches.with_header(headers, "content-type", f"multipart/form-data; boundary={boundary}"),
@@ -74,39 +74,41 @@ class OpenAIBatches:
             tail=f"\n\r\n--{boundary}--\r\n".encode(),
         )
 
-    def uploaded(self, answer: Answer) -> str:
+    def uploaded(self, answer: HttpResponse) -> str:
         return _read(answer, lambda file: batches.named(file, "id"))
 
-    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> Call:
+    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> HttpRequest:
         wanted = {
             "input_file_id": file_id,
             "endpoint": _ENDPOINT,
             "completion_window": "24h",
             "metadata": {TAG: nonce},
         }
-        return Call(method="POST", url=batches.address(endpoint, "batches"), headers=headers, body=orjson.dumps(wanted))
+        return HttpRequest(
+            method="POST", url=batches.address(endpoint, "batches"), headers=headers, body=orjson.dumps(wanted)
+        )
 
-    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> Call:
-        return Call(method="GET", url=_url(endpoint, id), headers=headers)
+    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
+        return HttpRequest(method="GET", url=_url(endpoint, id), headers=headers)
 
-    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> Call:
-        return Call(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
+    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
+        return HttpRequest(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
 
-    def batch(self, answer: Answer) -> Batch:
+    def batch(self, answer: HttpResponse) -> Batch:
         return _read(answer, _batch)
 
-    def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> Call:
+    def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> HttpRequest:
         query = f"?limit={_PAGE}" + (f"&after={quote(after, safe='')}" if after else "")
-        return Call(method="GET", url=batches.address(endpoint, "batches") + query, headers=headers)
+        return HttpRequest(method="GET", url=batches.address(endpoint, "batches") + query, headers=headers)
 
-    def listed(self, answer: Answer) -> tuple[Sequence[Batch], bool]:
+    def listed(self, answer: HttpResponse) -> tuple[Sequence[Batch], bool]:
         return _read(answer, partial(batches.page, _batch))
 
-    def download(self, endpoint: Endpoint, headers: Headers, file: str) -> Call:
-        return Call(method="GET", url=batches.address(endpoint, file), headers=headers)
+    def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest:
+        return HttpRequest(method="GET", url=batches.address(endpoint, file), headers=headers)
 
-    def refusal(self, answer: Answer) -> ProviderError:
-        return answers.refusal(answer, OpenAIAPIError, RULES)
+    def refusal(self, answer: HttpResponse) -> ProviderError:
+        return responses.refusal(answer, OpenAIAPIError, RULES)
 
     def outcome(self, line: bytes) -> Outcome:
         """Read `{"custom_id", "response": {"status_code", "request_id", "body"} | null, "error": {"code"…} | null}`."""
@@ -118,12 +120,14 @@ class OpenAIBatches:
             headers = {"x-request-id": request_id} if request_id else {}
             return Outcome(
                 name=name,
-                answer=Answer(status=status if type(status) is int else 0, headers=headers, body=_body(response)),
+                answer=HttpResponse(status=status if type(status) is int else 0, headers=headers, body=_body(response)),
             )
         if ending := _ENDINGS.get(str(member(error, "code"))):
             return Outcome(name=name, ending=ending)
         if isinstance(error, dict):
-            return Outcome(name=name, answer=Answer(status=_status(error), body=batches.encoded({"error": error})))
+            return Outcome(
+                name=name, answer=HttpResponse(status=_status(error), body=batches.encoded({"error": error}))
+            )
         return Outcome(name=name, answer=batches.unusable("neither a response nor an error"))
 
     def belongs(self, nonce: str, line: bytes) -> bool:
@@ -136,10 +140,10 @@ class OpenAIBatches:
     def failure(self, problem: Problem) -> ProviderError:
         """Return the error of a failed batch; one that only came too early may be made again later."""
         body = orjson.dumps({"error": {"message": problem.message, "type": problem.code, "code": problem.code}})
-        answer = Answer(status=400, body=body)
-        error = answers.refused(answer, orjson.loads(body), OpenAIAPIError, RULES)
+        answer = HttpResponse(status=400, body=body)
+        error = responses.refused(answer, orjson.loads(body), OpenAIAPIError, RULES)
         if problem.code in _WAITS:
-            error.reach = Reach.ATTEMPT
+            error.reach = ErrorScope.ATTEMPT
         return error
 
 
@@ -147,7 +151,7 @@ def _url(endpoint: Endpoint, id: str) -> str:
     return batches.address(endpoint, f"batches/{quote(id, safe='')}")
 
 
-def _read(answer: Answer, reader: Callable[[Mapping[str, Any]], T]) -> T:
+def _read(answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
     return batches.read(answer, reader, OpenAIAPIError, RULES)
 
 
@@ -181,7 +185,7 @@ def _problems(value: Mapping[str, Any]) -> Sequence[Problem]:
     problems = [
         Problem(
             code=word(each.get("code")),
-            message=printable(str(each.get("message") or "no reason is given"), MAX_MESSAGE),
+            message=sanitize(str(each.get("message") or "no reason is given"), MAX_MESSAGE),
             line=each["line"] if type(each.get("line")) is int and each["line"] > 0 else None,
         )
         for each in found

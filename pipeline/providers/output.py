@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from pipeline.core import jsonl
-from pipeline.core.types import Reply, Result
+from pipeline.core.types import Completion, Result
 
 _ANTHROPIC_STOP = {
     "stop": "end_turn",
@@ -28,7 +28,7 @@ _OPENAI_STOP = {
 }
 
 
-def _as_chat_completion(result: Result, reply: Reply) -> dict[str, Any]:
+def _as_chat_completion(result: Result, reply: Completion) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": reply.refusal}
     if reply.tool_calls:
         message["tool_calls"] = [
@@ -58,7 +58,7 @@ def _as_chat_completion(result: Result, reply: Reply) -> dict[str, Any]:
     return completion
 
 
-def _as_message(result: Result, reply: Reply) -> dict[str, Any]:
+def _as_message(result: Result, reply: Completion) -> dict[str, Any]:
     content: list[dict[str, Any]] = [{"type": "text", "text": reply.content}] if reply.content else []
     content += [
         {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in reply.tool_calls
@@ -85,5 +85,5 @@ def _as_message(result: Result, reply: Reply) -> dict[str, Any]:
     return message
 
 
-def _answer_id(reply: Reply) -> Any:
+def _answer_id(reply: Completion) -> Any:
     return orjson.loads(reply.raw).get("id")

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 import orjson
 
 from pipeline.core import jsonl
-from pipeline.core.errors import LineError, ProviderError, Reach, TransportError
-from pipeline.core.text import MAX_WORD, printable, word
-from pipeline.core.types import Answer, Usage
-from pipeline.providers.error_mapping import Rule, complaint_of, description, member, reach_of
+from pipeline.core.errors import ErrorScope, LineError, ProviderError, TransportError
+from pipeline.core.text import MAX_WORD, sanitize, word
+from pipeline.core.types import HttpResponse, Usage
+from pipeline.providers.error_mapping import Rule, description, error_body_of, member, scope_of
 from pipeline.providers.rate_limit_headers import retry_after
 
 MAX_TOKENS = 10**9
@@ -31,7 +31,7 @@ class Malformed(Exception):
     """A 200 whose body is not what the protocol promises; the message says where."""
 
 
-def accepted(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) -> tuple[dict[str, Any], bytes]:
+def accepted(answer: HttpResponse, error: type[ProviderError], rules: Sequence[Rule]) -> tuple[dict[str, Any], bytes]:
     """Return the JSON object of a 200 and its text; everything else raises `error`.
 
     The text is the body byte for byte, unless that is not strict JSON (see `_mended`).
@@ -49,21 +49,21 @@ def accepted(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) 
     return value, raw
 
 
-def refusal(answer: Answer, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
+def refusal(answer: HttpResponse, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
     """Return the error for an answer that is not the file that was asked for."""
     if 300 <= answer.status < 400:
         return _redirect(answer, error)
     return refused(answer, parsed(answer.body)[0], error, rules)
 
 
-def refused(answer: Answer, value: Any, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
+def refused(answer: HttpResponse, value: Any, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
     """Return the error for an answer that says one; `value` is its JSON, None if it is none."""
-    complaint = complaint_of(answer, value)
+    complaint = error_body_of(answer, value)
     return error(
         complaint.message,
         type=complaint.type,
         code=complaint.code,
-        reach=reach_of(complaint, rules, answer.headers.get("x-should-retry")),
+        reach=scope_of(complaint, rules, answer.headers.get("x-should-retry")),
         status=answer.status,
         request_id=request_id(answer.headers) or word(member(value, "request_id")),
         retry_after=retry_after(answer.headers),
@@ -71,12 +71,12 @@ def refused(answer: Answer, value: Any, error: type[ProviderError], rules: Seque
     )
 
 
-def invalid_response(answer: Answer, error: type[ProviderError], reason: str) -> ProviderError:
+def invalid_response(answer: HttpResponse, error: type[ProviderError], reason: str) -> ProviderError:
     """Return the error for an answer that is no reply and no error either; the work may be billed."""
     return error(
         f"unusable answer, {reason}: {description(answer)}",
         type="invalid_response",
-        reach=Reach.ATTEMPT,
+        reach=ErrorScope.ATTEMPT,
         status=answer.status,
         request_id=request_id(answer.headers),
         retry_after=retry_after(answer.headers),
@@ -84,7 +84,7 @@ def invalid_response(answer: Answer, error: type[ProviderError], reason: str) ->
     )
 
 
-def usage_of(answer: Answer, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
+def usage_of(answer: HttpResponse, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
     """Return the usage in an answer that could not be used, None where it tells none that can be."""
     value, _ = parsed(answer.body)
     try:
@@ -112,11 +112,11 @@ def count(usage: Mapping[str, Any], name: str) -> int | None:
     if value is None:
         return None
     if type(value) is not int or not 0 <= value <= MAX_TOKENS:
-        raise Malformed(f"usage.{name} is {printable(repr(value), MAX_WORD)}")
+        raise Malformed(f"usage.{name} is {sanitize(repr(value), MAX_WORD)}")
     return value
 
 
-def believable(usage: Callable[[Mapping[str, Any]], Usage | None], message: Mapping[str, Any]) -> Usage | None:
+def usage_or_none(usage: Callable[[Mapping[str, Any]], Usage | None], message: Mapping[str, Any]) -> Usage | None:
     """Return the usage that a function reads from a message, None where it tells what cannot be.
 
     Wrong numbers are no reason to throw an answer away and pay for another.
@@ -147,7 +147,7 @@ def arguments(value: Any) -> Any:
         return value
 
 
-def _redirect(answer: Answer, error: type[ProviderError]) -> ProviderError:
+def _redirect(answer: HttpResponse, error: type[ProviderError]) -> ProviderError:
     """Return the error for a redirect: following it would carry key and conversation to another address."""
     location = answer.headers.get("location", "")
     try:
@@ -155,10 +155,10 @@ def _redirect(answer: Answer, error: type[ProviderError]) -> ProviderError:
     except ValueError:
         target = location
     return error(
-        f"the server redirects to {printable(target, MAX_WORD)!r}, and no redirect is followed: "
+        f"the server redirects to {sanitize(target, MAX_WORD)!r}, and no redirect is followed: "
         "set base_url of this provider to the right address",
         type="redirect",
-        reach=Reach.RUN,
+        reach=ErrorScope.RUN,
         status=answer.status,
         request_id=request_id(answer.headers),
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core.config import RequestDefaults
 from pipeline.core.errors import LineError
-from pipeline.core.text import MAX_WORD, printable
+from pipeline.core.text import MAX_WORD, sanitize
 
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 LEADING_ROLES = ("system", "developer")
@@ -73,7 +73,7 @@ def no_counterpart(
     where: str, provider: str, advice: str = "remove it, or send the line to another provider"
 ) -> LineError:
     """Return the error for something that the other provider's dialect cannot say."""
-    return LineError(f"{printable(where, MAX_WORD)} has no counterpart in {provider}'s dialect; {advice}")
+    return LineError(f"{sanitize(where, MAX_WORD)} has no counterpart in {provider}'s dialect; {advice}")
 
 
 def text(value: Any, where: str) -> str:

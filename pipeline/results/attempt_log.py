@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from pipeline.core import files as disk
+from pipeline.core import files
 from pipeline.core.errors import StorageError
 from pipeline.core.types import Request
 
@@ -31,7 +31,7 @@ _HEADER = b'{"run":'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sent:
+class LoggedCall:
     """A call that was about to be made: when (UTC, ISO 8601), for which request (its custom_id), what it may use.
 
     `input_tokens` is an estimate, `max_output_tokens` the upper bound of the answer where the request names one.
@@ -56,7 +56,7 @@ class Sent:
         return {"custom_id": values.pop("sent"), **values}
 
 
-class Journal:
+class AttemptLog:
     """The journal of one results file; whoever holds the lock of that owns it.
 
     First `read`, then `settle` for each result line, then `begin`. After that one thread notes (`sending`, `unbilled`,
@@ -64,12 +64,12 @@ class Journal:
     """
 
     def __init__(self, results: Path, run_id: str, *, sync: bool) -> None:
-        self._path = disk.beside(results, SUFFIX)
+        self._path = files.beside(results, SUFFIX)
         self._run_id = run_id
         self._sync = sync
         self._last_run: str | None = None
-        self._file: disk.Appender | None = None
-        self._left: dict[tuple[str, str, str], dict[int, Sent]] = {}
+        self._file: files.Appender | None = None
+        self._left: dict[tuple[str, str, str], dict[int, LoggedCall]] = {}
         self._open: dict[tuple[str, str], list[bytes]] = {}
         self._lines: list[bytes] = []
         self._size = 0
@@ -88,7 +88,7 @@ class Journal:
             if value.keys() == {"run"}:
                 self._last_run = value["run"]
             elif "sent" in value:
-                sent = Sent(**value)
+                sent = LoggedCall(**value)
                 self._left.setdefault((sent.run, sent.sent, sent.digest), {})[sent.attempt] = sent
             else:
                 calls = self._left.get((value["run"], value["unbilled"], value["digest"]), {})
@@ -143,16 +143,16 @@ class Journal:
         """Note that a request's result line is on the disk: it tells of all its calls."""
         self._open.pop((custom_id, digest), None)
 
-    def adopt(self, calls: Iterable[Sent]) -> None:
+    def adopt(self, calls: Iterable[LoggedCall]) -> None:
         """Keep what another journal tells of calls whose outcome nobody knows; to be written with what comes next."""
         for sent in calls:
             self._left.setdefault((sent.run, sent.sent, sent.digest), {})[sent.attempt] = sent
             self._lines.append(_line(sent))
 
-    def unknown(self) -> tuple[Sent, ...]:
+    def unknown(self) -> tuple[LoggedCall, ...]:
         """Return the calls that may be billed without an answer and that no summary has listed yet."""
         left = [sent for calls in self._left.values() for sent in calls.values() if not sent.told]
-        now = [Sent(**orjson.loads(line)) for lines in self._open.values() for line in lines]
+        now = [LoggedCall(**orjson.loads(line)) for lines in self._open.values() for line in lines]
         return (*left, *now)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,14 +196,14 @@ class Journal:
 
     def _rewrite(self, lines: list[bytes]) -> None:
         try:
-            fd = disk.replace(self._path, lines)
+            fd = files.replace(self._path, lines)
         except OSError as exc:
             raise StorageError(f"cannot write {str(self._path)!r}: {exc.strerror}") from exc
         self.release()
-        self._file = disk.Appender(fd, self._path, sync=self._sync)
+        self._file = files.Appender(fd, self._path, sync=self._sync)
 
 
-def _line(sent: Sent) -> bytes:
+def _line(sent: LoggedCall) -> bytes:
     return orjson.dumps(sent, option=orjson.OPT_APPEND_NEWLINE)
 
 
@@ -221,5 +221,5 @@ def _values(content: bytes) -> Iterator[dict[str, Any]]:
 def _is_ours(value: dict[str, Any]) -> bool:
     names = set(value)
     if "sent" in names:
-        return names - {"told"} == set(Sent.__slots__) - {"told"}
+        return names - {"told"} == set(LoggedCall.__slots__) - {"told"}
     return names in ({"run"}, {"unbilled", "digest", "attempt", "run"})

@@ -17,7 +17,7 @@ import orjson
 
 from pipeline.core import jsonl, money
 from pipeline.core.errors import LineError
-from pipeline.core.types import Attempt, Cost, Failure, OutputFormat, Reply, Request, Result, Usage, wasted
+from pipeline.core.types import Attempt, Completion, Cost, Failure, OutputFormat, Request, Result, Usage, wasted
 from pipeline.providers.output import _as_chat_completion, _as_message
 
 MAX_LINE_BYTES = 1024 * 1024 * 1024
@@ -26,7 +26,7 @@ BEGINNINGS = (b'{"custom_id":', b'{"id":"batch_req_')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class StoredResult:
     """What a result line says about identity, outcome and tokens: all that resuming and totals need."""
 
     custom_id: str
@@ -85,7 +85,7 @@ def copy(line: bytes, request: Request, *, run_id: str, at: str) -> bytes:
     return jsonl.dumps(copied) + b"\n"
 
 
-def decode(line: bytes) -> Record:
+def decode(line: bytes) -> StoredResult:
     """Read a result line of any dialect back; `LineError` when it is not one."""
     try:
         value = orjson.loads(line)
@@ -94,7 +94,7 @@ def decode(line: bytes) -> Record:
         raise LineError(f"not a result line: {exc}") from exc
 
 
-def decode_or_none(line: bytes) -> Record | None:
+def decode_or_none(line: bytes) -> StoredResult | None:
     """Read a result line back; None when it is not one."""
     try:
         return decode(line)
@@ -102,7 +102,7 @@ def decode_or_none(line: bytes) -> Record | None:
         return None
 
 
-def read(file: BufferedReader) -> Iterator[tuple[int, bytes, Record | None]]:
+def read(file: BufferedReader) -> Iterator[tuple[int, bytes, StoredResult | None]]:
     """Yield where each line begins, the line without its end, and what it says; None where it is no result."""
     offset = file.tell()
     for line, length in jsonl.lines(file, MAX_LINE_BYTES):
@@ -261,7 +261,9 @@ def _usd(nanos: int | None) -> float | None:
     return None if nanos is None else money.dollars(nanos)
 
 
-def _own_or(result: Result, reply: Reply, mark: str, rewrite: Callable[[Result, Reply], dict[str, Any]]) -> Any:
+def _own_or(
+    result: Result, reply: Completion, mark: str, rewrite: Callable[[Result, Completion], dict[str, Any]]
+) -> Any:
     """Return the answer untouched if it is in the dialect that has the key `mark`, else rewritten."""
     is_own = f'"{mark}"'.encode() in reply.raw and mark in orjson.loads(reply.raw)
     return orjson.Fragment(jsonl.one_line(reply.raw)) if is_own else rewrite(result, reply)
@@ -283,7 +285,7 @@ def _spelled(value: Any) -> Any:
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _checked(found: Record) -> Record:
+def _checked(found: StoredResult) -> StoredResult:
     """Refuse values of other types than we write: later they would break what reads them."""
     texts = (found.custom_id, found.digest, found.lane, found.provider or "", found.model or "")
     if not all(isinstance(text, str) for text in texts) or not isinstance(found.success, bool):
@@ -297,8 +299,8 @@ def _dialect(value: Mapping[str, Any]) -> OutputFormat:
     return OutputFormat.ANTHROPIC_BATCH if "result" in value else OutputFormat.OPENAI_BATCH
 
 
-def _from_native(value: Mapping[str, Any]) -> Record:
-    return Record(
+def _from_native(value: Mapping[str, Any]) -> StoredResult:
+    return StoredResult(
         custom_id=value["custom_id"],
         digest=value["digest"],
         success=value["success"],
@@ -315,21 +317,21 @@ def _from_native(value: Mapping[str, Any]) -> Record:
     )
 
 
-def _from_openai_batch(value: Mapping[str, Any]) -> Record:
+def _from_openai_batch(value: Mapping[str, Any]) -> StoredResult:
     response = value["response"] or {}
     body = response.get("body", {})
     success = value["error"] is None and response.get("status_code") == 200 and "error" not in body
     return _from_batch(value, success, body.get("model") if success else None)
 
 
-def _from_anthropic_batch(value: Mapping[str, Any]) -> Record:
+def _from_anthropic_batch(value: Mapping[str, Any]) -> StoredResult:
     outcome = value["result"]
     success = outcome["type"] == "succeeded"
     return _from_batch(value, success, outcome["message"].get("model") if success else None)
 
 
-def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> Record:
-    return Record(
+def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> StoredResult:
+    return StoredResult(
         custom_id=value["custom_id"],
         digest=value["digest"],
         success=success,

@@ -30,13 +30,12 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline.core import files as disk
-from pipeline.core import object_store as stores
+from pipeline.core import files, object_store
 from pipeline.core.errors import PipelineError, StorageError, TryLaterError, UsageError
 from pipeline.core.hashing import FingerprintMap, FingerprintSet, checksum
 from pipeline.core.object_store import Found
-from pipeline.results import codec as results
-from pipeline.results.writer import Recorder, line_at
+from pipeline.results import codec
+from pipeline.results.writer import ResultWriter, line_at
 
 SPOOL = "results.jsonl"
 _PART_BYTES = 8 * 1024 * 1024
@@ -49,7 +48,7 @@ _OLD = re.compile(r"old-(\d+)/")
 
 def folder_of(url: str) -> str:
     """Return the folder that an output at a store means: `s3://b/answers.jsonl` -> `s3://b/answers/`."""
-    root, key = stores.parted(url)
+    root, key = object_store.parted(url)
     return f"{root}{key.removesuffix('/').removesuffix('.jsonl')}/" if key else root
 
 
@@ -72,7 +71,7 @@ def _part(name: str, etag: str, content: bytes) -> Part:
     return Part(name=name, etag=etag, size=len(content), checksum=checksum(content).hex())
 
 
-class Folder:
+class ObjectStoreOutput:
     """The parts at a store, and the spool that they are made from; whoever holds the spool's lock owns it.
 
     Raises `StorageError` for the store and for the disk, `TryLaterError` where somebody else writes there, too.
@@ -113,7 +112,7 @@ class Folder:
 
     def _write_manifest(self) -> None:
         value = {"url": self.url, "parts": [asdict(part) for part in self._parts]}
-        disk.write_file(self._manifest, orjson.dumps(value, option=orjson.OPT_INDENT_2))
+        files.write_file(self._manifest, orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
     def _held(self, told: Sequence[Part]) -> dict[str, tuple[Part, int]]:
         """Return the parts whose bytes the spool still has, with their offsets."""
@@ -145,16 +144,16 @@ class Folder:
                     yield data
                 yield from (line for line in _lines(old, gaps) if checksum(line) in missing)
 
-            os.close(disk.replace(self._spool, content()))
+            os.close(files.replace(self._spool, content()))
         self._parts = parts
         self._write_manifest()
 
     def _content(self, found: Found, held: tuple[Part, int] | None, old: BinaryIO) -> tuple[bytes, str]:
         """Return the content of a part and its etag, from this disk where that has the same."""
-        if held and stores.is_same(held[0].etag, found.etag):
+        if held and object_store.is_same(held[0].etag, found.etag):
             return _bytes_at(old, held[1], held[0].size), found.etag
-        data, etag = stores.read(found.url)
-        if data and not any(results.decode_or_none(line) for line in data.split(b"\n")):
+        data, etag = object_store.read(found.url)
+        if data and not any(codec.decode_or_none(line) for line in data.split(b"\n")):
             raise UsageError(f"{found.url!r} exists and holds no results; choose another -o, or move it away")
         return (data if not data or data.endswith(b"\n") else data + b"\n"), etag
 
@@ -177,13 +176,13 @@ class Folder:
                 data = file.read(min(_PART_BYTES, safe_bytes - self.uploaded))
                 data = data[: data.rfind(b"\n") + 1] or data + file.readline()
             name = f"part-{max((part.number for part in self._parts), default=-1) + 1:05d}.jsonl"
-            etag = stores.create(self.url + name, data)
+            etag = object_store.create(self.url + name, data)
             self._parts.append(_part(name, self._own(name, data) if etag is None else etag, data))
             self._write_manifest()
 
     def _own(self, name: str, data: bytes) -> str:
         """Return the etag of an object that was not written as it is there, if it is what we would have written."""
-        content, etag = stores.read(self.url + name)
+        content, etag = object_store.read(self.url + name)
         if content != data:
             raise TryLaterError(
                 f"somebody else writes to {self.url!r}, too: {name} is not of this run; its own results are safe in "
@@ -200,7 +199,7 @@ class Folder:
         parts: list[Part] = []
         with self._reading() as file:
             for data in _grouped(line_at(file, offset) for offset in leaving):
-                stores.create(f"{self.url}superseded-{checksum(data).hex()}.jsonl", data)  # is there: the same
+                object_store.create(f"{self.url}superseded-{checksum(data).hex()}.jsonl", data)  # is there: the same
             gone = set(leaving)
             for part, start in zip(self._parts, _starts(self._parts), strict=True):
                 offsets, lines = _lines_with_offsets(_bytes_at(file, start, part.size), start)
@@ -208,7 +207,7 @@ class Folder:
                     parts.append(part)
                     continue
                 data = b"".join(line for at, line in zip(offsets, lines, strict=True) if at not in gone)
-                etag = stores.update(self.url + part.name, data, part.etag)
+                etag = object_store.update(self.url + part.name, data, part.etag)
                 parts.append(_part(part.name, self._own(part.name, data) if etag is None else etag, data))
         return parts
 
@@ -219,16 +218,20 @@ class Folder:
 
     def set_aside(self) -> str:
         """Move all that is at the store into a folder of its own under this one; return its URL."""
-        old = [int(match[1]) for each in stores.listed_deep(self.url) if (match := _OLD.match(each.url, len(self.url)))]
+        old = [
+            int(match[1])
+            for each in object_store.listed_deep(self.url)
+            if (match := _OLD.match(each.url, len(self.url)))
+        ]
         aside = f"{self.url}old-{max(old, default=0) + 1}/"
-        for found in stores.listed(self.url):
+        for found in object_store.listed(self.url):
             if _OURS.fullmatch(found.name):
-                stores.move(found.url, aside + found.name)
+                object_store.move(found.url, aside + found.name)
         self.rewritten([])
         return aside
 
 
-class RemoteRecorder(Recorder):
+class ObjectStoreWriter(ResultWriter):
     """A recorder whose results go to a store as well: it writes the spool, and uploads what is safe there.
 
     What keeps results from the store is no reason to stop answering, as they are safe: `on_trouble` hears of it, it is
@@ -240,7 +243,7 @@ class RemoteRecorder(Recorder):
     ) -> None:
         super().__init__(directory / SPOOL, **options)
         self.name = url
-        self._folder = Folder(url, self.path)
+        self._folder = ObjectStoreOutput(url, self.path)
         self._on_trouble = on_trouble
         self._untidied: PipelineError | None = None
         self._gathered = anyio.Event()
@@ -257,24 +260,24 @@ class RemoteRecorder(Recorder):
         except OSError as exc:
             raise UsageError(f"cannot make the spool {str(self.path.parent)!r}: {exc.strerror}") from exc
         try:
-            self._lock = disk.open_locked(self.path.with_name("lock"))
+            self._lock = files.open_locked(self.path.with_name("lock"))
         except TryLaterError as exc:
             raise TryLaterError(f"another run is writing {self.name!r}", hint=exc.hint) from exc
-        with stores.before_sending():
+        with object_store.before_sending():
             self._folder.reconcile()
         super().open()
 
     def release(self) -> None:
         super().release()
         if self._lock >= 0:
-            disk.close(self._lock)
+            files.close(self._lock)
             self._lock = -1
 
     def set_aside(self) -> str | None:
         """Upload what is not uploaded, move all parts into a folder of their own, and start empty."""
         if not self.safe_bytes:
             return None
-        with stores.before_sending():
+        with object_store.before_sending():
             self._folder.upload(self.safe_bytes)
             aside = self._folder.set_aside()
         super().set_aside()
@@ -322,7 +325,7 @@ class RemoteRecorder(Recorder):
         """Take superseded lines out of spool and parts; where the store does not let that happen, a later run does."""
         superseded: list[int] = []
         self._untidied = self._upload() or self._trouble_of(
-            lambda: superseded.append(super(RemoteRecorder, self).tidy(positions, ids, ordered=ordered))
+            lambda: superseded.append(super(ObjectStoreWriter, self).tidy(positions, ids, ordered=ordered))
         )
         return sum(superseded)
 
@@ -334,7 +337,9 @@ class RemoteRecorder(Recorder):
     def publish(self, totals: bytes) -> PipelineError | None:
         """Upload the rest of the results, and the totals; return what kept any of it from the store."""
         return (
-            self._untidied or self._upload() or self._trouble_of(lambda: stores.put(f"{self.name}usage.json", totals))
+            self._untidied
+            or self._upload()
+            or self._trouble_of(lambda: object_store.put(f"{self.name}usage.json", totals))
         )
 
 
@@ -343,7 +348,7 @@ class RemoteRecorder(Recorder):
 
 def parts_at(url: str) -> list[Found]:
     """Return the parts in a folder at a store, in order."""
-    found = [(int(match[1]), each) for each in stores.listed(url) if (match := _PART.fullmatch(each.name))]
+    found = [(int(match[1]), each) for each in object_store.listed(url) if (match := _PART.fullmatch(each.name))]
     return [each for _, each in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -353,16 +358,16 @@ def fetch(url: str, directory: Path) -> Path:
     Where there are no results, there is no file.
     """
     path = directory / SPOOL
-    with stores.before_sending():
+    with object_store.before_sending():
         listed = parts_at(url)
         if not listed:
             return path
-        superseded = [each for each in stores.listed(url) if each.name.startswith("superseded-")]
-        for name, objects in ((path, listed), (disk.beside(path, ".superseded.jsonl"), superseded)):
-            with disk.open_private(name) as file:
-                file.writelines(stores.read(each.url)[0] for each in objects)
-        if stores.head(f"{url}usage.json"):
-            disk.write_file(disk.beside(path, ".usage.json"), stores.read(f"{url}usage.json")[0])
+        superseded = [each for each in object_store.listed(url) if each.name.startswith("superseded-")]
+        for name, objects in ((path, listed), (files.beside(path, ".superseded.jsonl"), superseded)):
+            with files.open_private(name) as file:
+                file.writelines(object_store.read(each.url)[0] for each in objects)
+        if object_store.head(f"{url}usage.json"):
+            files.write_file(files.beside(path, ".usage.json"), object_store.read(f"{url}usage.json")[0])
     return path
 
 

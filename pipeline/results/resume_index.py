@@ -37,8 +37,8 @@ import orjson
 
 from pipeline.core import files as disk
 from pipeline.core.hashing import checksum
-from pipeline.core.types import Claims, Result
-from pipeline.results.codec import Record
+from pipeline.core.types import IdRange, Result
+from pipeline.results.codec import StoredResult
 from pipeline.results.totals import Totals
 
 SUFFIX = ".index"
@@ -54,7 +54,7 @@ _CHAIN = 32  # hex digits before each entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class ResultRange:
     """Some whole lines of a results file that follow on each other.
 
     `answered` and `failed` hold the fingerprints of requests, `totals` is a state of `Totals`. `run` is the run that
@@ -72,7 +72,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
+class InputRange:
     """Some whole lines of an input that follow on each other and all have results.
 
     `mark` is the checksum of their bytes, `start` that of the first line, `lines` how many are not blank. `failed` are
@@ -83,11 +83,11 @@ class Stretch:
     start: bytes
     size: int
     lines: int
-    claims: Claims
+    claims: IdRange
     failed: array[int]
 
 
-class Index:
+class ResumeIndex:
     """The index of one results file; whoever holds the lock of that owns it.
 
     First `read`; then one thread adds results as they come to the disk, and stretches when all their results did.
@@ -107,14 +107,14 @@ class Index:
     def _forget(self) -> None:
         self._chain = _program()
         self._segment = _NewSegment()
-        self._waiting: list[Stretch] = []
+        self._waiting: list[InputRange] = []
         self._offsets = array("Q", [len(_FIRST_LINE)])  # of all entries, and of the end
         self._sizes = array("Q")  # of what the entries tell of
         self._stretches: dict[bytes, int] = {}  # the first line's checksum -> the number of the entry
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def read(self, results: BinaryIO, *, of_one_run: bool) -> Iterator[Segment]:
+    def read(self, results: BinaryIO, *, of_one_run: bool) -> Iterator[ResultRange]:
         """Yield the segments that the results file still holds, and leave it at the end of the last.
 
         With `of_one_run` the first segment that several runs wrote ends the index, too.
@@ -152,7 +152,7 @@ class Index:
         number = self._stretches.get(start)
         return None if number is None else self._sizes[number]
 
-    def find(self, mark: bytes, start: bytes) -> Stretch | None:
+    def find(self, mark: bytes, start: bytes) -> InputRange | None:
         """Return the stretch with these checksums: of all its bytes, and of the first line."""
         number = self._stretches.get(start)
         value = None if number is None else self._entry(number)
@@ -195,11 +195,13 @@ class Index:
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def add(self, line: bytes, request: int, result: Record | Result | None, run: str | None) -> None:
+    def add(self, line: bytes, request: int, result: StoredResult | Result | None, run: str | None) -> None:
         """Take the next line of the results file, with its end, and what it says: None where it is no result."""
         self.add_lines(line, [(request, result)], run)
 
-    def add_lines(self, lines: bytes, told: Sequence[tuple[int, Record | Result | None]], run: str | None) -> None:
+    def add_lines(
+        self, lines: bytes, told: Sequence[tuple[int, StoredResult | Result | None]], run: str | None
+    ) -> None:
         """Take the next lines of the results file, which are hashed as one: each hash lets other threads run first."""
         self._segment.digest.update(lines)
         self._segment.size += len(lines)
@@ -208,7 +210,7 @@ class Index:
         if self._segment.lines >= _SEGMENT_LINES or self._segment.size >= _SEGMENT_BYTES:
             self.flush()
 
-    def add_stretches(self, stretches: Sequence[Stretch]) -> None:
+    def add_stretches(self, stretches: Sequence[InputRange]) -> None:
         """Take stretches of an input whose results were all added before."""
         self._waiting += stretches
         if len(self._waiting) >= _WAITING_STRETCHES:
@@ -216,7 +218,7 @@ class Index:
 
     def flush(self) -> None:
         """Write what was added."""
-        entries: list[Segment | Stretch] = [self._segment.done()] if self._segment.size else []
+        entries: list[ResultRange | InputRange] = [self._segment.done()] if self._segment.size else []
         entries += self._waiting
         self._segment = _NewSegment()
         self._waiting = []
@@ -259,21 +261,21 @@ class Index:
         return not self._has_failed
 
 
-class Awaited:
+class PendingRanges:
     """Stretches of inputs of which some results are still to come; those that wait longest are given up."""
 
     def __init__(self) -> None:
         self._open: dict[str, list[_Open]] = {}
         self._count = 0
 
-    def add(self, stretch: Stretch, source: str, numbers: range, waiting: int) -> None:
+    def add(self, stretch: InputRange, source: str, numbers: range, waiting: int) -> None:
         """Wait for so many results of lines with these numbers."""
         if self._count >= _MOST_AWAITED:
             self._pop(next(iter(self._open)), 0)
         self._open.setdefault(source, []).append(_Open(stretch=stretch, numbers=numbers, waiting=waiting))
         self._count += 1
 
-    def finished(self, source: str, number: int, failed: int | None) -> Stretch | None:
+    def finished(self, source: str, number: int, failed: int | None) -> InputRange | None:
         """Note that a line has its result on the disk; return the stretch of which it was the last.
 
         `failed` is the fingerprint of a request without an answer.
@@ -287,7 +289,7 @@ class Awaited:
         opened[place].waiting -= 1
         return None if opened[place].waiting else self._pop(source, place)
 
-    def _pop(self, source: str, place: int) -> Stretch:
+    def _pop(self, source: str, place: int) -> InputRange:
         found = self._open[source].pop(place)
         self._count -= 1
         if not self._open[source]:
@@ -297,7 +299,7 @@ class Awaited:
 
 @dataclass(slots=True)
 class _Open:
-    stretch: Stretch
+    stretch: InputRange
     numbers: range
     waiting: int
 
@@ -315,7 +317,7 @@ class _NewSegment:
     failed: array[int] = field(default_factory=lambda: array("Q"))
     digest: Any = field(default_factory=sha256)
 
-    def add(self, request: int, result: Record | Result | None, run: str, *, is_blank: bool) -> None:
+    def add(self, request: int, result: StoredResult | Result | None, run: str, *, is_blank: bool) -> None:
         if result is None:
             self.damaged += not is_blank
             return
@@ -324,8 +326,8 @@ class _NewSegment:
         self.totals.add(result)
         (self.answered if result.success else self.failed).append(request)
 
-    def done(self) -> Segment:
-        return Segment(
+    def done(self) -> ResultRange:
+        return ResultRange(
             size=self.size,
             checksum=self.digest.digest(),
             lines=self.lines,
@@ -384,7 +386,7 @@ def _value(line: bytes, chain: bytes) -> dict[str, Any] | None:
     return value
 
 
-def _encode(entry: Segment | Stretch) -> bytes:
+def _encode(entry: ResultRange | InputRange) -> bytes:
     return orjson.dumps(entry, default=_as_text, option=orjson.OPT_NON_STR_KEYS)
 
 
@@ -392,19 +394,19 @@ def _as_text(value: bytes | array[int]) -> str:
     return b64encode(value).decode()
 
 
-def _segment(value: dict[str, Any]) -> Segment:
+def _segment(value: dict[str, Any]) -> ResultRange:
     value |= {"checksum": b64decode(value["checksum"]), "answered": _array(value["answered"])}
-    return Segment(**value | {"failed": _array(value["failed"])})
+    return ResultRange(**value | {"failed": _array(value["failed"])})
 
 
-def _stretch(value: dict[str, Any]) -> Stretch:
+def _stretch(value: dict[str, Any]) -> InputRange:
     claims = value["claims"]
-    return Stretch(
+    return InputRange(
         mark=b64decode(value["mark"]),
         start=b64decode(value["start"]),
         size=value["size"],
         lines=value["lines"],
-        claims=Claims(
+        claims=IdRange(
             marks=_array(claims["marks"]),
             repeats={int(mark): count for mark, count in claims["repeats"].items()},
             is_alone=claims["is_alone"],

@@ -23,16 +23,14 @@ from typing import Protocol
 import anyio
 from anyio import to_thread
 
-from pipeline.core import files as disk
-from pipeline.core import object_store as stores
+from pipeline.core import files, object_store
 from pipeline.core.errors import StorageError, TryLaterError, UsageError
 from pipeline.core.files import beside
-from pipeline.results import codec as results
-from pipeline.results import object_store_writer as parts
-from pipeline.results.attempt_log import Sent
-from pipeline.results.codec import Record
+from pipeline.results import codec, object_store_writer
+from pipeline.results.attempt_log import LoggedCall
+from pipeline.results.codec import StoredResult
 from pipeline.results.totals import Totals
-from pipeline.results.writer import SIDE_FILES, Done, Recorder, key
+from pipeline.results.writer import SIDE_FILES, Done, ResultWriter, key
 
 Name = str | Path
 """A part: a file, or the URL of a folder."""
@@ -44,7 +42,7 @@ _LOCK_SECONDS = 0.5
 _LOOKS = 40
 
 
-class StagedPart:
+class WorkerOutput:
     """A part whose worker has ended or died: nobody else writes it any more.
 
     `tells_calls` is true where a journal tells of the calls that no result tells of.
@@ -68,7 +66,7 @@ class StagedPart:
         self._path = path
         self._name = name
         self._remove = remove
-        self._recorder = Recorder(path, run_id="", on_done=lambda result: None)
+        self._recorder = ResultWriter(path, run_id="", on_done=lambda result: None)
         try:
             self._recorder.open()
             self._recorder.done(Totals())
@@ -76,12 +74,12 @@ class StagedPart:
             self.release()
             raise
 
-    def groups(self) -> Iterator[tuple[list[bytes], list[Record]]]:
+    def groups(self) -> Iterator[tuple[list[bytes], list[StoredResult]]]:
         """Yield its results, some at a time: the lines with their ends, and what they say."""
         lines: list[bytes] = []
-        records: list[Record] = []
+        records: list[StoredResult] = []
         with self._path.open("rb") as file:
-            for _, line, record in results.read(file):
+            for _, line, record in codec.read(file):
                 if record:
                     lines.append(line + b"\n")
                     records.append(record)
@@ -90,7 +88,7 @@ class StagedPart:
                     lines, records = [], []
         yield lines, records
 
-    def unknown(self) -> Sequence[Sent]:
+    def unknown(self) -> Sequence[LoggedCall]:
         """Return the calls that may be billed and that no result tells of.
 
         Their requests are answered in the same run, by other workers; so that this does not settle them, they are of
@@ -137,7 +135,7 @@ class Staging(Protocol):
         """Return the parts that are there."""
         ...
 
-    def taken_over(self, name: Name) -> StagedPart:
+    def taken_over(self, name: Name) -> WorkerOutput:
         """Take a part over; raises `TryLaterError` while somebody writes it."""
         ...
 
@@ -148,13 +146,13 @@ class Staging(Protocol):
 
 def staging_of(output: Name) -> Staging:
     """Return the staging area of an output: a file, or the URL of a folder at an object store."""
-    return _Folder(output) if isinstance(output, Path) else _RemoteFolder(output)
+    return StagingDir(output) if isinstance(output, Path) else RemoteStagingDir(output)
 
 
 def check_visible(place: Name, token: str) -> None:
     """Make sure that a staging area is seen from here. Raises `UsageError`."""
     try:
-        found = stores.read(f"{place}{_TOKEN}")[0] if isinstance(place, str) else (place / _TOKEN).read_bytes()
+        found = object_store.read(f"{place}{_TOKEN}")[0] if isinstance(place, str) else (place / _TOKEN).read_bytes()
     except (OSError, StorageError) as exc:
         reason: object = exc
     else:
@@ -168,7 +166,7 @@ def check_visible(place: Name, token: str) -> None:
 
 
 @contextmanager
-def taken_in(recorder: Recorder, area: Staging) -> Iterator[Callable[[], None]]:
+def taken_in(recorder: ResultWriter, area: Staging) -> Iterator[Callable[[], None]]:
     """Take what the workers of a run that was killed have done into the results, before these are read.
 
     Yields what removes it, for when the journal of the results is begun. Raises `TryLaterError` where somebody writes
@@ -176,7 +174,7 @@ def taken_in(recorder: Recorder, area: Staging) -> Iterator[Callable[[], None]]:
     """
     area.require_unused()
     with ExitStack() as held:
-        staged: list[StagedPart] = []
+        staged: list[WorkerOutput] = []
         for name in area.parts():
             staged.append(_taken_over_soon(area, name))
             held.callback(staged[-1].release)
@@ -195,13 +193,13 @@ def taken_in(recorder: Recorder, area: Staging) -> Iterator[Callable[[], None]]:
         yield remove
 
 
-def _is_new(record: Record, done: Done) -> bool:
+def _is_new(record: StoredResult, done: Done) -> bool:
     """Tell whether a result says more than what is known of its request: an answer more than a failure."""
     outcome = done.outcome(key(record.custom_id, record.digest))
     return outcome is None or (outcome is False and record.success)
 
 
-def _taken_over_soon(area: Staging, name: Name) -> StagedPart:
+def _taken_over_soon(area: Staging, name: Name) -> WorkerOutput:
     for _ in range(_LOOKS):
         with suppress(TryLaterError):
             return area.taken_over(name)
@@ -211,7 +209,7 @@ def _taken_over_soon(area: Staging, name: Name) -> StagedPart:
     )
 
 
-async def taken_over(area: Staging, name: Name, patience: Callable[[], float]) -> StagedPart:
+async def taken_over(area: Staging, name: Name, patience: Callable[[], float]) -> WorkerOutput:
     """Take a part over as soon as nobody writes it.
 
     Raises `TryLaterError` when that takes longer than `patience` says, in seconds; it is asked again and again.
@@ -226,7 +224,7 @@ async def taken_over(area: Staging, name: Name, patience: Callable[[], float]) -
         await anyio.sleep(_LOCK_SECONDS)
 
 
-class _Folder:
+class StagingDir:
     """A staging area on a file system: `answers.parts/` beside `answers.jsonl`."""
 
     def __init__(self, output: Path) -> None:
@@ -239,7 +237,7 @@ class _Folder:
             self.place.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the folder {str(self.place)!r}: {exc.strerror}") from exc
-        disk.write_file(self.place / _TOKEN, token.encode())
+        files.write_file(self.place / _TOKEN, token.encode())
         return token
 
     def beat(self) -> None:
@@ -255,21 +253,21 @@ class _Folder:
     def parts(self) -> list[Path]:
         return sorted(path for path in self.place.glob("part-*.jsonl") if not path.name.endswith(SIDE_FILES))
 
-    def taken_over(self, name: Name) -> StagedPart:
+    def taken_over(self, name: Name) -> WorkerOutput:
         path = Path(name)
 
         def remove() -> None:
             for each in self.place.glob(f"{path.stem}.*"):
                 each.unlink(missing_ok=True)
 
-        return StagedPart(path, path.stem, remove=remove, tells_calls=True)
+        return WorkerOutput(path, path.stem, remove=remove, tells_calls=True)
 
     def close(self) -> None:
         if self.place.is_dir() and not self.parts():
             shutil.rmtree(self.place, ignore_errors=True)
 
 
-class _RemoteFolder:
+class RemoteStagingDir:
     """A staging area at an object store: `answers/work/` in the folder of the results.
 
     No name is used twice, by any run: on a machine of the cluster there may be a spool of it. Nothing is locked there,
@@ -291,16 +289,16 @@ class _RemoteFolder:
         self._beats += 1
         self._has_token = True
         with suppress(StorageError):  # then another run may think that this one is dead, which it finds out
-            stores.put(self.place + _TOKEN, f"{self._token} {self._beats}".encode())
+            object_store.put(self.place + _TOKEN, f"{self._token} {self._beats}".encode())
 
     def require_unused(self) -> None:
-        with stores.before_sending():
-            if stores.head(self.place + _TOKEN) is None:
+        with object_store.before_sending():
+            if object_store.head(self.place + _TOKEN) is None:
                 return
             self._has_token = True
-            before = stores.read(self.place + _TOKEN)
+            before = object_store.read(self.place + _TOKEN)
             threading.Event().wait(2.5 * BEAT_SECONDS)
-            if stores.head(self.place + _TOKEN) and stores.read(self.place + _TOKEN) != before:
+            if object_store.head(self.place + _TOKEN) and object_store.read(self.place + _TOKEN) != before:
                 raise TryLaterError(
                     f"another run on a cluster is writing {self.place!r}", hint="wait until it has ended, then repeat"
                 )
@@ -310,29 +308,29 @@ class _RemoteFolder:
         return f"{self.place}part-{number:05}-{self._count:05}-{self._token}/"
 
     def parts(self) -> list[str]:
-        found = (each.url[len(self.place) :].partition("/") for each in stores.listed_deep(self.place))
+        found = (each.url[len(self.place) :].partition("/") for each in object_store.listed_deep(self.place))
         return sorted({f"{self.place}{name}/" for name, slash, _ in found if slash})
 
-    def taken_over(self, name: Name) -> StagedPart:
+    def taken_over(self, name: Name) -> WorkerOutput:
         url = str(name)
         copy = Path(tempfile.mkdtemp(prefix="pipeline-"))
 
         def remove() -> None:
-            for found in stores.listed_deep(url):
-                stores.delete(found.url)
+            for found in object_store.listed_deep(url):
+                object_store.delete(found.url)
 
         def forget() -> None:
             shutil.rmtree(copy, ignore_errors=True)
 
         try:
-            path = parts.fetch(url, copy)
+            path = object_store_writer.fetch(url, copy)
         except BaseException:
             forget()
             raise
-        return StagedPart(path, url.split("/")[-2], remove=remove, forget=forget, tells_calls=False)
+        return WorkerOutput(path, url.split("/")[-2], remove=remove, forget=forget, tells_calls=False)
 
     def close(self) -> None:
         with suppress(StorageError):
             if self._has_token and not self.parts():
-                stores.delete(self.place + _TOKEN)
+                object_store.delete(self.place + _TOKEN)
                 self._has_token = False

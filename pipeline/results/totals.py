@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.core import money
 from pipeline.core.types import Result, Usage
-from pipeline.results.codec import Record
+from pipeline.results.codec import StoredResult
 
 _SUMS = ("requests", "nanos", "wasted", "saved", "priced", "unpriced")
 _TOKENS = ("input", "output", "cache_read", "cache_write", "reasoning")
@@ -64,7 +64,7 @@ class Spending:
     priced: int = 0
     unpriced: int = 0
 
-    def add(self, record: Record | Result) -> None:
+    def add(self, record: StoredResult | Result) -> None:
         if record.success:
             self.requests += 1
             self.saved += record.cost.saved
@@ -131,7 +131,7 @@ class Totals:
     def tokens(self) -> Tokens:
         return self.spending.tokens
 
-    def add(self, record: Record | Result) -> None:
+    def add(self, record: StoredResult | Result) -> None:
         """Count one result, just written or read back."""
         if record.success:
             self.succeeded += 1

@@ -24,22 +24,20 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline.core import files as disk
+from pipeline.core import files
 from pipeline.core.errors import PipelineError, StorageError, UsageError
 from pipeline.core.hashing import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.core.types import OutputFormat, Request, Result
-from pipeline.results import attempt_log as journal
-from pipeline.results import codec as results
-from pipeline.results import resume_index as index
-from pipeline.results.attempt_log import Journal, Sent
-from pipeline.results.codec import Record
-from pipeline.results.resume_index import Index, Segment, Stretch
+from pipeline.results import attempt_log, codec, resume_index
+from pipeline.results.attempt_log import AttemptLog, LoggedCall
+from pipeline.results.codec import StoredResult
+from pipeline.results.resume_index import InputRange, ResultRange, ResumeIndex
 from pipeline.results.totals import Totals
 
 # A write and its sync are shared by the lines of a moment: one for every line would cost more than all the rest.
 _GROUP_LINES = 64
 _GROUP_SECONDS = 0.005
-SIDE_FILES = (".usage.json", journal.SUFFIX, ".superseded.jsonl", ".torn", index.SUFFIX)
+SIDE_FILES = (".usage.json", attempt_log.SUFFIX, ".superseded.jsonl", ".torn", resume_index.SUFFIX)
 _FIRST_LOOK_BYTES = 1024 * 1024
 
 
@@ -66,7 +64,7 @@ class Done:
         self._unsorted[success].append(request)
         self.lines += 1
 
-    def add_segment(self, segment: Segment) -> None:
+    def add_segment(self, segment: ResultRange) -> None:
         self._unsorted[True].extend(segment.answered)
         self._unsorted[False].extend(segment.failed)
         self.lines += segment.lines
@@ -88,7 +86,7 @@ class Done:
                 del items[:]
 
 
-class Recorder:
+class ResultWriter:
     """Appends results to one file; `on_done` hears of each result once it is safe on the disk.
 
     `name` is what people call the output, `safe_bytes` how much of the file is on the disk.
@@ -116,15 +114,15 @@ class Recorder:
         self._is_simulated = is_simulated
         self._sync = sync
         self._on_done = on_done
-        self._file: disk.Appender | None = None
-        self._target = disk.target_of(
+        self._file: files.Appender | None = None
+        self._target = files.target_of(
             path
         )  # once: a link that is changed meanwhile must not part what belongs together
-        self._journal = Journal(self._target, run_id, sync=sync)
-        self._index = Index(self._target)
-        self._stretches: list[Stretch] = []
+        self._journal = AttemptLog(self._target, run_id, sync=sync)
+        self._index = ResumeIndex(self._target)
+        self._stretches: list[InputRange] = []
         self._lines: list[bytes] = []
-        self._results: list[Result | Record] = []
+        self._results: list[Result | StoredResult] = []
         self._waiting = 0
         self._arrival = anyio.Event()
         self._full = anyio.Event()
@@ -140,12 +138,12 @@ class Recorder:
 
         Raises `TryLaterError` when another run holds it, `StorageError` or `UsageError` when it cannot be used.
         """
-        self._file = disk.Appender(disk.open_locked(self._target), self.path, sync=self._sync)
+        self._file = files.Appender(files.open_locked(self._target), self.path, sync=self._sync)
         try:
             _refuse_foreign(self._file.fd, self.path)
-            disk.make_private(self._file.fd)
+            files.make_private(self._file.fd)
             _repair_tail(self._file.fd, self.beside(".torn"))
-            disk.sync_directory(self._target.parent)
+            files.sync_directory(self._target.parent)
             self.safe_bytes = os.fstat(self._file.fd).st_size
         except OSError as exc:
             raise StorageError(f"cannot repair {str(self.path)!r} or a file beside it: {exc.strerror}") from exc
@@ -158,7 +156,7 @@ class Recorder:
 
     def beside(self, suffix: str) -> Path:
         """Return the name of a file that belongs to the results and lies beside them."""
-        return disk.beside(self._target, suffix)
+        return files.beside(self._target, suffix)
 
     def done(self, totals: Totals) -> Done:
         """Read what the file holds, as far as the index does not know it; every result is also counted in `totals`."""
@@ -172,7 +170,7 @@ class Recorder:
                 if requests and segment.run == run:
                     for request in requests.keys() & {*segment.answered, *segment.failed}:
                         self._journal.settle(run, *requests[request])
-            for _, line, record in results.read(file):
+            for _, line, record in codec.read(file):
                 request = 0
                 if record:
                     request = key(record.custom_id, record.digest)
@@ -198,7 +196,7 @@ class Recorder:
         """Return what tells how many bytes the stretch has that begins with a line of a checksum; None if none does."""
         return self._index.size_of if len(self._index) else None
 
-    def stretch(self, mark: bytes, start: bytes) -> Stretch | None:
+    def stretch(self, mark: bytes, start: bytes) -> InputRange | None:
         """Return what is known of a stretch of an input: by its checksum, and by that of its first line."""
         return self._index.find(mark, start)
 
@@ -232,7 +230,7 @@ class Recorder:
     async def append(self, *wanted: Result) -> None:
         """Take results for writing; returns when they are on the disk."""
         for result in wanted:
-            line = results.encode(
+            line = codec.encode(
                 result,
                 self._form,
                 run_id=self._run_id,
@@ -246,10 +244,10 @@ class Recorder:
     async def append_lines(self, lines: Sequence[bytes]) -> None:
         """Take finished result lines; returns when they are on the disk. `on_done` does not hear of them."""
         self._lines += lines
-        self._results += map(results.decode, lines)
+        self._results += map(codec.decode, lines)
         await self._wait_written(len(lines))
 
-    def take_in(self, lines: Sequence[bytes], calls: Sequence[Sent] = ()) -> None:
+    def take_in(self, lines: Sequence[bytes], calls: Sequence[LoggedCall] = ()) -> None:
         """Take what was written and left in flight elsewhere before this run; to be called before `done`."""
         data = b"".join(lines)
         if data:
@@ -257,7 +255,7 @@ class Recorder:
             self.safe_bytes += len(data)
         self._journal.adopt(calls)
 
-    async def adopt(self, calls: Sequence[Sent]) -> None:
+    async def adopt(self, calls: Sequence[LoggedCall]) -> None:
         """Note calls of unknown outcome that were made elsewhere; returns when that is on the disk."""
         self._journal.adopt(calls)
         await self._wait_written(1)
@@ -275,13 +273,13 @@ class Recorder:
         """Note that a call came back and was not billed."""
         self._journal.unbilled(request, attempt)
 
-    def keep(self, stretch: Stretch) -> None:
+    def keep(self, stretch: InputRange) -> None:
         """Note that all lines of a stretch have results on the disk; the index learns it some time later."""
         self._stretches.append(stretch)
         if len(self._stretches) >= _GROUP_LINES:
             self._arrival.set()
 
-    def unknown(self) -> tuple[Sent, ...]:
+    def unknown(self) -> tuple[LoggedCall, ...]:
         """Return the calls that may be billed without an answer, of this run and of earlier ones that crashed."""
         return self._journal.unknown()
 
@@ -345,7 +343,11 @@ class Recorder:
             self._file.close()
 
     def _write(
-        self, lines: list[bytes], written: Sequence[Result | Record], calls: list[bytes], stretches: list[Stretch]
+        self,
+        lines: list[bytes],
+        written: Sequence[Result | StoredResult],
+        calls: list[bytes],
+        stretches: list[InputRange],
     ) -> None:
         """Write answers first: they are paid for, and a journal that finds no room must not cost them."""
         data = b"".join(lines)
@@ -362,15 +364,15 @@ class Recorder:
             self._index.add_lines(data, told, self._run_id)
         self._index.add_stretches(stretches)
 
-    def _finish_index(self, stretches: list[Stretch]) -> None:
+    def _finish_index(self, stretches: list[InputRange]) -> None:
         self._index.add_stretches(stretches)
         self._index.flush()
 
-    def _take_stretches(self) -> list[Stretch]:
+    def _take_stretches(self) -> list[InputRange]:
         taken, self._stretches = self._stretches, []
         return taken
 
-    def _open_file(self) -> disk.Appender:
+    def _open_file(self) -> files.Appender:
         assert self._file is not None, "open() comes first"
         return self._file
 
@@ -395,7 +397,7 @@ class Recorder:
             if leaving:
                 superseded = self.beside(".superseded.jsonl")
                 try:
-                    disk.append_lines(superseded, (line_at(old, offset) for offset in leaving))
+                    files.append_lines(superseded, (line_at(old, offset) for offset in leaving))
                 except OSError as exc:
                     raise StorageError(f"cannot write {str(superseded)!r}: {exc.strerror}") from exc
             self._replace(line_at(old, offset) for offset in staying)
@@ -409,7 +411,7 @@ class Recorder:
         extra: list[int] = []
         leaving: list[int] = []
         with self._reading() as file:
-            for here, line, record in results.read(file):
+            for here, line, record in codec.read(file):
                 place = positions.get(key(record.custom_id, record.digest)) if record else None
                 if record and place is not None:
                     left = here
@@ -427,11 +429,11 @@ class Recorder:
     def _replace(self, lines: Iterator[bytes]) -> None:
         """Put a new file in the place of the old one."""
         try:
-            fd = disk.replace(self._target, lines)
+            fd = files.replace(self._target, lines)
         except OSError as exc:
             raise StorageError(f"cannot rewrite {str(self.path)!r}: {exc.strerror}; it is as it was") from exc
         self._open_file().close()
-        self._file = disk.Appender(fd, self.path, sync=self._sync)
+        self._file = files.Appender(fd, self.path, sync=self._sync)
         self.safe_bytes = os.fstat(fd).st_size
         self._index.drop()
 
@@ -442,18 +444,18 @@ def _refuse_foreign(fd: int, path: Path) -> None:
     Ours holds a result among its whole lines or, where a crash left less than one, what begins like one.
     """
     *whole, rest = os.pread(fd, _FIRST_LOOK_BYTES, 0).split(b"\n")
-    if not (any(results.decode_or_none(line) for line in whole) if whole else _is_begun_result(rest.rstrip(b"\0"))):
+    if not (any(codec.decode_or_none(line) for line in whole) if whole else _is_begun_result(rest.rstrip(b"\0"))):
         raise UsageError(f"{str(path)!r} exists and holds no results; choose another -o, or move it away")
 
 
 def _is_begun_result(fragment: bytes) -> bool:
     """Tell whether this may be what a crash left of a first line: a result, or less than a JSON text that is none."""
-    if results.decode_or_none(fragment) is not None:
+    if codec.decode_or_none(fragment) is not None:
         return True
     try:
         orjson.loads(fragment)
     except orjson.JSONDecodeError:
-        return any(fragment.startswith(begin[: len(fragment)]) for begin in results.BEGINNINGS)
+        return any(fragment.startswith(begin[: len(fragment)]) for begin in codec.BEGINNINGS)
     return False
 
 
@@ -462,12 +464,12 @@ def _repair_tail(fd: int, torn: Path) -> None:
     size = os.fstat(fd).st_size
     if not size or os.pread(fd, 1, size - 1) == b"\n":
         return
-    start = disk.last_line_start(fd, size)
+    start = files.last_line_start(fd, size)
     tail = os.pread(fd, size - start, start)
-    if results.decode_or_none(tail) is not None:
-        disk.write_all(fd, b"\n")
+    if codec.decode_or_none(tail) is not None:
+        files.write_all(fd, b"\n")
     else:
-        disk.append_lines(torn, [tail.rstrip(b"\0") + b"\n"])
+        files.append_lines(torn, [tail.rstrip(b"\0") + b"\n"])
         os.ftruncate(fd, start)
     os.fsync(fd)
 

@@ -23,11 +23,8 @@ from pipeline import providers
 from pipeline.accounting import ledger
 from pipeline.accounting.budget import Budget, budget_of
 from pipeline.accounting.pricing import LanePricing, Prices
-from pipeline.accounting.run_ledger import RUNNING, Books, NoBooks
-from pipeline.core import config as configuration
-from pipeline.core import environment, errors
-from pipeline.core import files as disk
-from pipeline.core import object_store as stores
+from pipeline.accounting.run_ledger import RUNNING, NullRunLedger, RunLedger
+from pipeline.core import config, environment, errors, files, object_store
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.errors import (
@@ -39,17 +36,15 @@ from pipeline.core.errors import (
     UsageError,
 )
 from pipeline.core.types import Result
-from pipeline.dispatch.batch.store import Chunk
+from pipeline.dispatch.batch.store import BatchRecord
 from pipeline.dispatch.live.sender import Statistics
-from pipeline.inputs import reader as read
-from pipeline.inputs.sources import Span
-from pipeline.results import object_store_writer as parts
-from pipeline.results import staging
-from pipeline.results import writer as record
-from pipeline.results.attempt_log import Sent
+from pipeline.inputs import reader
+from pipeline.inputs.sources import ByteRange
+from pipeline.results import object_store_writer, staging, writer
+from pipeline.results.attempt_log import LoggedCall
 from pipeline.results.totals import Totals
-from pipeline.results.writer import Recorder
-from pipeline.runner.feed import Intake
+from pipeline.results.writer import ResultWriter
+from pipeline.runner.feed import InputFeed
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Attempts, Summary
 
@@ -67,7 +62,7 @@ class Progress:
     reused: int
     run: Totals
     sender: Statistics
-    batches: Sequence[Chunk]
+    batches: Sequence[BatchRecord]
     is_draining: bool
 
 
@@ -77,10 +72,10 @@ Watch = Callable[[Callable[[], Progress]], Coroutine[Any, Any, None]]
 def place_of(output: str | os.PathLike[str]) -> str | Path:
     """Return where results go: a file, or the folder at an object store that a URL means."""
     text = os.fspath(output)
-    return parts.folder_of(text) if stores.is_url(text) else Path(text)
+    return object_store_writer.folder_of(text) if object_store.is_url(text) else Path(text)
 
 
-class Run(ABC):
+class RunBase(ABC):
     """One run, from inputs to summary. `answer` is the work; the rest is the same wherever that is done.
 
     An output that is a text is the URL of a folder at an object store.
@@ -88,12 +83,12 @@ class Run(ABC):
 
     def __init__(
         self,
-        sources: Sequence[str | Span],
+        sources: Sequence[str | ByteRange],
         output: str | Path,
         settings: Config,
         options: Options,
         prices: Prices,
-        books: Books | NoBooks,
+        books: RunLedger | NullRunLedger,
         say: Callable[[str], None],
         *,
         run_id: str | None = None,
@@ -110,22 +105,22 @@ class Run(ABC):
         self.sources = [str(source) for source in sources]
         self.place = output
         self.recorder = self._recorder(output)
-        self.intake = Intake(sources, self.settings, options, self.recorder, self.clock)
+        self.intake = InputFeed(sources, self.settings, options, self.recorder, self.clock)
         self.warnings = self._preview()
         self.run_totals = Totals()
         self.all_totals = Totals()
         self.damaged = 0
-        self.earlier_unknown: Sequence[Sent] = ()
+        self.earlier_unknown: Sequence[LoggedCall] = ()
         self.failures: list[str] = []
         self.signal: signal.Signals | None = None
         self.scope: anyio.CancelScope | None = None
         self.is_working = False
 
-    def _recorder(self, output: str | Path) -> Recorder:
+    def _recorder(self, output: str | Path) -> ResultWriter:
         """Make the recorder of the output; refuse one that is an input."""
         options: dict[str, Any] = {
             "run_id": self.run_id,
-            "form": configuration.output_format(self.settings),
+            "form": config.output_format(self.settings),
             "echo_request": self.settings.output.echo_request,
             "is_simulated": self.options.simulate,
             "sync": self.settings.output.durability == "full",
@@ -133,10 +128,10 @@ class Run(ABC):
         }
         if isinstance(output, Path):
             _refuse_overwriting_input(output, self.sources)
-            return Recorder(output, **options)
+            return ResultWriter(output, **options)
         _refuse_parts(output, self.sources, self.settings)
         spool = environment.spool_path(self.settings, output)
-        return parts.RemoteRecorder(output, spool, on_trouble=self._heed_trouble, **options)
+        return object_store_writer.ObjectStoreWriter(output, spool, on_trouble=self._heed_trouble, **options)
 
     async def execute(self, watch: Watch | None, *, handle_signals: bool) -> Summary:
         """Do all of it, and give files and locks back in the end."""
@@ -195,7 +190,7 @@ class Run(ABC):
         """Tell whether requests were left pending."""
         return self.statistics().dropped > 0
 
-    def chunks_in_sight(self) -> Sequence[Chunk]:
+    def chunks_in_sight(self) -> Sequence[BatchRecord]:
         """Return what is with batch APIs."""
         return ()
 
@@ -351,7 +346,7 @@ class Run(ABC):
         return superseded
 
     def _write_totals(self, summary: Summary) -> None:
-        disk.write_file(self.recorder.beside(".usage.json"), _as_json(summary))
+        files.write_file(self.recorder.beside(".usage.json"), _as_json(summary))
 
     def _summary(self, superseded: int) -> Summary:
         pending = self.intake.lines - self.intake.reused - self.run_totals.finished + self.intake.extra
@@ -399,9 +394,9 @@ class Run(ABC):
             unknown=live.unknown + earlier,
         )
 
-    def _describe(self) -> ledger.Run:
+    def _describe(self) -> ledger.RunRow:
         """Return what the ledger holds of this run while it goes on."""
-        return ledger.Run(
+        return ledger.RunRow(
             run_id=self.run_id,
             started_at=self.clock.started_at,
             status=RUNNING,
@@ -458,14 +453,14 @@ def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
         raise UsageError(f"the output {str(output)!r} is a directory; name a file, or use -d for one file per input")
     if not output.parent.is_dir():
         raise UsageError(f"the output's directory {str(output.parent)!r} does not exist")
-    for name in (output, *(disk.beside(output, suffix) for suffix in record.SIDE_FILES)):
-        if name.exists() and any(read.is_file_of(source, name) for source in sources):
+    for name in (output, *(files.beside(output, suffix) for suffix in writer.SIDE_FILES)):
+        if name.exists() and any(reader.is_file_of(source, name) for source in sources):
             raise UsageError(f"the output {str(name)!r} is also an input; results would overwrite requests")
 
 
 def _refuse_parts(folder: str, sources: Sequence[str], settings: Config) -> None:
     """Refuse an output at a store that cannot be: one that is an input, or that is to be in the order of the input."""
-    if part := next((source for source in sources if read.is_part_of(source, folder)), None):
+    if part := next((source for source in sources if reader.is_part_of(source, folder)), None):
         raise UsageError(f"the output {folder!r} holds the input {part!r}; choose another -o")
     if settings.output.ordered:
         raise UsageError(
@@ -484,7 +479,7 @@ def _as_json(summary: Summary) -> bytes:
 
 
 def _retirement(settings: Config, provider: str, model: str) -> str | None:
-    notice = providers.retirement(configuration.protocol(settings.providers[provider]), model)
+    notice = providers.retirement(config.protocol(settings.providers[provider]), model)
     return f"{provider}/{model}: {notice}" if notice else None
 
 

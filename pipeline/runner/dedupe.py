@@ -13,10 +13,10 @@ from pipeline.core.hashing import FingerprintMap, FingerprintSet, fingerprint
 from pipeline.core.types import Request
 from pipeline.inputs.planner import Planner
 from pipeline.inputs.reader import Line
-from pipeline.results import codec as results
+from pipeline.results import codec
 
 
-class Originals:
+class Deduper:
     """Which requests are sent, or were answered before, so that their equals need not be; 20 bytes each."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Originals:
 
     def read(self, file: BufferedReader, *, answered_only: bool) -> None:
         """Add what a results file holds."""
-        for _, _, record in results.read(file):
+        for _, _, record in codec.read(file):
             if record and (record.success or not answered_only):
                 self.add(record.digest)
 
@@ -48,7 +48,7 @@ def copies(
         offset = originals.get(fingerprint(request.digest))
         if offset is not None:
             file.seek(offset)
-            yield results.copy(file.readline(), request, run_id=run_id, at=at)
+            yield codec.copy(file.readline(), request, run_id=run_id, at=at)
 
 
 def _look(file: BufferedReader, failed_in: str | None) -> tuple[FingerprintSet, FingerprintMap]:
@@ -57,7 +57,7 @@ def _look(file: BufferedReader, failed_in: str | None) -> tuple[FingerprintSet, 
     With `failed_in` only failures of this run count.
     """
     done, originals = FingerprintSet(), FingerprintMap()
-    for here, _, record in results.read(file):
+    for here, _, record in codec.read(file):
         if record and (record.success or failed_in in (None, record.run)):
             done.add(fingerprint(record.custom_id, record.digest))
             originals.put(fingerprint(record.digest), here)

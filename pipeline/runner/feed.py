@@ -16,17 +16,16 @@ from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
 from pipeline.core.hashing import FingerprintMap, FingerprintSet, checksum
-from pipeline.core.types import Claims, Request, Result
-from pipeline.inputs import planner
-from pipeline.inputs import reader as read
+from pipeline.core.types import IdRange, Request, Result
+from pipeline.inputs import planner, reader
 from pipeline.inputs.planner import Invalid
 from pipeline.inputs.reader import Batch, Line
-from pipeline.inputs.sources import Span, can_be_read_again
-from pipeline.results import writer as record
-from pipeline.results.resume_index import Awaited, Stretch
-from pipeline.results.writer import Done, Recorder
-from pipeline.runner import wiring as assemble
-from pipeline.runner.dedupe import Originals, copies
+from pipeline.inputs.sources import ByteRange, can_be_read_again
+from pipeline.results import writer
+from pipeline.results.resume_index import InputRange, PendingRanges
+from pipeline.results.writer import Done, ResultWriter
+from pipeline.runner import wiring
+from pipeline.runner.dedupe import Deduper, copies
 from pipeline.runner.options import Options
 
 PREVIEW_LINES = 2_000
@@ -35,7 +34,7 @@ _READ_LINES = 256
 _READ_BYTES = 512 * 1024
 
 
-class Intake:
+class InputFeed:
     """The inputs of one run.
 
     `lines` counts what was read, `reused` the lines among them with a result of an earlier run, `reused_failed` those
@@ -43,7 +42,12 @@ class Intake:
     """
 
     def __init__(
-        self, sources: Sequence[str | Span], settings: Config, options: Options, recorder: Recorder, clock: Clock
+        self,
+        sources: Sequence[str | ByteRange],
+        settings: Config,
+        options: Options,
+        recorder: ResultWriter,
+        clock: Clock,
     ) -> None:
         if options.dedupe and not all(map(_is_file, sources)):
             raise UsageError("--dedupe wants files: a pipe can be read only once")
@@ -56,11 +60,11 @@ class Intake:
         self._options = options
         self._recorder = recorder
         self._clock = clock
-        self._planner = assemble.planner(settings, options)
+        self._planner = wiring.planner(settings, options)
         self._basis = self._planner.basis()
-        self._awaited = Awaited()
+        self._awaited = PendingRanges()
         self._done = Done()
-        self._originals = Originals() if options.dedupe else None
+        self._originals = Deduper() if options.dedupe else None
         self._positions: FingerprintMap | None = None
         self._previewed = array("Q")
         self._held = FingerprintSet()
@@ -71,14 +75,14 @@ class Intake:
 
     def preview(self) -> dict[tuple[str, str], Request]:
         """Plan the first lines of files; return a request for each provider and model among them."""
-        planner = assemble.planner(self._settings, self._options)
+        planner = wiring.planner(self._settings, self._options)
         found: dict[tuple[str, str], Request] = {}
         files = [source for source in self._sources if _is_file(source)]
         for line in islice(self._lines_of(files), min(PREVIEW_LINES, self._options.limit or PREVIEW_LINES)):
             item = planner.plan(line)
             if isinstance(item, Request):
                 found.setdefault((item.provider, item.model), item)
-                self._previewed.append(record.key(item.custom_id, item.digest))
+                self._previewed.append(writer.key(item.custom_id, item.digest))
         return found
 
     def learn(self, done: Done) -> None:
@@ -107,18 +111,18 @@ class Intake:
         """Leave requests alone that are in batches of earlier runs, and those that equal them where that counts."""
         keys = array("Q")
         for request in requests:
-            keys.append(record.key(request.custom_id, request.digest))
+            keys.append(writer.key(request.custom_id, request.digest))
             if self._originals:
                 self._originals.add(request.digest)
         self._held.update(keys)
 
     def outcome(self, custom_id: str, digest: str) -> bool | None:
         """Return True when the results of earlier runs hold an answer, False when they hold a failure, None if none."""
-        return self._done.outcome(record.key(custom_id, digest))
+        return self._done.outcome(writer.key(custom_id, digest))
 
     def is_wanted(self, custom_id: str, digest: str) -> bool:
         """Tell whether the input has a request that is in a batch of an earlier run; known once all is read."""
-        return record.key(custom_id, digest) in self._held_seen
+        return writer.key(custom_id, digest) in self._held_seen
 
     @property
     def extra(self) -> int:
@@ -127,7 +131,7 @@ class Intake:
 
     # ── lines that are planned elsewhere ──────────────────────────────────────────────────────────────────────────
 
-    def claim(self, claims: Claims) -> None:
+    def claim(self, claims: IdRange) -> None:
         """Note what lines left behind that come before these and are planned elsewhere."""
         self._planner.claim(claims)
 
@@ -147,7 +151,7 @@ class Intake:
         """Plan every line and submit what is not done yet; the lines that cannot be requests are recorded."""
         self._done.sort()  # here and now: beside other tables, and in their thread, it takes a third less memory
         sizes = self._recorder.stretch_sizes()
-        batches = read.batches(self._sources, self._settings.input.max_line_bytes, sizes)
+        batches = reader.batches(self._sources, self._settings.input.max_line_bytes, sizes)
         while not self._is_limit_reached():
             known = await to_thread.run_sync(self._read_on, batches, abandon_on_cancel=True)
             if not known:
@@ -159,7 +163,7 @@ class Intake:
 
     def finished(self, result: Result) -> None:
         """Note that a line has its result now, so that its batch may be passed over by later runs."""
-        request = record.key(result.custom_id, result.digest)
+        request = writer.key(result.custom_id, result.digest)
         if request in self._held:  # its line may stand elsewhere by now
             self._brought.append(request)
             return
@@ -172,7 +176,7 @@ class Intake:
         if self._originals is None:
             return
         lines = islice(self._lines_of(self._sources), self.lines)
-        planner = assemble.planner(self._settings, self._options)
+        planner = wiring.planner(self._settings, self._options)
         with self._recorder.path.open("rb") as file:
             copied = copies(
                 file,
@@ -185,12 +189,12 @@ class Intake:
             while group := list(islice(copied, _READ_LINES)):
                 yield group
 
-    def _lines_of(self, sources: Sequence[str | Span]) -> Iterator[Line]:
-        return chain.from_iterable(read.lines(each, self._settings.input.max_line_bytes) for each in sources)
+    def _lines_of(self, sources: Sequence[str | ByteRange]) -> Iterator[Line]:
+        return chain.from_iterable(reader.lines(each, self._settings.input.max_line_bytes) for each in sources)
 
-    def _read_on(self, batches: Iterator[Batch]) -> list[tuple[Batch, bytes, Stretch | None]]:
+    def _read_on(self, batches: Iterator[Batch]) -> list[tuple[Batch, bytes, InputRange | None]]:
         """Return some batches, each with its checksum and what is known of it."""
-        known: list[tuple[Batch, bytes, Stretch | None]] = []
+        known: list[tuple[Batch, bytes, InputRange | None]] = []
         lines = size = 0
         while lines < _READ_LINES and size < _READ_BYTES and (batch := next(batches, None)) is not None:
             mark = checksum(self._basis, batch.content)
@@ -203,7 +207,7 @@ class Intake:
     def _is_limit_reached(self) -> bool:
         return self._options.limit is not None and self.lines >= self._options.limit
 
-    def _pass_over(self, stretch: Stretch) -> bool:
+    def _pass_over(self, stretch: InputRange) -> bool:
         """Count the lines of a stretch as done without planning them, if planning would find just that."""
         limit = self._options.limit
         outcomes = [self._done.outcome(request) for request in stretch.failed]
@@ -233,7 +237,7 @@ class Intake:
                 break
             self.lines += 1
             item = self._planner.plan(line)
-            request = record.key(item.custom_id, item.digest)
+            request = writer.key(item.custom_id, item.digest)
             outcome = self._earlier_outcome(request)
             if outcome is not None:
                 if not outcome:
@@ -276,7 +280,7 @@ class Intake:
         if batch.problem or not is_known or not claims.is_alone:
             return
         start = checksum(batch.first_line())
-        stretch = Stretch(mark=mark, start=start, size=len(batch.content), lines=lines, claims=claims, failed=failed)
+        stretch = InputRange(mark=mark, start=start, size=len(batch.content), lines=lines, claims=claims, failed=failed)
         if waiting:
             self._awaited.add(stretch, batch.source, range(batch.number, batch.number + batch.count), waiting)
         else:
@@ -297,13 +301,13 @@ class Intake:
         if self._positions is not None:
             return self._positions, self._planner.ids
         positions = FingerprintMap()
-        planner = assemble.planner(self._settings, self._options)
+        planner = wiring.planner(self._settings, self._options)
         for line in self._lines_of(self._sources):
             item = planner.plan(line)
-            positions.put(record.key(item.custom_id, item.digest), len(positions))
+            positions.put(writer.key(item.custom_id, item.digest), len(positions))
             planner.take_claims()
         return positions, planner.ids
 
 
-def _is_file(source: str | Span) -> bool:
+def _is_file(source: str | ByteRange) -> bool:
     return can_be_read_again(str(source))

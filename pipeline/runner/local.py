@@ -21,24 +21,22 @@ import anyio
 from anyio import to_thread
 
 from pipeline.accounting.pricing import BATCH, LIVE, LanePricing, Prices
-from pipeline.accounting.run_ledger import Books, NoBooks
-from pipeline.core import config, config_file, environment, process
-from pipeline.core import http as transport
+from pipeline.accounting.run_ledger import NullRunLedger, RunLedger
+from pipeline.core import config, config_file, environment, http, process
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError, StorageError, UsageError
 from pipeline.core.types import Request
-from pipeline.dispatch.batch.coordinator import BatchLane
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member, Step
+from pipeline.dispatch.batch.coordinator import BatchCoordinator
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step
 from pipeline.dispatch.live import shared_limits
-from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.dispatch.live.rate_limiter import RateLimiter
 from pipeline.dispatch.live.sender import Sender, Statistics
-from pipeline.dispatch.live.shared_limits import Sharing
-from pipeline.inputs import reader as read
-from pipeline.inputs.sources import Span
-from pipeline.results import codec as results
-from pipeline.runner import options, rehearsal
-from pipeline.runner import wiring as assemble
-from pipeline.runner.base import Run, Watch, place_of
+from pipeline.dispatch.live.shared_limits import QuotaSync
+from pipeline.inputs import reader
+from pipeline.inputs.sources import ByteRange
+from pipeline.results import codec
+from pipeline.runner import options, rehearsal, wiring
+from pipeline.runner.base import RunBase, Watch, place_of
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Attempts, Summary
 
@@ -67,31 +65,31 @@ async def run_batch(
     config = config or config_file.load()
     with rehearsal.settings_for(config, options) as settings:
         place = place_of(output)
-        sources = read.sources([os.fspath(item) for item in inputs], but=place)
-        books = Books(environment.ledger_path(config))
-        job = Job(sources, place, settings, options, Prices(config), books, say)
+        sources = reader.sources([os.fspath(item) for item in inputs], but=place)
+        books = RunLedger(environment.ledger_path(config))
+        job = LocalRun(sources, place, settings, options, Prices(config), books, say)
         return await job.execute(watch, handle_signals=handle_signals)
 
 
-class Job(Run):
+class LocalRun(RunBase):
     """A run whose requests are sent from here."""
 
     ended: options.Ended = MappingProxyType({})  # models that are given up before the run begins
 
     def __init__(
         self,
-        sources: Sequence[str | Span],
+        sources: Sequence[str | ByteRange],
         output: str | Path,
         settings: Config,
         options: Options,
         prices: Prices,
-        books: Books | NoBooks,
+        books: RunLedger | NullRunLedger,
         say: Callable[[str], None],
         *,
         run_id: str | None = None,
     ) -> None:
         wanted = settings.sending.concurrency
-        room = process.room_for(wanted)
+        room = process.raise_fd_limit(wanted)
         settings = settings.with_("sending", concurrency=room)
         super().__init__(sources, output, settings, options, prices, books, say, run_id=run_id)
         if room < wanted:
@@ -99,14 +97,14 @@ class Job(Run):
                 f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
             )
         self.sender: Sender
-        self.chunks = Chunks(self.recorder.path)
-        self.batches: BatchLane | None = None
+        self.chunks = BatchStore(self.recorder.path)
+        self.batches: BatchCoordinator | None = None
         self.batches_done = anyio.Event()
 
     async def answer(self, watch: Watch | None) -> None:
         await to_thread.run_sync(self._open)
-        async with transport.Client(self.settings.sending) as client:
-            self.sender = assemble.sender(
+        async with http.Client(self.settings.sending) as client:
+            self.sender = wiring.sender(
                 self.settings,
                 client,
                 self.clock,
@@ -151,7 +149,7 @@ class Job(Run):
                 f"{sum(chunk.requests for chunk in left):,} requests are in {len(left):,} batch(es) of earlier runs"
             )
 
-    def _is_lost(self, chunk: Chunk) -> bool:
+    def _is_lost(self, chunk: BatchRecord) -> bool:
         """Tell whether nothing is lost by forgetting a chunk: no batch was made of it, and live it goes another way.
 
         Raises `StorageError` where a batch was made of requests that are damaged now.
@@ -178,8 +176,8 @@ class Job(Run):
                 if chunk.retries_failed or self.intake.outcome(request.custom_id, request.digest) is None
             )
 
-    def _batch_lane(self, client: transport.Client) -> BatchLane:
-        return assemble.batch_lane(
+    def _batch_lane(self, client: http.Client) -> BatchCoordinator:
+        return wiring.batch_lane(
             self.settings,
             client,
             self.clock,
@@ -200,21 +198,21 @@ class Job(Run):
         """Return what goes on beside the work."""
         tasks: list[Callable[[], Coroutine[Any, Any, None]]] = [
             partial(to_thread.run_sync, self.prices.load),
-            partial(self.sender.stop_when_stalled, config.patience(self.settings)),
+            partial(self.sender.stop_when_stalled, config.poll_policy(self.settings)),
         ]
         if sharing := self._sharing():
             tasks.append(sharing)
         return tasks
 
-    def _gate_of(self, provider: str, model: str) -> Gate:
-        return assemble.gate(self.settings, provider, model)
+    def _gate_of(self, provider: str, model: str) -> RateLimiter:
+        return wiring.gate(self.settings, provider, model)
 
     def _sharing(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
         """Return what keeps this run to its share of limits; None where it has all of them."""
         if not self.settings.sending.share_limits or self.options.simulate:
             return None
-        lessor = shared_limits.lessor(self.settings, self.run_id)
-        return Sharing(lessor, self.clock, gates=self.sender.gates, say=self.say).keep
+        lessor = shared_limits.lease_broker(self.settings, self.run_id)
+        return QuotaSync(lessor, self.clock, gates=self.sender.gates, say=self.say).keep
 
     async def _work(self, scope: anyio.CancelScope) -> None:
         async with anyio.create_task_group() as work:
@@ -241,7 +239,7 @@ class Job(Run):
         assert self.batches is not None
         await self.batches.submit(requests)
 
-    async def _run_batches(self, batches: BatchLane) -> None:
+    async def _run_batches(self, batches: BatchCoordinator) -> None:
         """See batches through; only then is it known that nothing more comes to be sent live."""
         try:
             await batches.run()
@@ -249,7 +247,7 @@ class Job(Run):
             self.batches_done.set()
             self.sender.close()
 
-    async def _resend(self, members: Sequence[Member]) -> None:
+    async def _resend(self, members: Sequence[BatchItem]) -> None:
         """Send live what batches did not answer."""
         await self.sender.submit(
             [each.request for each in members], [(each.attempts, each.counted) for each in members]
@@ -260,7 +258,7 @@ class Job(Run):
         groups = self.intake.copies(self.run_id)
         while lines := await to_thread.run_sync(next, groups, None):
             await self.recorder.append_lines(lines)
-            for copy in map(results.decode, lines):
+            for copy in map(codec.decode, lines):
                 self.run_totals.add(copy)
                 self.books.accounts.add(copy, self.clock.utc()[:10])
 
@@ -278,7 +276,7 @@ class Job(Run):
         return self.sender.statistics()
 
     def reasons(self, *, is_unfinished: bool) -> list[PipelineError]:
-        return assemble.stop_reasons(self.sender, self.batches) if is_unfinished or not self.batches else []
+        return wiring.stop_reasons(self.sender, self.batches) if is_unfinished or not self.batches else []
 
     @property
     def stopped(self) -> PipelineError | None:
@@ -291,7 +289,7 @@ class Job(Run):
     def is_partial(self) -> bool:
         return super().is_partial() or (self.batches is not None and self.batches.is_partial)
 
-    def chunks_in_sight(self) -> Sequence[Chunk]:
+    def chunks_in_sight(self) -> Sequence[BatchRecord]:
         return self.batches.statistics().chunks if self.batches else ()
 
     def _attempts(self) -> Attempts:

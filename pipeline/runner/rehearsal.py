@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.core import config as configuration
+from pipeline.core import config
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
 from pipeline.runner.options import Options
@@ -24,4 +24,4 @@ def settings_for(settings: Config, options: Options) -> Iterator[Config]:
     except ValueError as exc:
         raise UsageError(f"simulator: {exc}") from exc
     with simulator.serving(wanted) as server:
-        yield configuration.simulated(settings, server.url)
+        yield config.simulated(settings, server.url)

@@ -13,10 +13,9 @@ from anyio.streams.memory import MemoryObjectSendStream
 
 from pipeline.accounting.budget import budget_of
 from pipeline.accounting.pricing import LIVE, LanePricing, Prices
-from pipeline.accounting.run_ledger import Books
+from pipeline.accounting.run_ledger import RunLedger
 from pipeline.core import config as configuration
-from pipeline.core import config_file, environment, jsonl
-from pipeline.core import http as transport
+from pipeline.core import config_file, environment, http, jsonl
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
@@ -24,8 +23,7 @@ from pipeline.core.types import Request, Result
 from pipeline.dispatch.live.sender import Sender
 from pipeline.inputs.planner import Invalid, Planner, invalid_result
 from pipeline.inputs.reader import Line
-from pipeline.runner import rehearsal
-from pipeline.runner import wiring as assemble
+from pipeline.runner import rehearsal, wiring
 from pipeline.runner.options import Options
 
 _BATCH = 100
@@ -51,28 +49,28 @@ async def stream(
         raise UsageError(f"a stream knows the lane live only, not {config.lane}: batches want files")
     outgoing, incoming = anyio.create_memory_object_stream[Result](_WAITING_RESULTS)
     with rehearsal.settings_for(config, options) as settings:
-        planner = assemble.planner(settings, options)
+        planner = wiring.planner(settings, options)
         clock = Clock()
-        async with transport.Client(settings.sending) as client:
+        async with http.Client(settings.sending) as client:
             pricing = LanePricing(Prices(config), clock)
             budget = budget_of(config)
             if budget and not options.simulate:
-                today, month = Books(environment.ledger_path(config)).spent(clock.moment())
+                today, month = RunLedger(environment.ledger_path(config)).spent(clock.moment())
                 budget = budget_of(config, spent_today=today, spent_this_month=month)
-            sender = assemble.sender(
+            sender = wiring.sender(
                 settings,
                 client,
                 clock,
                 _Outgoing(outgoing),
                 pricing,
                 budget,
-                gate_of=partial(assemble.gate, settings),
+                gate_of=partial(wiring.gate, settings),
                 ended={},
             )
 
             async def work() -> None:
                 async with outgoing, anyio.create_task_group() as beside:
-                    beside.start_soon(sender.stop_when_stalled, configuration.patience(settings), is_consumer_slow)
+                    beside.start_soon(sender.stop_when_stalled, configuration.poll_policy(settings), is_consumer_slow)
                     async with anyio.create_task_group() as group:
                         group.start_soon(sender.run)
                         await _feed(requests, planner, sender, clock, outgoing.send)
@@ -89,7 +87,7 @@ async def stream(
                 except GeneratorExit:
                     tasks.cancel_scope.cancel()
                     return
-        for reason in assemble.stop_reasons(sender):
+        for reason in wiring.stop_reasons(sender):
             raise reason
 
 

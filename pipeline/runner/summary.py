@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.core import money
-from pipeline.results.attempt_log import Sent
+from pipeline.results.attempt_log import LoggedCall
 from pipeline.results.totals import Totals
 
 
@@ -57,7 +57,7 @@ class Summary:
     price_source: str | None = None
     cap: int | None = None
     cap_used: int = 0
-    possibly_billed: Sequence[Sent] = ()
+    possibly_billed: Sequence[LoggedCall] = ()
     superseded: int = 0
     batches: Sequence[Mapping[str, Any]] = ()
     warnings: tuple[str, ...] = ()

@@ -9,25 +9,23 @@ from functools import partial
 from pipeline import providers
 from pipeline.accounting.budget import Budget
 from pipeline.accounting.pricing import LIVE, Pricing
-from pipeline.core import config as configuration
-from pipeline.core import environment
-from pipeline.core import http as transport
+from pipeline.core import config, environment, http
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError
-from pipeline.core.text import discreet
+from pipeline.core.text import redacted_post
 from pipeline.core.types import Request
 from pipeline.dispatch import retry
 from pipeline.dispatch.batch.client import batch_client
-from pipeline.dispatch.batch.coordinator import BatchLane, Input
-from pipeline.dispatch.batch.lifecycle import Patience
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member
-from pipeline.dispatch.live.model_queue import Lane
-from pipeline.dispatch.live.rate_limiter import Gate
-from pipeline.dispatch.live.sender import Recording, Sender
+from pipeline.dispatch.batch.coordinator import BatchCoordinator, Input
+from pipeline.dispatch.batch.lifecycle import PollPolicy
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore
+from pipeline.dispatch.live.model_queue import ModelQueue
+from pipeline.dispatch.live.rate_limiter import RateLimiter
+from pipeline.dispatch.live.sender import ResultSink, Sender
 from pipeline.dispatch.live.shared_limits import quota_name
 from pipeline.inputs.planner import Planner
-from pipeline.results.writer import Recorder
+from pipeline.results.writer import ResultWriter
 from pipeline.runner.options import Ended, Options
 
 # With a deadline, what a batch does not answer goes live early enough: at this pace, where no cap is told.
@@ -42,13 +40,13 @@ def planner(settings: Config, options: Options) -> Planner:
 
 def sender(
     settings: Config,
-    client: transport.Client,
+    client: http.Client,
     clock: Clock,
-    recording: Recording,
+    recording: ResultSink,
     pricing: Pricing,
     budget: Budget | None = None,
     *,
-    gate_of: Callable[[str, str], Gate],
+    gate_of: Callable[[str, str], RateLimiter],
     ended: Ended,
 ) -> Sender:
     """Make the sender; lanes are opened when their model is first seen.
@@ -56,15 +54,15 @@ def sender(
     `gate_of` returns the gate of a provider and model, `ended` tells which of these are given up already.
     """
 
-    def open_lane(request: Request) -> Lane:
+    def open_lane(request: Request) -> ModelQueue:
         """Make the lane of a model: address, headers with the key, codec, gate."""
         endpoint = settings.providers[request.provider]
-        codec = providers.codec(configuration.protocol(endpoint))
+        codec = providers.codec(config.protocol(endpoint))
         key = environment.api_key(request.provider, endpoint)
-        lane = Lane(
+        lane = ModelQueue(
             provider=request.provider,
             model=request.model,
-            post=discreet(client.post_to(endpoint.url, codec.headers(endpoint, key)), key),
+            post=redacted_post(client.post_to(endpoint.url, codec.headers(endpoint, key)), key),
             codec=codec,
             gate=gate_of(request.provider, request.model),
             concurrency=settings.sending.concurrency,
@@ -85,17 +83,17 @@ def sender(
     )
 
 
-def gate(settings: Config, provider: str, model: str) -> Gate:
+def gate(settings: Config, provider: str, model: str) -> RateLimiter:
     """Make the gate of a model."""
-    return Gate(settings.limits.of(provider, model))
+    return RateLimiter(settings.limits.of(provider, model))
 
 
 def batch_lane(
     settings: Config,
-    client: transport.Client,
+    client: http.Client,
     clock: Clock,
-    chunks: Chunks,
-    recording: Recorder,
+    chunks: BatchStore,
+    recording: ResultWriter,
     pricing: Pricing,
     budget: Budget | None,
     options: Options,
@@ -103,19 +101,19 @@ def batch_lane(
     run_id: str,
     input: Input,
     say: Callable[[str], None],
-    resend: Callable[[Sequence[Member]], Awaitable[None]] | None,
-) -> BatchLane:
+    resend: Callable[[Sequence[BatchItem]], Awaitable[None]] | None,
+) -> BatchCoordinator:
     """Make the batch lane of a run; with `resend` what batches do not answer goes there."""
     seconds = settings.batches.deadline if settings.lane == "auto" else None
     deadline = clock.moment() + timedelta(seconds=seconds) if seconds else None
-    return BatchLane(
+    return BatchCoordinator(
         chunks=chunks,
         run_id=run_id,
         is_simulated=options.simulate,
         retries_failed=options.retry_failed,
         settings=settings.batches,
         max_attempts=settings.sending.max_attempts,
-        patience=Patience(
+        patience=PollPolicy(
             poll_interval=settings.batches.poll_interval,
             call=settings.sending.timeout,
             rounds=settings.sending.max_attempts,
@@ -135,7 +133,7 @@ def batch_lane(
     )
 
 
-def _live_seconds(settings: Config, chunks: Chunks, chunk: Chunk) -> float:
+def _live_seconds(settings: Config, chunks: BatchStore, chunk: BatchRecord) -> float:
     """Return how long the requests of a batch may take live, with those of all batches that share its limits."""
     requests = sum(each.requests for each in chunks.still_open if each.group == chunk.group)
     limits = settings.limits
@@ -144,7 +142,7 @@ def _live_seconds(settings: Config, chunks: Chunks, chunk: Chunk) -> float:
     return 60 * requests / min((cap for cap in caps if cap), default=_ASSUMED_RPM) + settings.sending.timeout
 
 
-def stop_reasons(sender: Sender, batches: BatchLane | None = None) -> list[PipelineError]:
+def stop_reasons(sender: Sender, batches: BatchCoordinator | None = None) -> list[PipelineError]:
     """Return why the run or some of its models ended early, the most far-reaching reason first."""
     stopped = [sender.stopped] if sender.stopped else []
     live = stopped + [lane.ended for lane in sender.ended_lanes if lane.ended]

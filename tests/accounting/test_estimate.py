@@ -14,9 +14,9 @@ from rich.console import Console
 
 import pipeline
 from pipeline.accounting.estimate import Estimate, Model, Row, estimate
-from pipeline.accounting.ledger import Entry, Ledger, Run
-from pipeline.cli import estimate_table as estimates
-from pipeline.core import config as configuration
+from pipeline.accounting.ledger import Entry, Ledger, RunRow
+from pipeline.cli import estimate_table
+from pipeline.core import config
 from pipeline.core.config import Config
 from pipeline.core.types import Allowance
 from pipeline.simulator import Options, serving
@@ -69,7 +69,7 @@ def remember(folder: Path, answers: int, output_tokens: int, model: str = LUNA[1
         output_tokens=output_tokens,
     )
     with Ledger.open(folder / "ledger.sqlite") as book:
-        book.record(Run(run_id=model, started_at="2026-11-01T00:00:00Z", status="completed"), [entry])
+        book.record(RunRow(run_id=model, started_at="2026-11-01T00:00:00Z", status="completed"), [entry])
 
 
 def only(told: Estimate) -> Row:
@@ -213,7 +213,7 @@ async def test_what_is_done_is_left_out_and_learned_from(tmp_path: Path) -> None
     lines = [line(f"question {n}", max_tokens=500) for n in range(10)]
     source = write(tmp_path / "in.jsonl", lines)
     with serving(Options()) as server:
-        settings = configuration.simulated(Config(), server.url)
+        settings = config.simulated(Config(), server.url)
         summary = await pipeline.run_batch(
             [source], output=tmp_path / "out.jsonl", config=settings, options=pipeline.Options(limit=4)
         )
@@ -305,7 +305,7 @@ def test_without_limits_there_are_no_minutes(tmp_path: Path) -> None:
 
 def shown(told: Estimate, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
-    estimates.show(console, told)
+    estimate_table.show(console, told)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.accounting import ledger
-from pipeline.accounting.ledger import MIGRATIONS, Entry, Ledger, Run
+from pipeline.accounting.ledger import MIGRATIONS, Entry, Ledger, RunRow
 from pipeline.core.errors import StorageError
 
 
@@ -27,8 +27,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.sqlite"
 
 
-def run(run_id: str = "run-1", **values: Any) -> Run:
-    return Run(**{"run_id": run_id, "started_at": "2026-11-26T01:02:03Z", "status": "completed"} | values)
+def run(run_id: str = "run-1", **values: Any) -> RunRow:
+    return RunRow(**{"run_id": run_id, "started_at": "2026-11-26T01:02:03Z", "status": "completed"} | values)
 
 
 def entry(day: str = "2026-11-26", model: str = "gpt-6-luna", **values: Any) -> Entry:
@@ -45,7 +45,7 @@ def pragma(path: Path, name: str) -> Any:
 
 def test_a_run_comes_back_as_it_went_in(path: Path) -> None:
     """Every field of a run and of its entries survives the file, and a second opening."""
-    whole = Run(
+    whole = RunRow(
         run_id="run-20261126T010203Z-abc123",
         started_at="2026-11-26T01:02:03Z",
         finished_at="2026-11-26T02:00:00Z",
@@ -457,7 +457,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
         assert book.entries() == {"run-1": [entry(cost_nano=7)]}
 
 
-@pytest.mark.parametrize(("table", "cls"), [("runs", Run), ("entries", Entry)])
+@pytest.mark.parametrize(("table", "cls"), [("runs", RunRow), ("entries", Entry)])
 def test_tables_mirror_the_values(path: Path, table: str, cls: type[Any]) -> None:
     """Each field of a value is a column, and there is no other but an entry's run."""
     with Ledger.open(path), closing(sqlite3.connect(path)) as connection:

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.accounting import report
-from pipeline.accounting.ledger import Entry, Ledger, Run
+from pipeline.accounting.ledger import Entry, Ledger, RunRow
 from pipeline.accounting.rebuild import Rebuilt
 from pipeline.core.errors import UsageError
-from pipeline.core.types import OutputFormat, Reply, Request, Result, Usage
-from pipeline.results import codec as results
+from pipeline.core.types import Completion, OutputFormat, Request, Result, Usage
+from pipeline.results import codec
 
 RUN_ID = "run-20261126T010203Z-abc123"
 NOON = 1_795_694_400  # 2026-11-26T12:00:00Z
@@ -63,7 +63,7 @@ def write(path: str, *lines: Any) -> None:
     Path(path).write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
 
 
-def rebuilt(*files: str) -> tuple[Rebuilt, list[Run], dict[str, list[Entry]]]:
+def rebuilt(*files: str) -> tuple[Rebuilt, list[RunRow], dict[str, list[Entry]]]:
     """Rebuild a ledger from files; return what was said, and what it holds then."""
     said = report.rebuild(Path("ledger.sqlite"), [Path(file) for file in files])
     with Ledger.open(Path("ledger.sqlite")) as book:
@@ -135,8 +135,12 @@ def test_rebuilding_twice_changes_nothing(folder: Path) -> None:
     """The same files give the same ledger again, also where it held something else of these runs; others stay."""
     write("a.jsonl", answer())
     with Ledger.open(Path("ledger.sqlite")) as book:
-        book.record(Run(run_id=RUN_ID, started_at="", status="x"), [Entry(day="2026-01-01", provider="p", model="m")])
-        book.record(Run(run_id="other", started_at="", status="x"), [Entry(day="2026-01-01", provider="p", model="m")])
+        book.record(
+            RunRow(run_id=RUN_ID, started_at="", status="x"), [Entry(day="2026-01-01", provider="p", model="m")]
+        )
+        book.record(
+            RunRow(run_id="other", started_at="", status="x"), [Entry(day="2026-01-01", provider="p", model="m")]
+        )
 
     first = rebuilt("a.jsonl")
 
@@ -190,7 +194,7 @@ def test_the_summary_beside_describes_its_run(folder: Path) -> None:
 
     _, (described, other), _ = rebuilt("a.jsonl")
 
-    assert described == Run(
+    assert described == RunRow(
         run_id=RUN_ID,
         started_at="2026-11-26T01:02:04Z",
         finished_at="2026-11-26T01:09:00Z",
@@ -236,7 +240,7 @@ def test_a_broken_summary_tells_nothing(folder: Path, content: bytes) -> None:
 def test_a_known_run_keeps_its_description(folder: Path) -> None:
     """Without a summary of its own a run keeps the tags and the end that the ledger knows; its counts are new."""
     write("a.jsonl", answer())
-    known = Run(run_id=RUN_ID, started_at="2026-11-26T01:02:03Z", status="completed", exit_code=0, tags={"t": "x"})
+    known = RunRow(run_id=RUN_ID, started_at="2026-11-26T01:02:03Z", status="completed", exit_code=0, tags={"t": "x"})
     with Ledger.open(Path("ledger.sqlite")) as book:
         book.record(known, [])
 
@@ -298,7 +302,7 @@ def test_what_is_no_amount_is_no_price(folder: Path, cost: Any) -> None:
 @pytest.mark.parametrize("form", list(OutputFormat))
 def test_every_dialect_can_be_read(folder: Path, form: OutputFormat) -> None:
     """Results in a batch API's dialect are accounted for as well."""
-    reply = Reply(
+    reply = Completion(
         model="claude-haiku-5-5",
         content="hi",
         finish_reason="end_turn",
@@ -319,7 +323,7 @@ def test_every_dialect_can_be_read(folder: Path, form: OutputFormat) -> None:
         request=request,
         reply=reply,
     )
-    Path("a.jsonl").write_bytes(results.encode(result, form))
+    Path("a.jsonl").write_bytes(codec.encode(result, form))
 
     _, _, entries = rebuilt("a.jsonl")
 

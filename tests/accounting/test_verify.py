@@ -13,8 +13,8 @@ import pytest
 
 import pipeline
 from pipeline.accounting.ledger import Ledger
-from pipeline.accounting.verify import Report, verify
-from pipeline.core import config as configuration
+from pipeline.accounting.verify import VerifyReport, verify
+from pipeline.core import config
 from pipeline.core.config import Config
 from pipeline.simulator import Options, serving
 
@@ -30,7 +30,7 @@ async def finish(tmp_path: Path, questions: list[dict[str, Any]]) -> Path:
     source = tmp_path / "in.jsonl"
     source.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in questions))
     with serving(Options()) as server:
-        settings = configuration.simulated(Config(), server.url)
+        settings = config.simulated(Config(), server.url)
         await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=settings)
     return tmp_path
 
@@ -40,7 +40,7 @@ async def folder(tmp_path: Path) -> Path:
     return await finish(tmp_path, QUESTIONS)
 
 
-def look(folder: Path) -> Report:
+def look(folder: Path) -> VerifyReport:
     return verify(folder / "out.jsonl", [str(folder / "in.jsonl")], Config())
 
 

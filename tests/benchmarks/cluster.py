@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.dispatch.live.rate_limiter import Need
+from pipeline.dispatch.live.rate_limiter import Demand
 from pipeline.dispatch.live.shared_limits import RENEWED_EVERY
 from tests.benchmarks.throughput import serving, write_input
 
@@ -116,11 +116,11 @@ async def _capacity(address: str, holders: int) -> float:
     """Return how many calls a second one budget actor answers when there are so many workers."""
     import ray
 
-    from pipeline.runner.cluster.ray import Budget
+    from pipeline.runner.cluster.ray import QuotaActor
 
     ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
-    actor: Any = ray.remote(Budget).options(num_cpus=0).remote()
-    need = {f"quota {n}": Need(used=0.1, is_hungry=True, closed_until=0.0) for n in range(2)}
+    actor: Any = ray.remote(QuotaActor).options(num_cpus=0).remote()
+    need = {f"quota {n}": Demand(used=0.1, is_hungry=True, closed_until=0.0) for n in range(2)}
     for number in range(holders):
         await actor.renew.remote(f"worker {number}", need)
     await asyncio.sleep(1.1)

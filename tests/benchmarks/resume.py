@@ -37,10 +37,10 @@ import orjson
 
 from pipeline.core import config_file
 from pipeline.core.config import Config
-from pipeline.core.types import OutputFormat, Reply, Request, Result, Usage
+from pipeline.core.types import Completion, OutputFormat, Request, Result, Usage
 from pipeline.inputs.planner import Planner
 from pipeline.inputs.reader import Line
-from pipeline.results import codec as results
+from pipeline.results import codec
 
 LINES = 1_000_000
 SHORT_LINES = 20_000
@@ -159,7 +159,7 @@ def _write(source: Path, output: Path, count: int, settings: Config) -> None:
 
 
 def _result(request: Request) -> bytes:
-    reply = Reply(
+    reply = Completion(
         model="gpt-4o-2024-08-06",
         content=ANSWER,
         finish_reason="stop",
@@ -179,7 +179,7 @@ def _result(request: Request) -> bytes:
         reply=reply,
         latency_s=1.24,
     )
-    return results.encode(result, OutputFormat.NATIVE, run_id="run-2026-11-22T024007Z-abcdef")
+    return codec.encode(result, OutputFormat.NATIVE, run_id="run-2026-11-22T024007Z-abcdef")
 
 
 def _completion(number: int) -> dict[str, Any]:

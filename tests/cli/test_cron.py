@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 import orjson
 import pytest
 
-from pipeline.cli import main as cli
+from pipeline.cli import main
 from pipeline.simulator import Options, Server, serving
 
 ROOT = Path(__file__).parents[2]
@@ -429,7 +429,7 @@ def test_samples_hold_commands_that_exist(name: str, count: int) -> None:
     commands = _commands((SAMPLES / name).read_text())
 
     for command, *words in commands:
-        cli.main.commands[command].make_context(command, words)
+        main.main.commands[command].make_context(command, words)
     assert len(commands) == count
 
 

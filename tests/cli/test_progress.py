@@ -13,13 +13,13 @@ from rich.console import Console
 
 from pipeline.cli.events import LOG_SECONDS, Event, Screen
 from pipeline.core.types import Allowance, Usage
-from pipeline.dispatch.live import model_queue as lane
+from pipeline.dispatch.live import model_queue
 from pipeline.dispatch.live.sender import Statistics
-from pipeline.results.codec import Record
+from pipeline.results.codec import StoredResult
 from pipeline.results.totals import Totals
 from pipeline.runner.base import Progress
 
-LANE = lane.Statistics(
+LANE = model_queue.Statistics(
     provider="openai",
     model="m",
     waiting=7,
@@ -88,7 +88,7 @@ class Run:
         totals = Totals(failed=1)
         for _ in range(seconds // 2):
             usage = Usage(input_tokens=15, output_tokens=5)
-            totals.add(Record(custom_id="q", digest="d", success=True, provider="openai", model="m", usage=usage))
+            totals.add(StoredResult(custom_id="q", digest="d", success=True, provider="openai", model="m", usage=usage))
         lanes = (LANE,)
         sender = Statistics(
             in_flight=3, attempts=5, billed=2, rate_limited=1, failed=1, unknown=0, dropped=0, lanes=lanes

@@ -649,7 +649,7 @@ def test_choices_are_those_of_the_types() -> None:
 
 LOAD_DEEP = """
 import sys
-from pipeline.core import config
+from pipeline.core import config_file
 from pipeline.core import errors
 sys.setrecursionlimit(150)
 try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import cpu_affinity as cores
+from pipeline.core import cpu_affinity
 from pipeline.core.cpu_affinity import Use, is_contended, keep
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot hold a program on a core")
@@ -24,8 +24,8 @@ class Over(Exception):
 def held(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """What would have been held, on a machine with the cores 0 to 3, of which the busiest thread runs on 2."""
     held: list[set[int]] = []
-    monkeypatch.setattr(cores, "hold", held.append)
-    monkeypatch.setattr(cores, "_busiest", lambda: 2)
+    monkeypatch.setattr(cpu_affinity, "hold", held.append)
+    monkeypatch.setattr(cpu_affinity, "_busiest", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     return held
 
@@ -55,12 +55,16 @@ def test_a_program_that_hands_its_lock_around_is_held_and_let_go(held: list[set[
     waited = _keep([(1.1, 13_000), (1.0, 9_000)] * 2)
 
     assert held == [{2}, {0, 1, 2, 3}] * 2
-    assert waited == [cores._LOOK_SECONDS, cores._LOOK_SECONDS, cores._HOLD_SECONDS] * 2
+    assert waited == [cpu_affinity._LOOK_SECONDS, cpu_affinity._LOOK_SECONDS, cpu_affinity._HOLD_SECONDS] * 2
 
 
 def test_one_look_alone_decides_nothing(held: list[set[int]]) -> None:
     """Work that begins looks like work whose threads fight, for a moment."""
-    assert _keep([(1.1, 7_000), (1.25, 7_000)]) == [cores._LOOK_SECONDS, cores._LOOK_SECONDS, cores._PAUSE_SECONDS]
+    assert _keep([(1.1, 7_000), (1.25, 7_000)]) == [
+        cpu_affinity._LOOK_SECONDS,
+        cpu_affinity._LOOK_SECONDS,
+        cpu_affinity._PAUSE_SECONDS,
+    ]
     assert held == []
 
 
@@ -70,7 +74,7 @@ def test_without_proc_nothing_is_held(held: list[set[int]], monkeypatch: pytest.
     def current() -> int:
         raise FileNotFoundError
 
-    monkeypatch.setattr(cores, "_busiest", current)
+    monkeypatch.setattr(cpu_affinity, "_busiest", current)
     keep(lambda seconds: None, iter([_use(0, 0, 0), _use(1, 1.1, 13_000)] * 2).__next__)
     assert held == []
 
@@ -84,11 +88,11 @@ def test_what_is_held_is_let_go_come_what_may(held: list[set[int]], monkeypatch:
             raise trouble
         held.append(wanted)
 
-    monkeypatch.setattr(cores, "hold", hold)
+    monkeypatch.setattr(cpu_affinity, "hold", hold)
     waited = _keep([(1.1, 13_000)] * 2)
 
     assert held == [{2}, {0, 1, 2, 3}]
-    assert waited[2:] == [cores._HOLD_SECONDS, cores._PAUSE_SECONDS, cores._PAUSE_SECONDS]
+    assert waited[2:] == [cpu_affinity._HOLD_SECONDS, cpu_affinity._PAUSE_SECONDS, cpu_affinity._PAUSE_SECONDS]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_what_is_held_is_let_go_come_what_may(held: list[set[int]], monkeypatch:
 )
 def test_others_are_left_alone(held: list[set[int]], busy: float, waits: int) -> None:
     """Who waits for answers, starts, or compresses and hashes in several threads, gains nothing by one core."""
-    assert _keep([(busy, waits)]) == [cores._LOOK_SECONDS, cores._PAUSE_SECONDS]
+    assert _keep([(busy, waits)]) == [cpu_affinity._LOOK_SECONDS, cpu_affinity._PAUSE_SECONDS]
     assert held == []
 
 
@@ -117,7 +121,7 @@ def all_cores() -> Iterator[set[int]]:
     """The cores of this process, which it has again afterwards."""
     before = os.sched_getaffinity(0)
     yield before
-    cores.hold(before)
+    cpu_affinity.hold(before)
 
 
 def test_all_threads_are_held(all_cores: set[int]) -> None:
@@ -134,15 +138,15 @@ def test_all_threads_are_held(all_cores: set[int]) -> None:
 
     early = threading.Thread(target=look_when_done)
     early.start()
-    core = cores._busiest()
-    cores.hold({core})
+    core = cpu_affinity._busiest()
+    cpu_affinity.hold({core})
     done.set()
     early.join()
     late = threading.Thread(target=look)
     late.start()
     late.join()
     look()
-    cores.hold(all_cores)
+    cpu_affinity.hold(all_cores)
     look()
 
     assert seen == [{core}, {core}, {core}, all_cores]
@@ -151,17 +155,17 @@ def test_all_threads_are_held(all_cores: set[int]) -> None:
 def test_the_core_is_one_of_ours(all_cores: set[int]) -> None:
     """What proc(5) tells is where this process may run, whatever its name looks like there."""
     name = Path("/proc/self/comm").read_text()
-    assert cores._busiest() in all_cores
+    assert cpu_affinity._busiest() in all_cores
     Path("/proc/self/comm").write_text("a) b (c")
-    assert cores._busiest() in all_cores
+    assert cpu_affinity._busiest() in all_cores
     Path("/proc/self/comm").write_text(name)
 
 
 def test_a_thread_that_ends_meanwhile_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Between the look and the hold a thread may be gone, or the core: the others are held."""
     (tmp_path / "4194305").mkdir()
-    monkeypatch.setattr(cores, "_TASKS", tmp_path)
-    cores.hold({0})
+    monkeypatch.setattr(cpu_affinity, "_TASKS", tmp_path)
+    cpu_affinity.hold({0})
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "stat").write_text("1 (a) b) " + " ".join(map(str, range(3, 53))))
-    assert cores._busiest() == 39
+    assert cpu_affinity._busiest() == 39

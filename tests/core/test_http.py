@@ -14,9 +14,9 @@ import respx
 from anyio.abc import SocketStream
 
 from pipeline.core.config import Sending
-from pipeline.core.errors import Reach, TransportError
+from pipeline.core.errors import ErrorScope, TransportError
 from pipeline.core.http import Client, Content, ping
-from pipeline.core.types import Answer, Call
+from pipeline.core.types import HttpRequest, HttpResponse
 
 QUICK = Sending(timeout=0.5, connect_timeout=0.4, max_response_bytes=1_000_000)
 HEADERS = [("authorization", "Bearer sk-canary"), ("content-type", "application/json")]
@@ -56,7 +56,7 @@ async def _server(
         tasks.cancel_scope.cancel()
 
 
-async def _post(url: str, settings: Sending = QUICK) -> Answer:
+async def _post(url: str, settings: Sending = QUICK) -> HttpResponse:
     async with Client(settings) as client:
         return await client.post_to(url, HEADERS)(b'{"a":1}')
 
@@ -103,7 +103,7 @@ async def test_a_broken_answer_is_a_transport_error(writes: list[bytes], type: s
         with pytest.raises(TransportError) as caught:
             await _post(url)
 
-    assert (caught.value.type, caught.value.is_sent, caught.value.reach) == (type, is_sent, Reach.ATTEMPT)
+    assert (caught.value.type, caught.value.is_sent, caught.value.reach) == (type, is_sent, ErrorScope.ATTEMPT)
     assert "canary" not in repr(caught.value)
 
 
@@ -305,8 +305,8 @@ def _content(block: bytes, number: int) -> Content:
     return Content(size=len(block) * number, blocks=blocks)
 
 
-def _get(url: str) -> Call:
-    return Call(method="GET", url=url, headers=HEADERS)
+def _get(url: str) -> HttpRequest:
+    return HttpRequest(method="GET", url=url, headers=HEADERS)
 
 
 class Taken:
@@ -326,7 +326,7 @@ async def test_what_is_large_goes_out_in_blocks() -> None:
     """Head, blocks and tail arrive as one body whose length is told ahead; a second call sends all of it anew."""
     content = _content(BLOCK, 5)
     async with _reader(OK, end=b"TAIL") as (url, received), Client(Sending(timeout=20)) as client:
-        call = Call(method="POST", url=url, headers=HEADERS, body=b"HEAD", tail=b"TAIL")
+        call = HttpRequest(method="POST", url=url, headers=HEADERS, body=b"HEAD", tail=b"TAIL")
         answers = [await client.call(call, content) for _ in range(2)]
 
     assert [(answer.status, answer.body) for answer in answers] == [(200, b"{}")] * 2
@@ -346,7 +346,7 @@ async def test_a_call_is_one_plain_request(method: str, body: bytes) -> None:
     """A call without content is its method, address, headers and body."""
     made = b"HTTP/1.1 201 Created\r\nx-a: b\r\ncontent-length: 3\r\n\r\nabc"
     async with _server(made) as (url, received), Client(QUICK) as client:
-        answer = await client.call(Call(method=method, url=f"{url}?a=b%2Fc", headers=HEADERS, body=body))
+        answer = await client.call(HttpRequest(method=method, url=f"{url}?a=b%2Fc", headers=HEADERS, body=body))
 
     head, _, sent = received[0].partition(b"\r\n\r\n")
     assert head.startswith(f"{method} /v1/x?a=b%2Fc HTTP/1.1\r\n".encode())
@@ -358,7 +358,7 @@ async def test_a_call_is_one_plain_request(method: str, body: bytes) -> None:
 async def test_what_is_large_has_longer() -> None:
     """An upload may take the timeout and its size at 100 kB/s; a call of the same server without one may not."""
     async with _reader(OK, end=b"TAIL", pause=1.0) as (url, _), Client(QUICK) as client:
-        call = Call(method="POST", url=url, headers=HEADERS, body=b"HEAD", tail=b"TAIL")
+        call = HttpRequest(method="POST", url=url, headers=HEADERS, body=b"HEAD", tail=b"TAIL")
 
         assert (await client.call(call, _content(b"x" * 300_000, 1))).status == 200
         with pytest.raises(TransportError) as caught:
@@ -370,7 +370,7 @@ async def test_what_is_large_has_longer() -> None:
 async def test_an_upload_that_nobody_reads_ends() -> None:
     """A server that takes nothing costs no more than the time for so many bytes."""
     async with _server(hang=True) as (url, _), Client(QUICK) as client:
-        call = Call(method="POST", url=url, headers=HEADERS, tail=b"")
+        call = HttpRequest(method="POST", url=url, headers=HEADERS, tail=b"")
         with pytest.raises(TransportError) as caught, anyio.fail_after(10):
             await client.call(call, Content(size=50_000, blocks=_content(BLOCK, 50).blocks))
 
@@ -385,7 +385,7 @@ async def test_what_cannot_be_read_is_not_sent_as_something_else() -> None:
         raise FileNotFoundError("gone")
 
     async with _server(hang=True) as (url, received), Client(QUICK) as client:
-        call = Call(method="POST", url=url, headers=HEADERS, body=b"HEAD", tail=b"TAIL")
+        call = HttpRequest(method="POST", url=url, headers=HEADERS, body=b"HEAD", tail=b"TAIL")
         with pytest.raises(FileNotFoundError, match="gone"):
             await client.call(call, Content(size=10, blocks=blocks))
 
@@ -443,7 +443,7 @@ async def test_no_redirect_of_a_call_or_a_download_is_followed() -> None:
     async with _server(OK) as (elsewhere, received):
         redirect = f"HTTP/1.1 307 Temporary Redirect\r\nlocation: {elsewhere}\r\ncontent-length: 2\r\n\r\nno"
         async with _server(redirect.encode(), keep=True) as (url, _), Client(QUICK) as client:
-            called = await client.call(Call(method="POST", url=url, headers=HEADERS, body=b"x"))
+            called = await client.call(HttpRequest(method="POST", url=url, headers=HEADERS, body=b"x"))
             downloaded = await client.download(_get(url), taken.write)
 
     assert [(each.status, each.headers["location"], each.body) for each in (called, downloaded)] == [
@@ -606,7 +606,7 @@ async def test_who_writes_may_end_a_download() -> None:
     """An error of the one who takes the pieces comes out as it is, and the client works on."""
 
     async def write(place: int, piece: bytes) -> None:
-        raise TransportError("enough", type="response_too_large", is_sent=True, reach=Reach.MODEL)
+        raise TransportError("enough", type="response_too_large", is_sent=True, reach=ErrorScope.MODEL)
 
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (5 * len(BLOCK))
     async with _server(head, *[BLOCK] * 5) as (url, _), _server(OK) as (other, _), Client(QUICK) as client:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import object_store as stores
+from pipeline.core import object_store
 from pipeline.core.errors import PipelineError, StorageError, UsageError
 from pipeline.inputs import reader as read
 from tests.bucket import KEY, SECRET, Bucket
@@ -42,44 +42,44 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_what_is_there_is_not_created_again(folder: str) -> None:
     """An object is created where there is none; the second who tries is told so, and changes nothing."""
-    first = stores.create(f"{folder}a.jsonl", b"first")
+    first = object_store.create(f"{folder}a.jsonl", b"first")
 
     assert first is not None
-    assert stores.create(f"{folder}a.jsonl", b"second") is None
-    assert stores.read(f"{folder}a.jsonl") == (b"first", first)
+    assert object_store.create(f"{folder}a.jsonl", b"second") is None
+    assert object_store.read(f"{folder}a.jsonl") == (b"first", first)
 
 
 def test_only_the_state_that_is_known_is_replaced(folder: str) -> None:
     """An object is replaced if it is as it was when it was seen; else it stays."""
-    seen = stores.put(f"{folder}a.jsonl", b"one")
+    seen = object_store.put(f"{folder}a.jsonl", b"one")
 
-    newer = stores.update(f"{folder}a.jsonl", b"other", seen)
+    newer = object_store.update(f"{folder}a.jsonl", b"other", seen)
 
     assert newer is not None
-    assert stores.update(f"{folder}a.jsonl", b"three", seen) is None
-    assert stores.read(f"{folder}a.jsonl") == (b"other", newer)
+    assert object_store.update(f"{folder}a.jsonl", b"three", seen) is None
+    assert object_store.read(f"{folder}a.jsonl") == (b"other", newer)
 
 
 def test_of_many_who_create_one_succeeds(folder: str) -> None:
     """However many try at once, one of them creates the object, and it is that one's."""
     with ThreadPoolExecutor(8) as threads:
-        made = list(threads.map(lambda n: stores.create(f"{folder}a", f"{n}".encode()), range(16)))
+        made = list(threads.map(lambda n: object_store.create(f"{folder}a", f"{n}".encode()), range(16)))
 
     [winner] = [n for n, etag in enumerate(made) if etag is not None]
-    assert stores.read(f"{folder}a")[0] == str(winner).encode()
+    assert object_store.read(f"{folder}a")[0] == str(winner).encode()
 
 
 def test_what_is_moved_or_deleted_is_gone(folder: str) -> None:
     """A moved object is where it went and not where it was; to delete what is gone is no error."""
-    stores.put(f"{folder}a", b"content")
+    object_store.put(f"{folder}a", b"content")
 
-    stores.move(f"{folder}a", f"{folder}old-1/a")
+    object_store.move(f"{folder}a", f"{folder}old-1/a")
 
-    assert stores.head(f"{folder}a") is None
-    assert stores.read(f"{folder}old-1/a")[0] == b"content"
-    stores.delete(f"{folder}old-1/a")
-    stores.delete(f"{folder}old-1/a")
-    assert stores.listed_deep(folder) == []
+    assert object_store.head(f"{folder}a") is None
+    assert object_store.read(f"{folder}old-1/a")[0] == b"content"
+    object_store.delete(f"{folder}old-1/a")
+    object_store.delete(f"{folder}old-1/a")
+    assert object_store.listed_deep(folder) == []
 
 
 # ── looking ───────────────────────────────────────────────────────────────────────────────────────────
@@ -103,25 +103,25 @@ KEYS = ("a.jsonl", "b c.jsonl", "b/a.jsonl", "b/deep/é.jsonl", "c.txt", "x[1]?%
 def test_globs_match_as_for_files(folder: str, pattern: str, expected: list[str]) -> None:
     """`*` stays within a folder, `**` does not; names are taken as they are, without any encoding."""
     for key in KEYS:
-        stores.put(folder + key, b"")
+        object_store.put(folder + key, b"")
 
-    found = stores.matching(folder + pattern)
+    found = object_store.matching(folder + pattern)
 
     assert [each.url for each in found] == [folder + key for key in expected]
 
 
 def test_a_folder_holds_what_is_right_under_it(folder: str) -> None:
     """Listing a folder tells names, sizes and etags, and nothing of what lies deeper or beside it."""
-    etag = stores.put(f"{folder}q/a.jsonl", b"abc")
-    stores.put(f"{folder}q/deep/b.jsonl", b"")
-    stores.put(f"{folder}qq.jsonl", b"")
+    etag = object_store.put(f"{folder}q/a.jsonl", b"abc")
+    object_store.put(f"{folder}q/deep/b.jsonl", b"")
+    object_store.put(f"{folder}qq.jsonl", b"")
 
-    [found] = stores.listed(f"{folder}q/")
+    [found] = object_store.listed(f"{folder}q/")
 
     assert (found.url, found.name, found.size) == (f"{folder}q/a.jsonl", "a.jsonl", 3)
-    assert stores.is_same(found.etag, etag)
-    assert stores.head(found.url) == found
-    assert stores.listed(f"{folder}nothing/") == []
+    assert object_store.is_same(found.etag, etag)
+    assert object_store.head(found.url) == found
+    assert object_store.listed(f"{folder}nothing/") == []
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_folder_holds_what_is_right_under_it(folder: str) -> None:
 )
 def test_urls_of_stores_are_told_from_files(text: str, is_url: bool) -> None:
     """Only what begins with the scheme of a store is at one."""
-    assert stores.is_url(text) is is_url
+    assert object_store.is_url(text) is is_url
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
@@ -149,9 +149,9 @@ def test_urls_of_stores_are_told_from_files(text: str, is_url: bool) -> None:
 def test_an_object_is_read_as_it_is(folder: str, size: int) -> None:
     """All bytes come, in order, whatever the size."""
     content = bytes(n % 251 for n in range(min(size, MEGABYTE))) * (size // MEGABYTE or 1)
-    stores.put(f"{folder}a", content)
+    object_store.put(f"{folder}a", content)
 
-    with stores.open_reader(f"{folder}a") as reader:
+    with object_store.open_reader(f"{folder}a") as reader:
         assert reader.read() == content
 
 
@@ -167,19 +167,19 @@ def test_an_object_is_read_as_it_is(folder: str, size: int) -> None:
 )
 def test_a_part_of_an_object_is_read(folder: str, start: int, end: int | None) -> None:
     """From `start` to before `end`, as a slice."""
-    stores.put(f"{folder}a", b"0123456789")
+    object_store.put(f"{folder}a", b"0123456789")
 
-    with stores.open_reader(f"{folder}a", start, end) as reader:
+    with object_store.open_reader(f"{folder}a", start, end) as reader:
         assert reader.read() == b"0123456789"[start:end]
 
 
 def test_reading_holds_a_bounded_part(tmp_path: Path) -> None:
     """Memory does not follow the size of the object; here it is a file, as the other stores live in this process."""
     folder = f"file://{tmp_path}/"
-    stores.put(f"{folder}a", b"x" * 32 * MEGABYTE)
+    object_store.put(f"{folder}a", b"x" * 32 * MEGABYTE)
     tracemalloc.start()
 
-    with stores.open_reader(f"{folder}a") as reader:
+    with object_store.open_reader(f"{folder}a") as reader:
         size = sum(len(block) for block in iter(lambda: reader.read(MEGABYTE), b""))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -191,11 +191,11 @@ def test_reading_holds_a_bounded_part(tmp_path: Path) -> None:
 def test_an_object_that_is_replaced_while_it_is_read_is_an_error(folder: str) -> None:
     """What is read is one state of an object: a mixture of two is never handed out."""
     line = b'{"a": "' + b"a" * 1_000 + b'"}\n'
-    stores.put(f"{folder}a.jsonl", line * (6 * MEGABYTE // len(line)))
+    object_store.put(f"{folder}a.jsonl", line * (6 * MEGABYTE // len(line)))
     lines = read.lines(f"{folder}a.jsonl", LIMIT)
     first = next(lines)
 
-    stores.put(f"{folder}a.jsonl", line.replace(b"a", b"b") * (6 * MEGABYTE // len(line)))
+    object_store.put(f"{folder}a.jsonl", line.replace(b"a", b"b") * (6 * MEGABYTE // len(line)))
     *rest, last = lines
 
     assert {each.data for each in (first, *rest)} == {line[:-1]}
@@ -206,11 +206,11 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error(folder: str) ->
 
 def test_a_reader_can_be_held_to_a_state_seen_before(folder: str) -> None:
     """With an etag only that state is read."""
-    seen = stores.put(f"{folder}a", b"one")
-    stores.put(f"{folder}a", b"other")
+    seen = object_store.put(f"{folder}a", b"one")
+    object_store.put(f"{folder}a", b"other")
 
     with pytest.raises(OSError, match="was replaced"):
-        stores.open_reader(f"{folder}a", etag=seen).read()
+        object_store.open_reader(f"{folder}a", etag=seen).read()
 
 
 # ── inputs ────────────────────────────────────────────────────────────────────────────────────────────
@@ -226,7 +226,7 @@ def test_a_reader_can_be_held_to_a_state_seen_before(folder: str) -> None:
 )
 def test_lines_of_an_object_are_those_of_a_file(folder: str, compress: Callable[[bytes], bytes]) -> None:
     """An object is read like a file: compression told by content, numbers, its URL as the source."""
-    stores.put(f"{folder}q.bin", compress(b"\xef\xbb\xbfa\r\n\nb"))
+    object_store.put(f"{folder}q.bin", compress(b"\xef\xbb\xbfa\r\n\nb"))
 
     lines = list(read.lines(f"{folder}q.bin", LIMIT))
 
@@ -240,8 +240,8 @@ def test_lines_of_an_object_are_those_of_a_file(folder: str, compress: Callable[
 def inbox(folder: str) -> str:
     keys = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "notes.txt", "a.results/part-00000.jsonl", "deep/d.jsonl")
     for key in (*keys, "out/part-00000.jsonl", "out/usage.json", "out/superseded-0a.jsonl", "out/part-of-mine.jsonl"):
-        stores.put(folder + key, b"{}\n")
-    stores.put(f"{folder}out/work/part-00000-00001-0a/part-00000.jsonl", b"{}\n")
+        object_store.put(folder + key, b"{}\n")
+    object_store.put(f"{folder}out/work/part-00000-00001-0a/part-00000.jsonl", b"{}\n")
     return folder
 
 
@@ -297,7 +297,7 @@ def test_a_refusal_says_what_the_store_said_and_no_secret(bucket: Bucket) -> Non
     bucket.gate.refuses = lambda method, key: True
 
     with pytest.raises(StorageError) as told:
-        stores.read(f"{bucket.url}a.jsonl")
+        object_store.read(f"{bucket.url}a.jsonl")
 
     text = f"{told.value.message} {told.value.hint}"
     assert f"{bucket.url}a.jsonl" in text
@@ -322,7 +322,7 @@ def test_a_url_without_a_bucket_is_refused(url: str) -> None:
 
 def test_before_sending_errors_are_of_usage() -> None:
     """The same failure is a mistake of the command before anything was sent, and of storage later."""
-    with pytest.raises(UsageError, match="down") as told, stores.before_sending():
+    with pytest.raises(UsageError, match="down") as told, object_store.before_sending():
         raise StorageError("down", hint="wait")
 
     assert told.value.hint == "wait"
@@ -333,7 +333,7 @@ def test_without_the_extra_it_is_told_how_to_install_it(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "obstore.store", None)
 
     with pytest.raises(PipelineError) as told:
-        stores.head("s3://bucket-without-a-library/q.jsonl")
+        object_store.head("s3://bucket-without-a-library/q.jsonl")
 
     assert (told.value.exit_code, told.value.hint) == (2, "pip install 'pipeline[cloud]'")
 

@@ -32,13 +32,13 @@ from pipeline.core import text as safe
 )
 def test_nothing_acts(text: str, shown: str) -> None:
     """Controls, escape sequences, direction marks and invisible characters become visible escapes."""
-    assert safe.text(text) == shown
+    assert safe.escape(text) == shown
 
 
 @given(st.text(st.characters(), max_size=50))
 def test_no_control_passes(text: str) -> None:
     """No text leaves anything but printable characters, which any stream can write."""
-    shown = safe.text(text)
+    shown = safe.escape(text)
 
     shown.encode()
     assert [char for char in shown if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")] == []
@@ -56,14 +56,14 @@ def test_no_control_passes(text: str) -> None:
 )
 def test_long_texts_are_cut(length: int, limit: int, shown: str) -> None:
     """A text beyond the limit is cut, visibly, and never longer than the limit."""
-    assert safe.text("x" * length, limit) == shown
+    assert safe.escape("x" * length, limit) == shown
 
 
 def test_escapes_count_towards_the_limit() -> None:
     """A text that grows by escaping is cut at the limit as well."""
-    assert len(safe.text("\0" * 1_000, 100)) == 100
+    assert len(safe.escape("\0" * 1_000, 100)) == 100
 
 
 def test_any_value_is_shown() -> None:
     """What is not a text is shown as its text."""
-    assert safe.text(ValueError("a\x1bb")) == "a\\x1bb"
+    assert safe.escape(ValueError("a\x1bb")) == "a\\x1bb"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from pipeline.core.config import Sending
-from pipeline.core.errors import OpenAIAPIError, ProviderError, Reach
+from pipeline.core.errors import ErrorScope, OpenAIAPIError, ProviderError
 from pipeline.dispatch.retry import Policy, is_capacity
 
 
 def _error(
     status: int | None = 500,
     *,
-    reach: Reach = Reach.ATTEMPT,
+    reach: ErrorScope = ErrorScope.ATTEMPT,
     retry_after: float | None = None,
     may_be_billed: bool = True,
 ) -> ProviderError:
@@ -21,8 +21,8 @@ def _error(
     )
 
 
-@pytest.mark.parametrize("reach", [Reach.REQUEST, Reach.MODEL, Reach.RUN])
-def test_what_reaches_beyond_the_attempt_is_never_tried_again(reach: Reach) -> None:
+@pytest.mark.parametrize("reach", [ErrorScope.REQUEST, ErrorScope.MODEL, ErrorScope.RUN])
+def test_what_reaches_beyond_the_attempt_is_never_tried_again(reach: ErrorScope) -> None:
     """Only an error of the attempt itself is tried again."""
     assert Policy(Sending()).wait_before_retry(_error(reach=reach), attempts=1, counted=1) is None
 

@@ -13,7 +13,7 @@ from pipeline import providers
 from pipeline.core.config import Config
 from pipeline.core.errors import LineError
 from pipeline.core.types import Protocol
-from pipeline.inputs import dialects as formats
+from pipeline.inputs import dialects
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "hello"}
@@ -156,7 +156,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_dialect_is_told_and_taken_apart(case: Case) -> None:
     """A line's keys tell its dialect; its parts get names, and what is sent on holds none of our own keys."""
-    assert formats.parse(case.line) == formats.Draft(
+    assert dialects.parse(case.line) == dialects.Draft(
         custom_id=case.custom_id,
         provider=case.provider,
         model=case.model,
@@ -168,11 +168,11 @@ def test_dialect_is_told_and_taken_apart(case: Case) -> None:
 
 def test_body_of_a_batch_line_is_the_one_written() -> None:
     """A provider's own dialect is not portable: its body goes on as the very object that was read."""
-    draft = formats.parse(OPENAI_LINE)
+    draft = dialects.parse(OPENAI_LINE)
 
     assert draft.fields is BODY
     assert not draft.is_portable
-    assert formats.parse({"messages": [USER]}).is_portable
+    assert dialects.parse({"messages": [USER]}).is_portable
 
 
 @pytest.mark.parametrize("protocol", list(Protocol), ids=str)
@@ -181,7 +181,7 @@ def test_sharegpt_tool_turns_can_be_sent(protocol: Protocol) -> None:
     line = next(case.line for case in CASES if "calls, observations" in case.id)
     config = Config()
 
-    body = providers.codec(protocol).body(formats.parse(line).fields, config.providers[protocol], config.request, "m")
+    body = providers.codec(protocol).body(dialects.parse(line).fields, config.providers[protocol], config.request, "m")
 
     assert [message["role"] for message in body["messages"]][:2] == ["user", "assistant"]
 
@@ -233,7 +233,7 @@ def test_sharegpt_tool_turns_can_be_sent(protocol: Protocol) -> None:
 def test_line_that_cannot_be_read_says_why(line: Any, says: str) -> None:
     """What is no line of any dialect is refused, with the value and what to write instead."""
     with pytest.raises(LineError) as caught:
-        formats.parse(line)
+        dialects.parse(line)
     assert says in caught.value.message
 
 
@@ -273,7 +273,7 @@ KEYS = (
 def test_any_json_value_is_a_draft_or_a_line_error(value: Any) -> None:
     """Whatever JSON a line holds, reading it ends in a draft or in a `LineError`, in nothing else."""
     try:
-        draft = formats.parse(value)
+        draft = dialects.parse(value)
     except LineError:
         return
     assert isinstance(draft.fields, dict)

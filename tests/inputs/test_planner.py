@@ -13,10 +13,10 @@ from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
 from pipeline.core.hashing import fingerprint
 from pipeline.core.types import Request
-from pipeline.inputs import reader as read
+from pipeline.inputs import reader
 from pipeline.inputs.planner import Invalid, Planner
 from pipeline.inputs.reader import Line
-from pipeline.results import writer as record
+from pipeline.results import writer
 from pipeline.results.writer import Done
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
@@ -469,11 +469,11 @@ def test_planned_and_done_partition_the_input(values: list[Any], count: int, ran
     items = list(map(Planner(Config()).plan, lines))
     done = Done()
     for item in items[:count]:
-        done.add(record.key(item.custom_id, item.digest), success=isinstance(item, Request))
+        done.add(writer.key(item.custom_id, item.digest), success=isinstance(item, Request))
 
     again = list(map(Planner(Config()).plan, lines))
 
-    keys = [record.key(item.custom_id, item.digest) for item in again]
+    keys = [writer.key(item.custom_id, item.digest) for item in again]
     assert len(set(keys)) == len(lines)
     assert [done.outcome(key) is not None for key in keys] == [index < count for index in range(len(lines))]
     assert [done.outcome(key) for key in keys[:count]] == [isinstance(item, Request) for item in items[:count]]
@@ -483,8 +483,8 @@ def test_the_samples_are_planned() -> None:
     """Every line of the sample conversations is a request, and of the bad lines only the good ones are."""
     conversations, bad_lines = Planner(Config()), Planner(Config())
 
-    good = [conversations.plan(each) for each in read.lines(str(SAMPLES / "conversations.jsonl"), 10**6)]
-    bad = [bad_lines.plan(each) for each in read.lines(str(SAMPLES / "with-bad-lines.jsonl"), 10**6)]
+    good = [conversations.plan(each) for each in reader.lines(str(SAMPLES / "conversations.jsonl"), 10**6)]
+    bad = [bad_lines.plan(each) for each in reader.lines(str(SAMPLES / "with-bad-lines.jsonl"), 10**6)]
 
     assert [item for item in good if isinstance(item, Invalid)] == []
     assert {item.provider for item in good if isinstance(item, Request)} == {"anthropic", "openai"}

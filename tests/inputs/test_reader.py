@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import UsageError
-from pipeline.inputs import reader as read
+from pipeline.inputs import reader
 from pipeline.inputs.reader import Line
-from pipeline.results import writer as record
+from pipeline.results import writer
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -47,7 +47,7 @@ def file(tmp_path: Path) -> Callable[[bytes], str]:
 
 
 def numbered(source: str, limit: int = LIMIT) -> list[tuple[int, bytes]]:
-    return [(line.number, line.data) for line in read.lines(source, limit)]
+    return [(line.number, line.data) for line in reader.lines(source, limit)]
 
 
 # ── lines ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -82,7 +82,7 @@ def test_an_overlong_line_is_a_problem_and_the_next_is_not(file: Callable[[bytes
     """A line beyond the limit says how long it is and how to allow it; the lines around it are read."""
     source = file(b"a\n" + b"x" * 1_001 + b"\nb\n")
 
-    first, long, last = read.lines(source, LIMIT)
+    first, long, last = reader.lines(source, LIMIT)
 
     assert (first.problem, last.problem) == (None, None)
     assert (last.number, last.data) == (3, b"b")
@@ -154,7 +154,7 @@ def test_a_damaged_archive_ends_with_a_problem(
     file: Callable[[bytes], str], compress: Callable[[bytes], bytes], harm: str
 ) -> None:
     """The lines before the damage are read, then one line says that the rest is missing: never a silent end."""
-    *good, last = read.lines(file(damaged(compress, harm)), LIMIT)
+    *good, last = reader.lines(file(damaged(compress, harm)), LIMIT)
 
     assert [line.problem for line in good] == [None] * len(good)
     assert [int(line.data.split()[0]) for line in good] == list(range(len(good)))
@@ -165,7 +165,7 @@ def test_a_damaged_archive_ends_with_a_problem(
 
 def test_an_input_that_vanished_is_a_problem(tmp_path: Path) -> None:
     """A file that is gone when its turn comes is one line that says so, so the others go on."""
-    (line,) = read.lines(str(tmp_path / "gone.jsonl"), LIMIT)
+    (line,) = reader.lines(str(tmp_path / "gone.jsonl"), LIMIT)
 
     assert (line.number, line.problem) == (1, "the input cannot be read beyond this line: No such file or directory")
 
@@ -176,8 +176,8 @@ def test_files_are_closed(file: Callable[[bytes], str], recwarn: pytest.Warnings
 
     for data in (GOOD, gzip.compress(GOOD), zstd.compress(GOOD)):
         source = file(data)
-        list(read.lines(source, LIMIT))
-        abandoned = read.lines(source, LIMIT)
+        list(reader.lines(source, LIMIT))
+        abandoned = reader.lines(source, LIMIT)
         next(abandoned)
         del abandoned
 
@@ -201,7 +201,7 @@ def test_memory_is_bounded_by_the_limit(
     source = file(compress(b"x" * 64 * MEGABYTE + b"\ngood\n"))
     tracemalloc.reset_peak()
 
-    long, good = read.lines(source, MEGABYTE)
+    long, good = reader.lines(source, MEGABYTE)
 
     assert (long.number, good.number, good.data) == (1, 2, b"good")
     assert long.problem is not None
@@ -274,14 +274,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_inputs_expand(here: Path, inputs: list[str], expected: list[str]) -> None:
     """Files, globs, directories and `-` become a list of inputs in a fixed order, each once."""
-    assert read.sources(inputs) == expected
+    assert reader.sources(inputs) == expected
 
 
 def test_a_link_and_its_file_are_one_input(here: Path) -> None:
     """A file given twice, once by a symbolic link, is read once: nothing is paid twice."""
     (here / "link.jsonl").symlink_to("a.jsonl")
 
-    assert read.sources(["link.jsonl", "a.jsonl"]) == ["link.jsonl"]
+    assert reader.sources(["link.jsonl", "a.jsonl"]) == ["link.jsonl"]
 
 
 @pytest.mark.parametrize("item", [pytest.param("data", id="directory"), pytest.param("data/*", id="glob")])
@@ -298,47 +298,47 @@ def test_a_link_and_its_file_are_one_input(here: Path) -> None:
 )
 def test_our_own_files_are_no_inputs(here: Path, item: str, name: str) -> None:
     """A directory or a glob never takes files that this program wrote for questions."""
-    before = read.sources([item])
+    before = reader.sources([item])
 
     (here / "data" / name).write_bytes(GOOD)
 
-    assert read.sources([item]) == before
+    assert reader.sources([item]) == before
 
 
 @pytest.mark.parametrize("item", [pytest.param("data", id="directory"), pytest.param("data/*", id="glob")])
-@pytest.mark.parametrize("suffix", [".jsonl", ".old-1.jsonl", ".jsonl.tmp", *record.SIDE_FILES])
+@pytest.mark.parametrize("suffix", [".jsonl", ".old-1.jsonl", ".jsonl.tmp", *writer.SIDE_FILES])
 def test_the_output_may_lie_among_the_inputs(here: Path, item: str, suffix: str) -> None:
     """A directory or a glob never takes the output or what lies beside it, so the same command can be repeated."""
     output = Path("data/answers.jsonl")
-    before = read.sources([item], but=output)
+    before = reader.sources([item], but=output)
 
     (here / "data" / f"answers{suffix}").write_bytes(GOOD)
 
-    assert read.sources([item], but=output) == before
-    assert read.sources([f"data/answers{suffix}"], but=output) == [f"data/answers{suffix}"]
+    assert reader.sources([item], but=output) == before
+    assert reader.sources([f"data/answers{suffix}"], but=output) == [f"data/answers{suffix}"]
 
 
 def test_an_output_behind_a_link_may_lie_among_the_inputs(here: Path) -> None:
     """The output is known under its name, and under that of the file behind it."""
-    before = read.sources(["data"])
+    before = reader.sources(["data"])
     (here / "data" / "real.jsonl").write_bytes(GOOD)
     (here / "data" / "answers.jsonl").symlink_to("real.jsonl")
 
-    assert read.sources(["data"], but=Path("data/answers.jsonl")) == before
+    assert reader.sources(["data"], but=Path("data/answers.jsonl")) == before
 
 
 def test_our_own_files_are_inputs_by_name(here: Path) -> None:
     """A file that is named is read, whatever it is called."""
     (here / "x.results.jsonl").write_bytes(GOOD)
 
-    assert read.sources(["x.results.jsonl"]) == ["x.results.jsonl"]
+    assert reader.sources(["x.results.jsonl"]) == ["x.results.jsonl"]
 
 
 def test_an_existing_file_is_no_glob(here: Path) -> None:
     """A name with brackets that exists is that file."""
     (here / "a[1].jsonl").write_bytes(GOOD)
 
-    assert read.sources(["a[1].jsonl"]) == ["a[1].jsonl"]
+    assert reader.sources(["a[1].jsonl"]) == ["a[1].jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -370,14 +370,14 @@ def test_unusable_inputs_are_refused_before_the_run(
     Path("caf\udce9.jsonl").write_bytes(GOOD)
 
     with pytest.raises(UsageError, match=reason):
-        read.sources([item])
+        reader.sources([item])
 
 
 def test_a_drop_folder_may_be_empty(tmp_path: Path) -> None:
     """Where that is said, a directory without inputs stands for none; one that does not exist is refused still."""
-    assert read.sources([str(tmp_path)], may_be_empty=True) == []
+    assert reader.sources([str(tmp_path)], may_be_empty=True) == []
     with pytest.raises(UsageError, match="does not exist"):
-        read.sources([str(tmp_path / "absent")], may_be_empty=True)
+        reader.sources([str(tmp_path / "absent")], may_be_empty=True)
 
 
 @contextmanager
@@ -401,7 +401,7 @@ def test_an_unreadable_file_is_refused() -> None:
         (Path(folder) / "a.jsonl").touch(mode=0)
 
         with as_an_ordinary_user(), pytest.raises(UsageError, match="permission denied"):
-            read.sources([f"{folder}/a.jsonl"])
+            reader.sources([f"{folder}/a.jsonl"])
 
 
 # ── batches and names ─────────────────────────────────────────────────────────────────────────────────
@@ -415,7 +415,7 @@ def test_batches_hold_every_line_once(tmp_path_factory: pytest.TempPathFactory, 
     for source, count in zip(sources, counts, strict=True):
         Path(source).write_bytes(b"x\n" * (count + more))
 
-    batches = list(read.batches(sources, LIMIT))
+    batches = list(reader.batches(sources, LIMIT))
 
     expected = [
         (source, number) for source, count in zip(sources, counts, strict=True) for number in range(1, count + more + 1)
@@ -428,7 +428,7 @@ def test_batches_are_bounded_in_bytes(file: Callable[[bytes], str]) -> None:
     """A batch of large lines ends when it has a megabyte, so memory does not follow the count of lines."""
     source = file((b"x" * 400_000 + b"\n") * 7)
 
-    assert [batch.count for batch in read.batches([source], MEGABYTE)] == [3, 3, 1]
+    assert [batch.count for batch in reader.batches([source], MEGABYTE)] == [3, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_batches_are_bounded_in_bytes(file: Callable[[bytes], str]) -> None:
 )
 def test_stem_is_the_name_without_suffixes(source: str, expected: str) -> None:
     """Names of results are made from the input's name without its suffixes."""
-    assert read.stem(source) == expected
+    assert reader.stem(source) == expected
 
 
 def test_lines_are_values() -> None:
@@ -461,7 +461,7 @@ def test_an_archive_that_is_cut_in_its_first_line_ends_with_a_problem(kept: int,
     """Where not one line is whole, the first is the one that tells of the damage."""
     archive = gzip.compress(b'{"messages":[{"role":"user","content":"' + os.urandom(500).hex().encode() + b'"}]}\n')
 
-    (line,) = read.lines(file(archive[:kept]), LIMIT)
+    (line,) = reader.lines(file(archive[:kept]), LIMIT)
 
     assert line.number == 1
     assert "cannot be read beyond this line" in (line.problem or "")
@@ -469,8 +469,8 @@ def test_an_archive_that_is_cut_in_its_first_line_ends_with_a_problem(kept: int,
 
 def test_parts_of_a_run_on_a_cluster_are_no_inputs(here: Path) -> None:
     """A glob of any depth leaves alone what workers have in work."""
-    before = read.sources(["**/*.jsonl"])
+    before = reader.sources(["**/*.jsonl"])
     (here / "data" / "answers.parts").mkdir()
     (here / "data" / "answers.parts" / "part-00003-00007.jsonl").write_bytes(GOOD)
 
-    assert read.sources(["**/*.jsonl"]) == before
+    assert reader.sources(["**/*.jsonl"]) == before

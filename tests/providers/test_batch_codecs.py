@@ -23,10 +23,10 @@ from openai.types import batch_create_params as openai_params
 
 from pipeline import providers
 from pipeline.core.config import Config, Endpoint
-from pipeline.core.errors import AnthropicAPIError, LineError, OpenAIAPIError, ProviderError, Reach
+from pipeline.core.errors import AnthropicAPIError, ErrorScope, LineError, OpenAIAPIError, ProviderError
 from pipeline.core.hashing import checksum
 from pipeline.core.http import Client, Content
-from pipeline.core.types import Answer, Call, Protocol
+from pipeline.core.types import HttpRequest, HttpResponse, Protocol
 from pipeline.providers import batch as batches
 from pipeline.providers.batch import Batch, Outcome, Problem
 from pipeline.simulator import Options, build_app
@@ -79,8 +79,8 @@ def endpoint(protocol: Protocol, **changes: Any) -> Endpoint:
     return CONFIG.providers[protocol].model_copy(update=changes)
 
 
-def answer(value: Any, status: int = 200) -> Answer:
-    return Answer(status=status, body=value if isinstance(value, bytes) else orjson.dumps(value))
+def answer(value: Any, status: int = 200) -> HttpResponse:
+    return HttpResponse(status=status, body=value if isinstance(value, bytes) else orjson.dumps(value))
 
 
 def batch(protocol: Protocol, **changes: Any) -> Batch:
@@ -191,7 +191,9 @@ def test_anthropic_is_sent_one_object_of_requests() -> None:
     assert (call.method, call.url, call.headers) == ("POST", "https://api.anthropic.com/v1/messages/batches", KEYED)
 
 
-def parts(call: Call, middle: bytes) -> tuple[dict[bytes, bytes | None], dict[bytes, tuple[bytes | None, bytes]]]:
+def parts(
+    call: HttpRequest, middle: bytes
+) -> tuple[dict[bytes, bytes | None], dict[bytes, tuple[bytes | None, bytes]]]:
     """Return fields and files of a form, as python-multipart reads them."""
     fields: dict[bytes, bytes | None] = {}
     files: dict[bytes, tuple[bytes | None, bytes]] = {}
@@ -279,7 +281,7 @@ def test_every_call_goes_beneath_the_endpoint(
     prefix = {OPENAI: "https://gateway.example/a/v1", ANTHROPIC: "https://gateway.example/a"}[protocol]
     codec = providers.batch_codec(protocol)
 
-    call: Call = getattr(codec, kind)(endpoint(protocol, base_url=prefix + slash), KEYED, what)
+    call: HttpRequest = getattr(codec, kind)(endpoint(protocol, base_url=prefix + slash), KEYED, what)
 
     method, path = expected.split(" ", 1)
     assert (call.method, call.url) == (method, "https://gateway.example/a" + path)
@@ -436,7 +438,7 @@ def test_a_batch_without_id_or_status_is_none(protocol: Protocol, name: str, jun
     with pytest.raises(ERRORS[protocol]) as caught:
         batch(protocol, **{field: junk})
 
-    assert (caught.value.type, caught.value.reach, caught.value.status) == ("invalid_response", Reach.ATTEMPT, 200)
+    assert (caught.value.type, caught.value.reach, caught.value.status) == ("invalid_response", ErrorScope.ATTEMPT, 200)
 
 
 @both
@@ -445,25 +447,25 @@ def test_a_200_that_is_no_object_is_unusable(protocol: Protocol, body: bytes) ->
     """Whatever a 200 holds that is not a JSON object, it is one kind of error, which says that it may have worked."""
     error = fails(protocol, body)
 
-    assert (error.type, error.reach, error.may_be_billed) == ("invalid_response", Reach.ATTEMPT, True)
+    assert (error.type, error.reach, error.may_be_billed) == ("invalid_response", ErrorScope.ATTEMPT, True)
 
 
 @both
 @pytest.mark.parametrize(
     ("status", "kind", "reach"),
     [
-        pytest.param(400, "invalid_request_error", Reach.REQUEST, id="400"),
-        pytest.param(401, "authentication_error", Reach.RUN, id="401"),
-        pytest.param(403, "permission_error", Reach.RUN, id="403"),
-        pytest.param(404, "not_found_error", Reach.MODEL, id="404"),
-        pytest.param(413, "request_too_large", Reach.REQUEST, id="413"),
-        pytest.param(429, "rate_limit_error", Reach.ATTEMPT, id="429"),
-        pytest.param(500, "api_error", Reach.ATTEMPT, id="500"),
-        pytest.param(529, "overloaded_error", Reach.ATTEMPT, id="529"),
-        pytest.param(200, "overloaded_error", Reach.ATTEMPT, id="200"),
+        pytest.param(400, "invalid_request_error", ErrorScope.REQUEST, id="400"),
+        pytest.param(401, "authentication_error", ErrorScope.RUN, id="401"),
+        pytest.param(403, "permission_error", ErrorScope.RUN, id="403"),
+        pytest.param(404, "not_found_error", ErrorScope.MODEL, id="404"),
+        pytest.param(413, "request_too_large", ErrorScope.REQUEST, id="413"),
+        pytest.param(429, "rate_limit_error", ErrorScope.ATTEMPT, id="429"),
+        pytest.param(500, "api_error", ErrorScope.ATTEMPT, id="500"),
+        pytest.param(529, "overloaded_error", ErrorScope.ATTEMPT, id="529"),
+        pytest.param(200, "overloaded_error", ErrorScope.ATTEMPT, id="200"),
     ],
 )
-def test_a_refusal_is_read_as_one_of_a_live_call(protocol: Protocol, status: int, kind: str, reach: Reach) -> None:
+def test_a_refusal_is_read_as_one_of_a_live_call(protocol: Protocol, status: int, kind: str, reach: ErrorScope) -> None:
     """Batch APIs refuse in the same form; errors reach as far as there."""
     value = {"type": "error", "error": {"type": kind, "message": "no"}}
 
@@ -479,7 +481,7 @@ def test_a_redirect_is_told(protocol: Protocol) -> None:
     """An address that moved is for the user to put right."""
     error = fails(protocol, b"", 307)
 
-    assert (error.type, error.reach) == ("redirect", Reach.RUN)
+    assert (error.type, error.reach) == ("redirect", ErrorScope.RUN)
 
 
 @pytest.mark.parametrize("value", [{}, {"id": ""}, {"id": None}, {"id": 5}, {"object": "file"}])
@@ -629,17 +631,17 @@ def test_a_failed_batch_has_a_reason(errors: Any) -> None:
 @pytest.mark.parametrize(
     ("code", "reach"),
     [
-        pytest.param("token_limit_exceeded", Reach.ATTEMPT, id="queue full"),
-        pytest.param("too_many_batches", Reach.ATTEMPT, id="too many batches"),
-        pytest.param("rate_limit_exceeded", Reach.ATTEMPT, id="too fast"),
-        pytest.param("invalid_json_line", Reach.REQUEST, id="bad line"),
-        pytest.param(None, Reach.REQUEST, id="not told"),
-        pytest.param("model_not_found", Reach.MODEL, id="no such model"),
-        pytest.param("billing_hard_limit_reached", Reach.RUN, id="no money"),
-        pytest.param("insufficient_quota", Reach.RUN, id="no quota"),
+        pytest.param("token_limit_exceeded", ErrorScope.ATTEMPT, id="queue full"),
+        pytest.param("too_many_batches", ErrorScope.ATTEMPT, id="too many batches"),
+        pytest.param("rate_limit_exceeded", ErrorScope.ATTEMPT, id="too fast"),
+        pytest.param("invalid_json_line", ErrorScope.REQUEST, id="bad line"),
+        pytest.param(None, ErrorScope.REQUEST, id="not told"),
+        pytest.param("model_not_found", ErrorScope.MODEL, id="no such model"),
+        pytest.param("billing_hard_limit_reached", ErrorScope.RUN, id="no money"),
+        pytest.param("insufficient_quota", ErrorScope.RUN, id="no quota"),
     ],
 )
-def test_how_far_a_failure_reaches(code: str | None, reach: Reach) -> None:
+def test_how_far_a_failure_reaches(code: str | None, reach: ErrorScope) -> None:
     """What only came too early may be made again; the rest reaches as far as the same words do in a live call."""
     error = providers.batch_codec(OPENAI).failure(Problem(code=code, message="said so", line=3))
 
@@ -675,10 +677,10 @@ def test_how_many_tokens_are_queued(message: str, limit: int | None) -> None:
 def test_a_download_that_is_sent_elsewhere_ends_the_run(protocol: Protocol) -> None:
     """A redirect is no file, and no refusal that another attempt would pass."""
     error = providers.batch_codec(protocol).refusal(
-        Answer(status=302, headers={"location": "https://elsewhere.example/"})
+        HttpResponse(status=302, headers={"location": "https://elsewhere.example/"})
     )
 
-    assert (error.type, error.reach, error.status) == ("redirect", Reach.RUN, 302)
+    assert (error.type, error.reach, error.status) == ("redirect", ErrorScope.RUN, 302)
 
 
 COMPLETION = {"id": "chatcmpl-1", "choices": [{"message": {"role": "assistant", "content": "é"}}]}
@@ -829,7 +831,7 @@ def test_an_error_that_says_nothing_is_one(error: Any) -> None:
     assert found.answer is not None
     with pytest.raises(AnthropicAPIError) as caught:
         providers.codec(ANTHROPIC).decode(found.answer)
-    assert (caught.value.status, caught.value.reach) == (500, Reach.ATTEMPT)
+    assert (caught.value.status, caught.value.reach) == (500, ErrorScope.ATTEMPT)
 
 
 @pytest.mark.parametrize(
@@ -987,7 +989,7 @@ class Told:
         self.headers = providers.codec(protocol).headers(self.endpoint, "a-key")
         self._client = client
 
-    async def ask(self, call: Call, middle: bytes | None = None) -> Answer:
+    async def ask(self, call: HttpRequest, middle: bytes | None = None) -> HttpResponse:
         if middle is None:
             return await self._client.call(call)
 
@@ -996,13 +998,13 @@ class Told:
 
         return await self._client.call(call, Content(size=len(middle), blocks=blocks))
 
-    async def make(self, middle: bytes) -> Answer:
+    async def make(self, middle: bytes) -> HttpResponse:
         upload = self.codec.upload(self.endpoint, self.headers, NONCE)
         file_id = self.codec.uploaded(await self.ask(upload, middle)) if upload else None
         call = self.codec.create(self.endpoint, self.headers, NONCE, file_id)
         return await self.ask(call, middle if call.tail is not None else None)
 
-    async def poll(self, id: str) -> Answer:
+    async def poll(self, id: str) -> HttpResponse:
         return await self.ask(self.codec.poll(self.endpoint, self.headers, id))
 
     async def lines(self, found: Batch) -> Sequence[bytes]:
@@ -1026,7 +1028,7 @@ def prompts(protocol: Protocol, *texts: str) -> bytes:
     return content(protocol, *[(f"{NONCE}-{n}", orjson.dumps(body)) for n, body in enumerate(bodies)])
 
 
-def compare(protocol: Protocol, told: Answer) -> Batch:
+def compare(protocol: Protocol, told: HttpResponse) -> Batch:
     """Read a batch with the SDK's strict model and with ours, and return ours when both found the same."""
     ours = providers.batch_codec(protocol).batch(told)
     if protocol is OPENAI:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pipeline import providers
 from pipeline.core.config import Config, Endpoint, RequestDefaults
-from pipeline.core.errors import AnthropicAPIError, LineError, OpenAIAPIError, ProviderError, Reach, TransportError
-from pipeline.core.types import Answer, Protocol, Reply, ToolCall, Usage
+from pipeline.core.errors import AnthropicAPIError, ErrorScope, LineError, OpenAIAPIError, ProviderError, TransportError
+from pipeline.core.types import Completion, HttpResponse, Protocol, ToolCall, Usage
 from pipeline.providers.rate_limit_headers import retry_after
 
 CONFIG = Config()
@@ -45,7 +45,7 @@ def body(protocol: Protocol, line: dict[str, Any], **defaults: Any) -> dict[str,
     return providers.codec(protocol).body(line, settings, RequestDefaults(**defaults), model)
 
 
-def fails(protocol: Protocol, answer: Answer) -> ProviderError:
+def fails(protocol: Protocol, answer: HttpResponse) -> ProviderError:
     """The error that an answer decodes to."""
     with pytest.raises(ERRORS[protocol]) as caught:
         providers.codec(protocol).decode(answer)
@@ -633,9 +633,9 @@ def completion(finish_reason: str = "stop", changes: dict[str, Any] | None = Non
     return {"object": "chat.completion", "model": GPT, "choices": [choice], "usage": usage, **(changes or {})}
 
 
-def reply(protocol: Protocol, value: Any, headers: dict[str, str] | None = None) -> Reply:
+def reply(protocol: Protocol, value: Any, headers: dict[str, str] | None = None) -> Completion:
     """The reply that a 200 with this JSON decodes to."""
-    return providers.codec(protocol).decode(Answer(status=200, headers=headers or {}, body=orjson.dumps(value)))
+    return providers.codec(protocol).decode(HttpResponse(status=200, headers=headers or {}, body=orjson.dumps(value)))
 
 
 @pytest.mark.parametrize(
@@ -815,7 +815,7 @@ def test_request_id_is_kept(headers: dict[str, str], expected: str | None) -> No
 def test_paid_text_that_is_not_strict_json_is_kept(written: bytes, content: str) -> None:
     """What a strict parser refuses is still read; the raw body is then mended, to be stored as JSON."""
     body = b'{"choices":[{"message":{"content":' + written + b"}}]}"
-    result = providers.codec(OPENAI).decode(Answer(status=200, body=body))
+    result = providers.codec(OPENAI).decode(HttpResponse(status=200, body=body))
 
     assert result.content == content
     orjson.loads(result.raw)
@@ -840,11 +840,11 @@ GARBAGE = {
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_in_a_200_is_tried_again(protocol: Protocol, garbage: bytes) -> None:
     """A 200 that holds no reply may be billed and may be tried again; the error shows what came."""
-    error = fails(protocol, Answer(status=200, headers={"content-type": "text/x"}, body=garbage))
+    error = fails(protocol, HttpResponse(status=200, headers={"content-type": "text/x"}, body=garbage))
 
     assert (error.type, error.reach, error.may_be_billed, error.status) == (
         "invalid_response",
-        Reach.ATTEMPT,
+        ErrorScope.ATTEMPT,
         True,
         200,
     )
@@ -888,7 +888,7 @@ def usage_of(protocol: Protocol, **usage: Any) -> bytes:
 )
 def test_usage_that_cannot_be_is_none(protocol: Protocol, body: bytes) -> None:
     """Numbers that no answer can have are not believed, and do not cost the answer, which is paid for."""
-    reply = providers.codec(protocol).decode(Answer(status=200, body=body))
+    reply = providers.codec(protocol).decode(HttpResponse(status=200, body=body))
 
     assert reply.usage is None
     assert reply.content
@@ -916,15 +916,15 @@ def test_usage_that_cannot_be_is_none(protocol: Protocol, body: bytes) -> None:
 )
 def test_reply_that_breaks_its_protocol_is_no_success(protocol: Protocol, body: bytes) -> None:
     """A body that is not what the protocol promises is an invalid response."""
-    error = fails(protocol, Answer(status=200, body=body))
+    error = fails(protocol, HttpResponse(status=200, body=body))
 
-    assert (error.type, error.reach, error.may_be_billed) == ("invalid_response", Reach.ATTEMPT, True)
+    assert (error.type, error.reach, error.may_be_billed) == ("invalid_response", ErrorScope.ATTEMPT, True)
 
 
 @pytest.mark.parametrize("status", [201, 202, 204, 206, 299])
 def test_other_success_is_none(status: int) -> None:
     """Only a 200 is an answer."""
-    error = fails(OPENAI, Answer(status=status, body=orjson.dumps(completion())))
+    error = fails(OPENAI, HttpResponse(status=status, body=orjson.dumps(completion())))
 
     assert (error.type, error.status) == ("invalid_response", status)
 
@@ -939,9 +939,9 @@ def test_other_success_is_none(status: int) -> None:
 )
 def test_redirect_ends_the_run(location: str, says: str) -> None:
     """A redirect is not followed: it would carry key and text elsewhere. The error says to mend base_url."""
-    error = fails(ANTHROPIC, Answer(status=307, headers={"location": location}))
+    error = fails(ANTHROPIC, HttpResponse(status=307, headers={"location": location}))
 
-    assert (error.type, error.reach, error.status) == ("redirect", Reach.RUN, 307)
+    assert (error.type, error.reach, error.status) == ("redirect", ErrorScope.RUN, 307)
     assert says in error.message
     assert "base_url" in error.message
 
@@ -1005,9 +1005,9 @@ def anthropic_error(type: str, text: str = "m", code: str | None = None) -> dict
 def test_reach_of_anthropic_errors(status: int, value: Any, reach: str) -> None:
     """How far an error of Anthropic's reaches: by its type and code, then by its status."""
     body = value.encode() if isinstance(value, str) else orjson.dumps(value)
-    error = fails(ANTHROPIC, Answer(status=status, body=body))
+    error = fails(ANTHROPIC, HttpResponse(status=status, body=body))
 
-    assert (error.reach, error.status) == (Reach(reach), status)
+    assert (error.reach, error.status) == (ErrorScope(reach), status)
     assert pickle.loads(pickle.dumps(error)).reach is error.reach
 
 
@@ -1056,9 +1056,9 @@ TOO_LARGE = "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, 
 def test_reach_of_openai_errors(status: int, value: Any, reach: str) -> None:
     """How far an error of OpenAI's or a compatible server's reaches: by type and code, then by its status."""
     body = value.encode() if isinstance(value, str) else orjson.dumps(value)
-    error = fails(OPENAI, Answer(status=status, body=body))
+    error = fails(OPENAI, HttpResponse(status=status, body=body))
 
-    assert (error.reach, error.status) == (Reach(reach), status)
+    assert (error.reach, error.status) == (ErrorScope(reach), status)
 
 
 @pytest.mark.parametrize(
@@ -1073,9 +1073,9 @@ def test_reach_of_openai_errors(status: int, value: Any, reach: str) -> None:
 )
 def test_server_says_whether_to_try_again(status: int, wish: str, reach: str) -> None:
     """`x-should-retry` decides between one more attempt and none, but never revives a run or a model."""
-    error = fails(OPENAI, Answer(status=status, headers={"x-should-retry": wish}, body=b"{}"))
+    error = fails(OPENAI, HttpResponse(status=status, headers={"x-should-retry": wish}, body=b"{}"))
 
-    assert error.reach is Reach(reach)
+    assert error.reach is ErrorScope(reach)
 
 
 @pytest.mark.parametrize(
@@ -1113,7 +1113,7 @@ def test_server_says_whether_to_try_again(status: int, wish: str, reach: str) ->
 @pytest.mark.parametrize("protocol", list(Protocol), ids=str)
 def test_errors_of_every_shape_are_understood(protocol: Protocol, value: Any, type: str, code: Any, text: str) -> None:
     """Whatever shape a server gives its errors, type, code and message are found."""
-    error = fails(protocol, Answer(status=400, body=orjson.dumps(value)))
+    error = fails(protocol, HttpResponse(status=400, body=orjson.dumps(value)))
 
     assert (error.type, error.code, error.message) == (type, code, text)
 
@@ -1121,7 +1121,7 @@ def test_errors_of_every_shape_are_understood(protocol: Protocol, value: Any, ty
 def test_error_without_json_shows_what_came() -> None:
     """A page instead of JSON is named by its status, with the beginning of it."""
     page = b"<html>\r\n<title>502</title>" + b"x" * 5000
-    error = fails(OPENAI, Answer(status=502, headers={"content-type": "text/html"}, body=page))
+    error = fails(OPENAI, HttpResponse(status=502, headers={"content-type": "text/html"}, body=page))
 
     assert error.type == "http_502"
     assert "text/html" in error.message
@@ -1132,10 +1132,10 @@ def test_error_without_json_shows_what_came() -> None:
 def test_error_says_which_request_and_when_to_come_back() -> None:
     """Request id (of the header, else of the body) and the hint to wait are part of the error."""
     body = orjson.dumps(anthropic_error("rate_limit_error"))
-    error = fails(ANTHROPIC, Answer(status=429, headers={"retry-after": "7", "request-id": "req_h"}, body=body))
+    error = fails(ANTHROPIC, HttpResponse(status=429, headers={"retry-after": "7", "request-id": "req_h"}, body=body))
 
     assert (error.request_id, error.retry_after) == ("req_h", 7)
-    assert fails(ANTHROPIC, Answer(status=429, body=body)).request_id == "req_body"
+    assert fails(ANTHROPIC, HttpResponse(status=429, body=body)).request_id == "req_body"
 
 
 @pytest.mark.parametrize(
@@ -1151,7 +1151,7 @@ def test_error_says_which_request_and_when_to_come_back() -> None:
 )
 def test_text_from_outside_cannot_act_and_holds_no_key(said: str, kept: str) -> None:
     """Messages lose control characters and anything that looks like a key."""
-    error = fails(OPENAI, Answer(status=400, body=orjson.dumps(openai_error("x", None, said))))
+    error = fails(OPENAI, HttpResponse(status=400, body=orjson.dumps(openai_error("x", None, said))))
 
     assert kept in error.message
     assert "AbC" not in error.message
@@ -1160,7 +1160,9 @@ def test_text_from_outside_cannot_act_and_holds_no_key(said: str, kept: str) -> 
 
 def test_messages_are_capped() -> None:
     """No server can fill a disk with its messages."""
-    error = fails(OPENAI, Answer(status=400, body=orjson.dumps(openai_error("t" * 9999, "c" * 9999, "m" * 99999))))
+    error = fails(
+        OPENAI, HttpResponse(status=400, body=orjson.dumps(openai_error("t" * 9999, "c" * 9999, "m" * 99999)))
+    )
 
     assert len(error.message) == 2000
     assert len(error.type) == 200
@@ -1173,7 +1175,7 @@ def test_lost_answer(protocol: Protocol, is_sent: bool) -> None:
     lost = providers.codec(protocol).lost(TransportError("late", type="timeout", is_sent=is_sent))
 
     assert type(lost) is ERRORS[protocol]
-    assert (lost.type, lost.reach, lost.may_be_billed) == ("timeout", Reach.ATTEMPT, is_sent)
+    assert (lost.type, lost.reach, lost.may_be_billed) == ("timeout", ErrorScope.ATTEMPT, is_sent)
 
 
 DATE = "Sun, 22 Nov 2026 02:40:00 GMT"
@@ -1439,7 +1441,7 @@ def test_any_answer_is_a_reply_or_a_provider_error(
 ) -> None:
     """Whatever comes back, decoding ends in a reply or in the provider's error, its message on one line."""
     try:
-        result = providers.codec(protocol).decode(Answer(status=status, headers=headers, body=body))
+        result = providers.codec(protocol).decode(HttpResponse(status=status, headers=headers, body=body))
     except ProviderError as exc:
         error = exc
     else:

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict, get_type_hints, is_typeddict
 
 from pipeline import providers
 from pipeline.core.config import Config
-from pipeline.core.types import Answer, Protocol
+from pipeline.core.types import HttpResponse, Protocol
 
 CONFIG = Config()
 MODELS = {Protocol.ANTHROPIC: "claude-haiku-5-5", Protocol.OPENAI: "gpt-6-luna"}
@@ -265,7 +265,7 @@ COMPLETION: dict[str, Any] = {
 def test_anthropic_sdk_reads_the_same_message() -> None:
     """Texts, calls and token counts of a message are those that the SDK's own model holds."""
     theirs = anthropic.types.Message.model_validate(MESSAGE)
-    ours = providers.codec(Protocol.ANTHROPIC).decode(Answer(status=200, body=orjson.dumps(MESSAGE)))
+    ours = providers.codec(Protocol.ANTHROPIC).decode(HttpResponse(status=200, body=orjson.dumps(MESSAGE)))
 
     assert ours.content == "".join(block.text for block in theirs.content if block.type == "text")
     assert [(call.id, call.name, call.arguments) for call in ours.tool_calls] == [
@@ -286,7 +286,7 @@ def test_anthropic_sdk_reads_the_same_message() -> None:
 def test_openai_sdk_reads_the_same_completion() -> None:
     """Text, calls and token counts of a completion are those that the SDK's own model holds."""
     theirs = openai.types.chat.ChatCompletion.model_validate(COMPLETION)
-    ours = providers.codec(Protocol.OPENAI).decode(Answer(status=200, body=orjson.dumps(COMPLETION)))
+    ours = providers.codec(Protocol.OPENAI).decode(HttpResponse(status=200, body=orjson.dumps(COMPLETION)))
 
     choice = theirs.choices[0]
     assert (ours.content, ours.finish_reason) == (choice.message.content, choice.finish_reason)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.results import attempt_log as journals
-from pipeline.results.attempt_log import Journal
+from pipeline.results import attempt_log
+from pipeline.results.attempt_log import AttemptLog
 from tests.scripted import request
 
 NOW = "2026-11-22T02:40:07Z"
@@ -20,7 +20,7 @@ class Run:
 
     def __init__(self, folder: Path, name: str, answered: Sequence[tuple[str, str]] = ()) -> None:
         """Open the journal; `answered` are the runs and ids of the result lines that are there."""
-        self.journal = Journal(folder / "x.jsonl", name, sync=False)
+        self.journal = AttemptLog(folder / "x.jsonl", name, sync=False)
         self.journal.read()
         for run, custom_id in answered:
             self.journal.settle(run, custom_id, custom_id)
@@ -92,7 +92,7 @@ def test_calls_that_were_told_wait_for_no_result(tmp_path: Path) -> None:
     told = Run(tmp_path, "run-1")
     told.send("a")
     told.journal.end()
-    journal = Journal(tmp_path / "x.jsonl", "run-2", sync=False)
+    journal = AttemptLog(tmp_path / "x.jsonl", "run-2", sync=False)
 
     journal.read()
 
@@ -146,7 +146,7 @@ def test_a_finished_request_leaves_nothing(tmp_path: Path, path: Path) -> None:
 
 def test_the_journal_does_not_grow_with_the_input(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grown, it is written anew with what is open: its size follows what is in flight."""
-    monkeypatch.setattr(journals, "_MAX_BYTES", 10_000)
+    monkeypatch.setattr(attempt_log, "_MAX_BYTES", 10_000)
     run = Run(tmp_path, "run-1")
     run.send("a")
 

@@ -13,8 +13,8 @@ from openai.types.chat import ChatCompletion
 
 from pipeline.core import jsonl
 from pipeline.core.errors import LineError
-from pipeline.core.types import Attempt, Failure, OutputFormat, Reply, Request, Result, ToolCall, Usage
-from pipeline.results import codec as results
+from pipeline.core.types import Attempt, Completion, Failure, OutputFormat, Request, Result, ToolCall, Usage
+from pipeline.results import codec
 
 FORMATS = list(OutputFormat)
 USAGE = Usage(
@@ -43,7 +43,7 @@ def request(**changes: Any) -> Request:
     return Request(**known | changes)
 
 
-def reply(**changes: Any) -> Reply:
+def reply(**changes: Any) -> Completion:
     known: dict[str, Any] = {
         "model": "claude-x-1",
         "content": "hello",
@@ -53,7 +53,7 @@ def reply(**changes: Any) -> Reply:
         "raw": MESSAGE,
         "request_id": "req_1",
     }
-    return Reply(**known | changes)
+    return Completion(**known | changes)
 
 
 def result(**changes: Any) -> Result:
@@ -69,7 +69,7 @@ def result(**changes: Any) -> Result:
     return Result(**known | changes)
 
 
-def success(reply_: Reply | None = None, **changes: Any) -> Result:
+def success(reply_: Completion | None = None, **changes: Any) -> Result:
     return result(request=request(), reply=reply_ or reply(), **changes)
 
 
@@ -83,7 +83,7 @@ INVALID = result(failure=Failure(type="invalid_line", message="q.jsonl:17: no"),
 
 def encoded(result: Result, form: OutputFormat = OutputFormat.NATIVE, *, echo_request: bool = False) -> Any:
     """Return the value of a result's line, which must be one."""
-    line = results.encode(result, form, run_id="run-1", echo_request=echo_request)
+    line = codec.encode(result, form, run_id="run-1", echo_request=echo_request)
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
     return jsonl.loads(line)
@@ -233,8 +233,8 @@ def test_an_answer_is_spliced_byte_for_byte() -> None:
     """The provider's answer keeps its spelling: numbers, escapes, order and keys given twice."""
     raw = b'{"z":1.10,"a":"\\u00e9","a":1E2,"stop_reason":null}'
 
-    assert raw in results.encode(success(reply(raw=raw)), OutputFormat.NATIVE)
-    assert raw in results.encode(success(reply(raw=raw)), OutputFormat.ANTHROPIC_BATCH)
+    assert raw in codec.encode(success(reply(raw=raw)), OutputFormat.NATIVE)
+    assert raw in codec.encode(success(reply(raw=raw)), OutputFormat.ANTHROPIC_BATCH)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_deep_metadata_is_written() -> None:
     for _ in range(198):
         deep = [deep]
 
-    assert json.loads(results.encode(success(metadata=deep), OutputFormat.NATIVE))["metadata"] == deep
+    assert json.loads(codec.encode(success(metadata=deep), OutputFormat.NATIVE))["metadata"] == deep
 
 
 # ── batch dialects ────────────────────────────────────────────────────────────────────────────────────
@@ -411,7 +411,7 @@ RESULTS = st.one_of(
 @given(each=RESULTS)
 def test_a_line_tells_what_resuming_needs(form: OutputFormat, each: Result) -> None:
     """What a later run must know of a result is read back from its line, in every dialect."""
-    found = results.decode(results.encode(each, form, run_id="run-1"))
+    found = codec.decode(codec.encode(each, form, run_id="run-1"))
 
     same = ("custom_id", "digest", "success", "is_invalid", "provider", "lane", "usage")
     assert [getattr(found, name) for name in same] == [getattr(each, name) for name in same]
@@ -424,8 +424,8 @@ def test_a_line_tells_the_model_that_answered(form: OutputFormat) -> None:
     anthropic = success(reply(model="m-1", raw=b'{"id":"x","model":"m-1","stop_reason":null}'))
     openai = success(reply(model="m-2", raw=b'{"id":"x","model":"m-2","choices":[]}'))
 
-    assert results.decode(results.encode(anthropic, form)).model == "m-1"
-    assert results.decode(results.encode(openai, form)).model == "m-2"
+    assert codec.decode(codec.encode(anthropic, form)).model == "m-1"
+    assert codec.decode(codec.encode(openai, form)).model == "m-2"
 
 
 KNOWN = b'{"custom_id":"a","digest":"d","success":true,"provider":"p","model":"m"'
@@ -459,21 +459,21 @@ KNOWN = b'{"custom_id":"a","digest":"d","success":true,"provider":"p","model":"m
 def test_what_is_no_result_is_a_line_error(line: bytes) -> None:
     """A line of anything else is told from a result, whatever it is, and breaks nothing."""
     with pytest.raises(LineError, match="not a result line"):
-        results.decode(line)
+        codec.decode(line)
 
 
 def test_what_those_lines_vary_is_a_result() -> None:
     """The line that the wrong ones above are made of is itself a result."""
-    assert results.decode(KNOWN + b"}").custom_id == "a"
+    assert codec.decode(KNOWN + b"}").custom_id == "a"
 
 
 @given(st.integers(0, 400), st.sampled_from(FORMATS))
 def test_a_cut_line_is_no_result(length: int, form: OutputFormat) -> None:
     """No beginning of a line passes for a line."""
-    line = results.encode(success(), form)[:-1]
+    line = codec.encode(success(), form)[:-1]
 
     with pytest.raises(LineError):
-        results.decode(line[: min(length, len(line) - 1)])
+        codec.decode(line[: min(length, len(line) - 1)])
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -482,18 +482,18 @@ def test_a_failure_is_never_read_back_as_a_success(form: OutputFormat, status: i
     """Also not one that came with a 200, and the model that was asked is kept."""
     failed = dataclasses.replace(FAILED, failure=Failure(type="invalid_response", message="no", status=status))
 
-    found = results.decode(results.encode(failed, form))
+    found = codec.decode(codec.encode(failed, form))
 
     assert (found.success, found.model) == (False, "claude-x")
 
 
 def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
     """Each line comes with the place where it begins; what is no result says nothing and stops nobody."""
-    line = results.encode(success(), OutputFormat.NATIVE)
+    line = codec.encode(success(), OutputFormat.NATIVE)
     (tmp_path / "a.jsonl").write_bytes(line + b"\n" + b"garbage\n" + line[:-1])
 
     with (tmp_path / "a.jsonl").open("rb") as file:
-        found = list(results.read(file))
+        found = list(codec.read(file))
 
     assert [(start, text) for start, text, _ in found] == [
         (0, line[:-1]),

@@ -23,15 +23,13 @@ from click.testing import CliRunner
 import pipeline
 from pipeline.accounting.ledger import Ledger
 from pipeline.accounting.verify import verify
-from pipeline.cli import main as cli
-from pipeline.core import config as configuration
-from pipeline.core import environment
+from pipeline.cli import main
+from pipeline.core import config, environment, object_store
 from pipeline.core import files as disk
-from pipeline.core import object_store as stores
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError, TryLaterError, UsageError
-from pipeline.results import object_store_writer as parts
-from pipeline.results.object_store_writer import Folder, RemoteRecorder
+from pipeline.results import object_store_writer
+from pipeline.results.object_store_writer import ObjectStoreOutput, ObjectStoreWriter
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Summary
 from pipeline.simulator import Options as Simulation
@@ -63,7 +61,7 @@ class World:
         return count
 
     def machine(self, name: str = "here") -> Config:
-        settings = configuration.simulated(Config(), self.server.url)
+        settings = config.simulated(Config(), self.server.url)
         return settings.replace(ledger=str(self.folder / name / "ledger.sqlite"))
 
     def spool(self, name: str = "here") -> Path:
@@ -71,7 +69,7 @@ class World:
 
     def source(self, *lines: Mapping[str, Any]) -> str:
         url = f"{self.bucket.url}in/q.jsonl"
-        stores.put(url, b"".join(orjson.dumps(line) + b"\n" for line in lines))
+        object_store.put(url, b"".join(orjson.dumps(line) + b"\n" for line in lines))
         return url
 
     async def run(self, source: str, machine: str = "here", **options: Any) -> Summary:
@@ -81,7 +79,7 @@ class World:
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the results in all parts, in order."""
-        content = b"".join(stores.read(found.url)[0] for found in parts.parts_at(self.output))
+        content = b"".join(object_store.read(found.url)[0] for found in object_store_writer.parts_at(self.output))
         assert content == b"" or content.endswith(b"\n")
         return [orjson.loads(line) for line in content.split(b"\n")[:-1]]
 
@@ -100,7 +98,7 @@ def world(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let some ten lines be a part."""
-    monkeypatch.setattr(parts, "_PART_BYTES", 10_000)
+    monkeypatch.setattr(object_store_writer, "_PART_BYTES", 10_000)
 
 
 def _line(custom_id: str, text: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -154,7 +152,7 @@ async def test_results_become_parts_while_the_run_goes_on(world: World, small_pa
 
     await world.run(world.source(*_questions(200)))
 
-    sizes = [found.size for found in parts.parts_at(world.output)]
+    sizes = [found.size for found in object_store_writer.parts_at(world.output)]
     assert len(sizes) > 5
     assert max(sizes) <= 10_000
     assert early[0] < 200
@@ -173,7 +171,7 @@ async def test_on_another_machine_nothing_is_sent_again(world: World, small_part
     assert {name: world.bucket.content(f"answers/{name}") for name in before} == before
     assert _ids(world.lines()) == _ids(_questions(50))
     assert elsewhere.results.tokens.output == world.server.statistics()["by_model"][MODEL]["output_tokens"]
-    spooled = (world.spool("elsewhere") / parts.SPOOL).read_bytes()
+    spooled = (world.spool("elsewhere") / object_store_writer.SPOOL).read_bytes()
     assert [orjson.loads(line) for line in spooled.splitlines()] == world.lines()
 
 
@@ -194,7 +192,7 @@ async def test_results_are_whole_as_verify_sees_them(world: World, tmp_path: Pat
     source = world.source(*_questions(20), {"custom_id": "bad", "messages": "nonsense"})
     await world.run(source)
 
-    copy = parts.fetch(world.output, tmp_path)
+    copy = object_store_writer.fetch(world.output, tmp_path)
     report = verify(copy, [source], world.machine(), ledger=Path(str(world.machine().ledger)), name=world.output)
 
     assert (report.exit_code, report.shown, report.results, report.inputs) == (0, [], 21, 21)
@@ -257,7 +255,7 @@ async def test_a_killed_run_is_finished(world: World, small_parts: None, is_spoo
     amid.let_go()
     world.bucket.gate.open()
     kept = world.lines()
-    assert len(parts.parts_at(world.output)) == 2 + has_put
+    assert len(object_store_writer.parts_at(world.output)) == 2 + has_put
     if is_spool_lost:
         shutil.rmtree(world.spool())
     again = await world.run(source)
@@ -270,8 +268,8 @@ async def test_a_killed_run_is_finished(world: World, small_parts: None, is_spoo
     assert _ids(lines) == _ids(_questions(150))
     assert lines[: len(kept)] == kept
     assert all(paid[line["content"].split()[0]] == 1 for line in kept)
-    assert [found.name for found in parts.parts_at(world.output)] == [
-        f"part-{n:05d}.jsonl" for n in range(len(parts.parts_at(world.output)))
+    assert [found.name for found in object_store_writer.parts_at(world.output)] == [
+        f"part-{n:05d}.jsonl" for n in range(len(object_store_writer.parts_at(world.output)))
     ]
     assert usage["results"]["tokens"]["output"] == sum(line["usage"]["output_tokens"] for line in lines)
     assert {line["content"].split()[0] for line in lines} == set(paid)
@@ -313,7 +311,7 @@ async def test_two_machines_do_not_double_results(world: World) -> None:
         both.start_soon(work, "elsewhere")
     first, second = sorted(summaries, key=lambda each: each.exit_code)
     ids = _ids(world.lines())
-    spools = [world.spool(name) / parts.SPOOL for name in ("here", "elsewhere")]
+    spools = [world.spool(name) / object_store_writer.SPOOL for name in ("here", "elsewhere")]
 
     assert (first.exit_code, second.exit_code, second.status) == (0, 75, "stopped")
     assert "somebody else writes" in str(second.stop_reason)
@@ -336,14 +334,14 @@ async def test_somebody_elses_part_stops_the_run(world: World, small_parts: None
     def interfere(method: str, key: str) -> None:
         if method == "PUT" and key.endswith("part-00001.jsonl"):
             world.bucket.gate.before = lambda method, key: None
-            stores.put(f"{world.output}part-00001.jsonl", theirs)
+            object_store.put(f"{world.output}part-00001.jsonl", theirs)
 
     world.bucket.gate.before = interfere
     said: list[str] = []
 
     summary = await pipeline.run_batch([source], output=world.output, config=world.machine(), say=said.append)
 
-    answered = len((world.spool() / parts.SPOOL).read_bytes().splitlines())
+    answered = len((world.spool() / object_store_writer.SPOOL).read_bytes().splitlines())
     assert (summary.exit_code, summary.status) == (75, "stopped")
     assert any("somebody else writes" in text for text in said)
     assert world.bucket.content("answers/part-00001.jsonl") == theirs
@@ -428,7 +426,7 @@ async def test_a_part_that_was_deleted_is_uploaded_again(world: World, small_par
     """What is missing at the store and is in the spool comes back, as a new part."""
     source = world.source(*_questions(50))
     await world.run(source)
-    stores.delete(f"{world.output}part-00001.jsonl")
+    object_store.delete(f"{world.output}part-00001.jsonl")
 
     again = await world.run(source)
 
@@ -516,7 +514,7 @@ async def test_ordered_results_want_a_file(world: World) -> None:
 
 async def test_objects_of_others_are_not_taken_for_results(world: World) -> None:
     """A folder with parts that hold no results is somebody's: it is refused, and stays as it is."""
-    stores.put(f"{world.output}part-00000.jsonl", b'{"mine": 1}\n')
+    object_store.put(f"{world.output}part-00000.jsonl", b'{"mine": 1}\n')
 
     with pytest.raises(UsageError, match="holds no results"):
         await world.run(world.source(*_questions(2)))
@@ -527,7 +525,7 @@ async def test_objects_of_others_are_not_taken_for_results(world: World) -> None
 
 async def test_an_output_is_no_input(world: World) -> None:
     """A part of the output cannot be asked about: it would be overwritten."""
-    stores.put(f"{world.output}part-00000.jsonl", orjson.dumps(_line("q-1")) + b"\n")
+    object_store.put(f"{world.output}part-00000.jsonl", orjson.dumps(_line("q-1")) + b"\n")
 
     with pytest.raises(UsageError, match="holds the input"):
         await world.run(f"{world.output}part-00000.jsonl")
@@ -540,12 +538,12 @@ async def test_an_output_is_no_input(world: World) -> None:
 def output() -> Iterator[str]:
     folder = f"memory://{os.urandom(8).hex()}/"
     yield folder
-    for found in stores.listed_deep(folder):
-        stores.delete(found.url)
+    for found in object_store.listed_deep(folder):
+        object_store.delete(found.url)
 
 
 def _spool(tmp_path: Path, *lines: bytes) -> Path:
-    path = tmp_path / parts.SPOOL
+    path = tmp_path / object_store_writer.SPOOL
     path.write_bytes(b"".join(lines))
     return path
 
@@ -570,15 +568,15 @@ def test_a_start_brings_spool_and_parts_together(
 ) -> None:
     """The spool becomes the parts, one after the other, and then what no part holds; each line stands once."""
     path = _spool(tmp_path, *LINES[:2])
-    folder = Folder(output, path)
+    folder = ObjectStoreOutput(output, path)
     folder.reconcile()
     folder.upload(len(b"".join(LINES[:2])))
-    stores.create(f"{output}part-00001.jsonl", b"".join(LINES[2:4]))
+    object_store.create(f"{output}part-00001.jsonl", b"".join(LINES[2:4]))
     if not has_manifest:
         path.with_name("manifest.json").unlink()
     _spool(tmp_path, *spooled)
 
-    again = Folder(output, path)
+    again = ObjectStoreOutput(output, path)
     again.reconcile()
 
     assert path.read_bytes() == b"".join(expected)
@@ -588,13 +586,13 @@ def test_a_start_brings_spool_and_parts_together(
 def test_a_rewritten_part_is_taken_as_it_is(tmp_path: Path, output: str) -> None:
     """Where another machine took superseded lines out of a part, they leave this spool, too."""
     path = _spool(tmp_path, *LINES)
-    folder = Folder(output, path)
+    folder = ObjectStoreOutput(output, path)
     folder.reconcile()
     folder.upload(path.stat().st_size)
-    [part] = parts.parts_at(output)
-    stores.update(part.url, b"".join(LINES[1:]), part.etag)
+    [part] = object_store_writer.parts_at(output)
+    object_store.update(part.url, b"".join(LINES[1:]), part.etag)
 
-    folder = Folder(output, path)
+    folder = ObjectStoreOutput(output, path)
     folder.reconcile()
 
     assert path.read_bytes() == b"".join(LINES[1:])
@@ -603,13 +601,13 @@ def test_a_rewritten_part_is_taken_as_it_is(tmp_path: Path, output: str) -> None
 def test_a_crash_between_rewriting_spool_and_manifest_doubles_nothing(tmp_path: Path, output: str) -> None:
     """A manifest that tells of an older spool is found out by checksums."""
     path = _spool(tmp_path, *LINES)
-    folder = Folder(output, path)
+    folder = ObjectStoreOutput(output, path)
     folder.reconcile()
     folder.upload(path.stat().st_size)
     folder.withdraw([0])
     _spool(tmp_path, *LINES[1:])
 
-    again = Folder(output, path)
+    again = ObjectStoreOutput(output, path)
     again.reconcile()
 
     assert path.read_bytes() == b"".join(LINES[1:])
@@ -620,12 +618,12 @@ def test_a_crash_between_rewriting_spool_and_manifest_doubles_nothing(tmp_path: 
 def test_a_damaged_manifest_is_none(tmp_path: Path, output: str, damage: bytes) -> None:
     """What the manifest says is not believed but where the store bears it out."""
     path = _spool(tmp_path, *LINES)
-    folder = Folder(output, path)
+    folder = ObjectStoreOutput(output, path)
     folder.reconcile()
     folder.upload(len(LINES[0]))
     path.with_name("manifest.json").write_bytes(damage)
 
-    again = Folder(output, path)
+    again = ObjectStoreOutput(output, path)
     again.reconcile()
 
     assert path.read_bytes() == b"".join(LINES)
@@ -634,19 +632,21 @@ def test_a_damaged_manifest_is_none(tmp_path: Path, output: str, damage: bytes) 
 
 def test_a_line_larger_than_a_part_is_a_part(tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts are cut between lines only."""
-    monkeypatch.setattr(parts, "_PART_BYTES", len(LINES[0]) - 1)
+    monkeypatch.setattr(object_store_writer, "_PART_BYTES", len(LINES[0]) - 1)
     path = _spool(tmp_path, *LINES)
-    folder = Folder(output, path)
+    folder = ObjectStoreOutput(output, path)
     folder.reconcile()
 
     folder.upload(path.stat().st_size)
 
-    assert [stores.read(found.url)[0] for found in parts.parts_at(output)] == LINES
+    assert [object_store.read(found.url)[0] for found in object_store_writer.parts_at(output)] == LINES
 
 
-def _recorder(output: str, tmp_path: Path, trouble: Callable[[PipelineError], None] | None = None) -> RemoteRecorder:
+def _recorder(output: str, tmp_path: Path, trouble: Callable[[PipelineError], None] | None = None) -> ObjectStoreWriter:
     on_trouble = trouble or (lambda each: None)
-    return RemoteRecorder(output, tmp_path / "spool", on_trouble=on_trouble, run_id="run-1", on_done=lambda each: None)
+    return ObjectStoreWriter(
+        output, tmp_path / "spool", on_trouble=on_trouble, run_id="run-1", on_done=lambda each: None
+    )
 
 
 class TestOnAVirtualClock:
@@ -664,7 +664,7 @@ class TestOnAVirtualClock:
             tasks.start_soon(recorder.run)
             for second in (3, 9, 11, 35, 41):
                 await anyio.sleep(second - anyio.current_time() % 100)
-                counts[second] = len(parts.parts_at(output))
+                counts[second] = len(object_store_writer.parts_at(output))
                 await recorder.append(a_result(f"q-{second}"))
             recorder.close()
         recorder.release()
@@ -684,7 +684,7 @@ class TestOnAVirtualClock:
             recorder.close()
         recorder.release()
 
-        assert 55 < len(parts.parts_at(output)) < 65
+        assert 55 < len(object_store_writer.parts_at(output)) < 65
 
 
 def test_the_spool_is_its_owners_only(output: str, tmp_path: Path) -> None:
@@ -712,7 +712,7 @@ def test_the_spool_is_its_owners_only(output: str, tmp_path: Path) -> None:
 )
 def test_an_output_is_a_folder(url: str, folder: str) -> None:
     """However an output at a store is written, its parts lie in a folder."""
-    assert parts.folder_of(url) == folder
+    assert object_store_writer.folder_of(url) == folder
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────────
@@ -726,7 +726,7 @@ def command(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     monkeypatch.chdir(world.folder)
 
     def call(*words: str) -> tuple[int, str]:
-        done = CliRunner().invoke(cli.main, words)
+        done = CliRunner().invoke(main.main, words)
         return done.exit_code, done.output
 
     return call

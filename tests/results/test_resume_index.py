@@ -21,16 +21,14 @@ import pipeline
 from pipeline.core import config as configuration
 from pipeline.core.config import Config
 from pipeline.core.hashing import checksum
-from pipeline.core.types import Claims, OutputFormat
-from pipeline.inputs import reader as read
+from pipeline.core.types import IdRange, OutputFormat
+from pipeline.inputs import reader
 from pipeline.inputs.planner import Planner
 from pipeline.inputs.reader import Batch
-from pipeline.results import codec as results
-from pipeline.results import resume_index as index
-from pipeline.results import writer as record
-from pipeline.results.resume_index import Awaited, Stretch
+from pipeline.results import codec, resume_index, writer
+from pipeline.results.resume_index import InputRange, PendingRanges
 from pipeline.results.totals import Totals
-from pipeline.results.writer import Recorder
+from pipeline.results.writer import ResultWriter
 from pipeline.runner.base import SHOWN_FAILURES
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Summary
@@ -44,9 +42,9 @@ NAMES = [f"q-{number}" for number in range(12)]
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few lines make several segments, batches and stretches."""
-    monkeypatch.setattr(index, "_SEGMENT_LINES", 3)
-    monkeypatch.setattr(index, "_WAITING_STRETCHES", 1)
-    monkeypatch.setattr(read, "_BATCH_LINES", 4)
+    monkeypatch.setattr(resume_index, "_SEGMENT_LINES", 3)
+    monkeypatch.setattr(resume_index, "_WAITING_STRETCHES", 1)
+    monkeypatch.setattr(reader, "_BATCH_LINES", 4)
 
 
 @pytest.fixture
@@ -59,12 +57,12 @@ def path(tmp_path: Path) -> Path:
 
 def known(path: Path) -> tuple[Any, ...]:
     """Open a results file and return all that a run learns from it."""
-    recorder, totals = Recorder(path, run_id="run-9", on_done=print), Totals()
+    recorder, totals = ResultWriter(path, run_id="run-9", on_done=print), Totals()
     recorder.open()
     try:
         done = recorder.done(totals)
         recorder.begin()
-        outcomes = [done.outcome(record.key(name, digest)) for name in NAMES for digest in ("d", "d2")]
+        outcomes = [done.outcome(writer.key(name, digest)) for name in NAMES for digest in ("d", "d2")]
         return outcomes, done.lines, done.damaged, totals, recorder.unknown()
     finally:
         recorder.release()
@@ -76,7 +74,7 @@ def known_without_index(path: Path) -> tuple[Any, ...]:
 
 
 RESULT_LINES = st.builds(
-    lambda name, digest, text, run: results.encode(
+    lambda name, digest, text, run: codec.encode(
         a_result(name, digest=digest, text=text), OutputFormat.NATIVE, run_id=run
     ),
     st.sampled_from(NAMES),
@@ -218,7 +216,7 @@ def test_a_file_of_that_name_that_is_no_index_is_left_alone(path: Path, act: str
     """A file that does not begin as an index does is somebody's own: neither written nor deleted."""
     path.write_bytes(b"".join(map(a_line, NAMES)))
     path.with_suffix(".index").write_bytes(b"IxF2 somebody's vectors\n")
-    recorder = Recorder(path, run_id="run-9", on_done=print)
+    recorder = ResultWriter(path, run_id="run-9", on_done=print)
     recorder.open()
 
     if act == "set_aside":
@@ -259,7 +257,7 @@ def test_an_index_is_small_and_private(path: Path) -> None:
 def test_calls_of_a_crashed_run_are_settled_by_its_own_results(path: Path, answered_by: str, others: int) -> None:
     """A call that was on its way is told by a result of its run, also one the index knows; another run's tells not."""
     lines = [a_line(name) for name in NAMES[:others]]
-    own = results.encode(a_result("q-7"), OutputFormat.NATIVE, run_id=answered_by)
+    own = codec.encode(a_result("q-7"), OutputFormat.NATIVE, run_id=answered_by)
     path.write_bytes(b"".join(lines) + own)
     sent = {
         "sent": "q-7",
@@ -283,14 +281,14 @@ def test_calls_of_a_crashed_run_are_settled_by_its_own_results(path: Path, answe
 # ── stretches ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def a_stretch(name: bytes) -> Stretch:
-    claims = Claims(marks=array("Q", [1]), repeats={}, is_alone=True)
-    return Stretch(mark=name * 16, start=b"s" * 16, size=9, lines=2, claims=claims, failed=array("Q"))
+def a_stretch(name: bytes) -> InputRange:
+    claims = IdRange(marks=array("Q", [1]), repeats={}, is_alone=True)
+    return InputRange(mark=name * 16, start=b"s" * 16, size=9, lines=2, claims=claims, failed=array("Q"))
 
 
 def test_a_stretch_is_done_with_its_last_result() -> None:
     """A stretch comes back with the last of its results, in whatever order they come, with those that failed."""
-    awaited, one, two = Awaited(), a_stretch(b"1"), a_stretch(b"2")
+    awaited, one, two = PendingRanges(), a_stretch(b"1"), a_stretch(b"2")
     awaited.add(one, "a.jsonl", range(1, 4), 2)
     awaited.add(two, "a.jsonl", range(4, 9), 1)
 
@@ -305,8 +303,8 @@ def test_a_stretch_is_done_with_its_last_result() -> None:
 
 def test_stretches_that_wait_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many lines never get a result, memory is bounded: the oldest stretch is not waited for any more."""
-    monkeypatch.setattr(index, "_MOST_AWAITED", 2)
-    awaited = Awaited()
+    monkeypatch.setattr(resume_index, "_MOST_AWAITED", 2)
+    awaited = PendingRanges()
     for number in range(3):
         awaited.add(a_stretch(b"%d" % number), "a.jsonl", range(number, number + 1), 1)
 
@@ -323,7 +321,7 @@ SAME = orjson.dumps(CHAT) + b"\n"
 PARTS = st.lists(INPUT_LINES, max_size=5).map(b"".join)
 
 
-def plan(planner: Planner, content: bytes) -> tuple[list[tuple[str, str]], Claims]:
+def plan(planner: Planner, content: bytes) -> tuple[list[tuple[str, str]], IdRange]:
     planner.take_claims()
     lines = Batch(source="in.jsonl", number=1, count=content.count(b"\n"), content=content).lines()
     items = [planner.plan(line) for line in lines]
@@ -400,9 +398,9 @@ def test_batches_are_cut_anywhere_and_lose_nothing(
     source, other = folder / "a.jsonl", folder / "b.jsonl"
     source.write_bytes(b"\n".join(texts) + b"\n" * ends)
     other.write_bytes(b"\n".join(others))
-    sizes = {checksum(batch.first_line()): len(batch.content) for batch in read.batches([str(other)], 30)}
+    sizes = {checksum(batch.first_line()): len(batch.content) for batch in reader.batches([str(other)], 30)}
 
-    found = [line for batch in read.batches([str(source)], 30, sizes.get) for line in batch.lines()]
+    found = [line for batch in reader.batches([str(source)], 30, sizes.get) for line in batch.lines()]
 
     assert [(line.number, line.data, line.problem is None) for line in found] == [
         (number, text[:30], len(text) <= 30)
@@ -416,13 +414,13 @@ def test_after_an_edit_batches_are_the_same_again(tmp_path: Path) -> None:
     lines = [b"line %d\n" % number for number in range(80)]
     source = tmp_path / "a.jsonl"
     source.write_bytes(b"".join(lines))
-    before = list(read.batches([str(source)], 100))
+    before = list(reader.batches([str(source)], 100))
     sizes = {checksum(batch.first_line()): len(batch.content) for batch in before}
 
     lines[70] = b"changed\n"
     del lines[41:43]
     source.write_bytes(b"new\n" + b"".join(lines))
-    after = list(read.batches([str(source)], 100, sizes.get))
+    after = list(reader.batches([str(source)], 100, sizes.get))
 
     same = {batch.content for batch in before} & {batch.content for batch in after}
     assert len(same) == len(before) - 3  # one of them because lines of one length end where others ended
@@ -545,11 +543,11 @@ async def test_a_finished_input_is_passed_over(tmp_path: Path) -> None:
         await run(tmp_path, content, config, with_index=True)
         config = config.with_("sending", concurrency=3)
 
-    recorder = Recorder(tmp_path / "out.jsonl", run_id="run-9", on_done=print)
+    recorder = ResultWriter(tmp_path / "out.jsonl", run_id="run-9", on_done=print)
     recorder.open()
     done = recorder.done(Totals())
     basis = Planner(config).basis()
-    batches = list(read.batches([str(tmp_path / "in.jsonl")], 2**24, recorder.stretch_sizes()))
+    batches = list(reader.batches([str(tmp_path / "in.jsonl")], 2**24, recorder.stretch_sizes()))
     found = [recorder.stretch(checksum(basis, batch.content), checksum(batch.first_line())) for batch in batches]
     recorder.release()
 
@@ -590,7 +588,7 @@ def test_an_index_that_only_grows_is_begun_anew(path: Path, monkeypatch: pytest.
     expected = known(path)
     found = path.with_suffix(".index")
     size = found.stat().st_size
-    monkeypatch.setattr(index, "_MOST_BYTES", 1_000)
+    monkeypatch.setattr(resume_index, "_MOST_BYTES", 1_000)
     found.write_bytes(found.read_bytes() + bytes(path.stat().st_size))
 
     assert known(path) == expected

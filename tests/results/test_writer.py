@@ -16,14 +16,14 @@ from anyio import wait_all_tasks_blocked
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core import files as disk
+from pipeline.core import files
 from pipeline.core.errors import StorageError, TryLaterError, UsageError
 from pipeline.core.hashing import FingerprintMap, FingerprintSet, fingerprint
-from pipeline.core.types import Failure, OutputFormat, Reply, Request, Result, Usage
-from pipeline.results import codec as results
+from pipeline.core.types import Completion, Failure, OutputFormat, Request, Result, Usage
+from pipeline.results import codec
 from pipeline.results import writer as record
 from pipeline.results.totals import Totals
-from pipeline.results.writer import Recorder
+from pipeline.results.writer import ResultWriter
 from tests.tools import needs
 
 FORMATS = list(OutputFormat)
@@ -34,7 +34,7 @@ def a_result(name: str, *, digest: str = "d", text: str | None = "hello", size: 
     asked = Request(
         custom_id=name, digest=digest, source="q.jsonl", line=1, provider="anthropic", model="m", body=b"{}"
     )
-    reply = Reply(
+    reply = Completion(
         model="m",
         content=text,
         finish_reason="end_turn",
@@ -56,7 +56,7 @@ def a_result(name: str, *, digest: str = "d", text: str | None = "hello", size: 
 
 
 def a_line(name: str, **what: Any) -> bytes:
-    return results.encode(a_result(name, **what), OutputFormat.NATIVE)
+    return codec.encode(a_result(name, **what), OutputFormat.NATIVE)
 
 
 LINES = [a_line("é-1"), a_line("q-2", text=None), a_line("q-3")]
@@ -67,11 +67,11 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.jsonl"
 
 
-def recorder(path: Path, done: list[Result] | None = None, **options: Any) -> Recorder:
-    return Recorder(path, run_id="run-1", on_done=(done if done is not None else []).append, **options)
+def recorder(path: Path, done: list[Result] | None = None, **options: Any) -> ResultWriter:
+    return ResultWriter(path, run_id="run-1", on_done=(done if done is not None else []).append, **options)
 
 
-async def write(recorder: Recorder, *wanted: Result) -> None:
+async def write(recorder: ResultWriter, *wanted: Result) -> None:
     """Run a recorder until it has written some results."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(recorder.run)
@@ -80,7 +80,7 @@ async def write(recorder: Recorder, *wanted: Result) -> None:
         recorder.close()
 
 
-async def make_calls(recorder: Recorder, *wanted: Result) -> None:
+async def make_calls(recorder: ResultWriter, *wanted: Result) -> None:
     """Run a recorder until it has noted a call for each of some requests, and no result."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(recorder.run)
@@ -136,7 +136,7 @@ async def test_a_result_is_told_only_when_it_is_on_the_disk(path: Path) -> None:
     def look(each: Result) -> None:
         seen.append(each.custom_id in ids_in(path))
 
-    writer = Recorder(path, run_id="run-1", on_done=look)
+    writer = ResultWriter(path, run_id="run-1", on_done=look)
     writer.open()
     await write(writer, *(a_result(str(number)) for number in range(50)))
     writer.release()
@@ -186,8 +186,8 @@ def test_results_are_synced_where_fdatasync_is_missing(path: Path) -> None:
     """macOS has no fdatasync: there the whole file is synced."""
     program = (
         "import os, sys; from pathlib import Path; os.__dict__.pop('fdatasync', None)\n"
-        "from pipeline.core import files as disk\n"
-        "path = Path(sys.argv[1]); disk.Appender(disk.open_locked(path), path, sync=True).append(b'line')"
+        "from pipeline.core import files\n"
+        "path = Path(sys.argv[1]); files.Appender(files.open_locked(path), path, sync=True).append(b'line')"
     )
 
     subprocess.run([sys.executable, "-c", program, str(path)], check=True)
@@ -228,7 +228,7 @@ async def test_files_are_readable_by_their_owner_only(path: Path) -> None:
         old.open()
         old.tidy(FingerprintMap(), FingerprintSet(), ordered=True)
         old.release()
-        disk.write_file(path.with_name("a.usage.json"), b"{}")
+        files.write_file(path.with_name("a.usage.json"), b"{}")
     finally:
         os.umask(before)
 
@@ -248,7 +248,7 @@ async def test_files_are_readable_by_their_owner_only(path: Path) -> None:
 )
 def test_files_beside_results_are_named_after_them(name: str, suffix: str, expected: str) -> None:
     """A file that belongs to results lies beside them under their name."""
-    assert disk.beside(Path("x") / name, suffix) == Path("x") / expected
+    assert files.beside(Path("x") / name, suffix) == Path("x") / expected
 
 
 def test_a_directory_is_no_output(tmp_path: Path) -> None:
@@ -315,8 +315,8 @@ def test_another_users_file_is_refused(path: Path, monkeypatch: pytest.MonkeyPat
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.results.writer import Recorder
-Recorder(Path(sys.argv[1]), run_id="run-1", on_done=print).open()
+from pipeline.results.writer import ResultWriter
+ResultWriter(Path(sys.argv[1]), run_id="run-1", on_done=print).open()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -510,8 +510,8 @@ async def test_fresh_still_tells_of_calls_without_an_answer(path: Path) -> None:
     killed.begin()
     await make_calls(killed, a_result("a"), a_result("b"))
     killed.release()
-    prepare(path, results.encode(a_result("a"), OutputFormat.NATIVE, run_id="run-1"))
-    writer = Recorder(path, run_id="run-2", on_done=print)
+    prepare(path, codec.encode(a_result("a"), OutputFormat.NATIVE, run_id="run-1"))
+    writer = ResultWriter(path, run_id="run-2", on_done=print)
     writer.open()
 
     writer.set_aside()
@@ -580,7 +580,7 @@ def test_what_belongs_to_results_lies_beside_the_file_itself(tmp_path: Path) -> 
         "r.superseded.jsonl",
         "r.torn",
     ]
-    assert disk.beside(link, ".usage.json") == writer.beside(".usage.json") == real.with_name("r.usage.json")
+    assert files.beside(link, ".usage.json") == writer.beside(".usage.json") == real.with_name("r.usage.json")
 
 
 async def test_a_crash_is_told_under_every_name(tmp_path: Path) -> None:
@@ -718,7 +718,7 @@ def test_tidying_loses_no_line(
     superseded = path.with_name("a.superseded.jsonl")
     staying = path.read_bytes().splitlines(keepends=True)
     leaving = superseded.read_bytes().splitlines(keepends=True) if superseded.exists() else []
-    keys = [(each.custom_id, each.digest) for each in map(results.decode, staying)]
+    keys = [(each.custom_id, each.digest) for each in map(codec.decode, staying)]
     assert sorted(staying + leaving) == sorted(lines)
     assert [key for key in set(keys) & set(wanted) if keys.count(key) > 1] == []
 
@@ -729,12 +729,12 @@ def test_tidying_loses_no_line(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    files = tmp_path / "disk"
+    files.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(files)]
     subprocess.run(["mount", *options], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    yield files
+    subprocess.run(["umount", str(files)], check=True)
 
 
 def enlarge(mounted: Path) -> None:
@@ -772,10 +772,10 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.results.test_writer import a_result, write
 from pipeline.core.errors import StorageError
-from pipeline.results.writer import Recorder
+from pipeline.results.writer import ResultWriter
 
 told = []
-writer = Recorder(Path(sys.argv[1]), run_id="run-1", on_done=lambda each: told.append(each.custom_id))
+writer = ResultWriter(Path(sys.argv[1]), run_id="run-1", on_done=lambda each: told.append(each.custom_id))
 writer.open()
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
@@ -820,7 +820,7 @@ def test_a_small_file_is_replaced_whole(path: Path) -> None:
     path.symlink_to(precious)
     path.with_name("a.jsonl.tmp").symlink_to(precious)
 
-    disk.write_file(path, b"new")
+    files.write_file(path, b"new")
 
     assert path.read_bytes() == b"new"
     assert not path.is_symlink()
@@ -832,10 +832,10 @@ def test_a_small_file_is_replaced_whole(path: Path) -> None:
 def test_a_small_file_is_there_whole_or_not_at_all(small_disk: Path) -> None:
     """When the disk is full the old content stays."""
     path = small_disk / "a.usage.json"
-    disk.write_file(path, b"old")
+    files.write_file(path, b"old")
 
     with pytest.raises(StorageError, match="No space left on device"):
-        disk.write_file(path, b"x" * 100_000)
+        files.write_file(path, b"x" * 100_000)
 
     assert path.read_bytes() == b"old"
     assert [each.name for each in small_disk.iterdir()] == ["a.usage.json"]

@@ -20,8 +20,8 @@ import pytest
 from anyio import to_thread
 
 import pipeline
-from pipeline.accounting.ledger import Ledger, Run
-from pipeline.accounting.run_ledger import Books
+from pipeline.accounting.ledger import Ledger, RunRow
+from pipeline.accounting.run_ledger import RunLedger
 from pipeline.accounting.verify import verify
 from pipeline.core import config as configuration
 from pipeline.core.config import Config
@@ -638,7 +638,7 @@ async def test_a_run_that_ends_without_results_after_a_killed_one_says_why(tmp_p
     output, books = tmp_path / "out.jsonl", tmp_path / "ledger.sqlite"
     output.touch(0o600)
     with Ledger.open(books) as ledger:
-        ledger.record(Run(run_id="run-x", started_at="", status="running", results_file=str(output)), ())
+        ledger.record(RunRow(run_id="run-x", started_at="", status="running", results_file=str(output)), ())
 
     with _world(faults={"quota": 1.0}) as (config, _), pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIPELINE_LEDGER", str(books))
@@ -652,7 +652,7 @@ async def test_a_run_that_ends_without_results_after_a_killed_one_says_why(tmp_p
 async def test_a_ledger_that_fails_on_the_way_ends_no_run(tmp_path: Path) -> None:
     """Bringing the ledger up to date now and then is said when it fails, and tried again."""
     said: list[str] = []
-    books = Books(tmp_path / "ledger.sqlite", seconds=0.01)
+    books = RunLedger(tmp_path / "ledger.sqlite", seconds=0.01)
     (tmp_path / "ledger.sqlite").mkdir()
 
     def hear(message: str) -> None:
@@ -661,7 +661,7 @@ async def test_a_ledger_that_fails_on_the_way_ends_no_run(tmp_path: Path) -> Non
             scope.cancel()
 
     with anyio.fail_after(20), anyio.CancelScope() as scope:
-        await books.keep(lambda: Run(run_id="r", started_at="", status="x"), hear)
+        await books.keep(lambda: RunRow(run_id="r", started_at="", status="x"), hear)
 
     assert len(said) == 2
     assert "ledger" in said[0]

@@ -29,13 +29,12 @@ from pipeline import providers
 from pipeline.core import config_file, jsonl
 from pipeline.core.config import Config
 from pipeline.core.errors import ConfigError, LineError, ProviderError
-from pipeline.core.types import Answer, Attempt, Failure, OutputFormat, Protocol, Request, Result
-from pipeline.inputs import planner
-from pipeline.inputs import reader as read
+from pipeline.core.types import Attempt, Failure, HttpResponse, OutputFormat, Protocol, Request, Result
+from pipeline.inputs import planner, reader
 from pipeline.inputs.planner import Invalid, Planner
 from pipeline.inputs.reader import Line
-from pipeline.providers import rate_limit_headers as hints
-from pipeline.results import codec as results
+from pipeline.providers import rate_limit_headers
+from pipeline.results import codec
 from tests.torture.lines import exactly
 
 if sys.version_info >= (3, 14):
@@ -204,7 +203,7 @@ class _Plan:
         item = planner.plan(Line(source="q.jsonl", number=self._count, data=data))
         if isinstance(item, Invalid):
             assert item.failure.message.startswith(f"q.jsonl:{self._count}: ")
-            results.decode(results.encode(_failed(item), OutputFormat.NATIVE))
+            codec.decode(codec.encode(_failed(item), OutputFormat.NATIVE))
             return False
         written = dict(exactly(data))
         for own in ("body", "params"):
@@ -259,7 +258,7 @@ def _split(data: bytes) -> bool:
 
 def _decode(data: bytes) -> bool:
     try:
-        record = results.decode(data)
+        record = codec.decode(data)
     except LineError:
         return False
     assert isinstance(record.custom_id, str)
@@ -270,7 +269,7 @@ def _answer(data: bytes) -> bool:
     is_any = False
     for protocol in Protocol:
         for status in (200, 400, 429):
-            answer = Answer(status=status, headers={"retry-after": "1"}, body=data)
+            answer = HttpResponse(status=status, headers={"retry-after": "1"}, body=data)
             try:
                 reply = providers.codec(protocol).decode(answer)
             except ProviderError:
@@ -283,7 +282,7 @@ def _answer(data: bytes) -> bool:
 def _hints(data: bytes) -> bool:
     lines = [line.partition(b":") for line in data.split(b"\n")]
     headers = {name.decode("latin-1").lower(): value.strip().decode("latin-1") for name, _, value in lines}
-    seconds = hints.retry_after(headers)
+    seconds = rate_limit_headers.retry_after(headers)
     assert seconds is None or 0 < seconds < float("inf")
     found = [limit for protocol in Protocol for limit in providers.codec(protocol).limits(headers)]
     assert all(0 <= limit.remaining <= limit.per_minute for limit in found)
@@ -292,7 +291,7 @@ def _hints(data: bytes) -> bool:
 
 def _read(path: Path, data: bytes) -> bool:
     path.write_bytes(data)
-    return not any(line.problem for line in read.lines(str(path), 2_000))
+    return not any(line.problem for line in reader.lines(str(path), 2_000))
 
 
 def _configure(path: Path, data: bytes) -> bool:
@@ -364,7 +363,7 @@ def _result_lines() -> Iterator[bytes]:
         item = planner.plan(Line(source="q.jsonl", number=1, data=line))
         assert isinstance(item, Request)
         failed = _failed(item)
-        reply = providers.codec(Protocol(item.provider)).decode(Answer(status=200, body=orjson.dumps(body)))
+        reply = providers.codec(Protocol(item.provider)).decode(HttpResponse(status=200, body=orjson.dumps(body)))
         answered = Result(
             custom_id=item.custom_id,
             line=1,
@@ -376,8 +375,8 @@ def _result_lines() -> Iterator[bytes]:
             reply=reply,
         )
         for form in OutputFormat:
-            yield results.encode(failed, form).rstrip()
-            yield results.encode(answered, form).rstrip()
+            yield codec.encode(failed, form).rstrip()
+            yield codec.encode(answered, form).rstrip()
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.types import Result
-from pipeline.results.writer import Recorder
-from pipeline.runner import base as run
+from pipeline.results.writer import ResultWriter
+from pipeline.runner import base
 from pipeline.simulator import Options, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,19 +237,18 @@ def _run(words: list[str], environ: dict[str, str], folder: Path, acknowledged: 
 
 
 def _be_the_command(words: list[str], acknowledged: Path) -> None:
-    from pipeline.cli import events as screen
-    from pipeline.cli import main as cli
+    from pipeline.cli import events, main
 
-    screen.LOG_SECONDS = 0.02  # where progress is logged, to tell a test how far a run is
+    events.LOG_SECONDS = 0.02  # where progress is logged, to tell a test how far a run is
     _acknowledge_to(os.open(acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
     sys.argv = ["pipeline", *words]
-    cli.main(words)
+    main.main(words)
 
 
 def _acknowledge_to(fd: int) -> None:
     """Let runs of this process write the id of each result to a file when they are told that it is done."""
 
-    class Telling(Recorder):
+    class Telling(ResultWriter):
         def __init__(self, path: Path, *, on_done: Callable[[Result], None], **rest: Any) -> None:
             def tell(result: Result) -> None:
                 os.write(fd, f"{result.custom_id} {result.digest}\n".encode())
@@ -257,7 +256,7 @@ def _acknowledge_to(fd: int) -> None:
 
             super().__init__(path, on_done=tell, **rest)
 
-    run.Recorder = Telling  # type: ignore[attr-defined]
+    base.ResultWriter = Telling  # type: ignore[attr-defined]
 
 
 def kill(process: BaseProcess) -> bool:
@@ -320,7 +319,7 @@ def judge(job: Job, *, stops: int, durable: Sequence[bytes], exit_code: int) -> 
         swapped=sum(not _is_answer_to(value, job.bodies.get(value["custom_id"], {})) for value in values),
         undone=_undone(job, durable, [*lines, *aside]),
         untold=_untold(job, paid, [*values, *filter(None, map(_value, aside))]),
-        too_many=sum(max(0, n - job.concurrency) for n in Counter(run for run, *_ in job.told).values()),
+        too_many=sum(max(0, n - job.concurrency) for n in Counter(base for base, *_ in job.told).values()),
         wrong_tokens=_wrong_tokens(job, paid, values),
         wrong_exits=int(exit_code != 0),
     )

@@ -84,8 +84,8 @@ SABOTEURS = (
     Saboteur(
         name="intents are not synced",
         file="results/attempt_log.py",
-        old="disk.Appender(fd, self._path, sync=self._sync)",
-        new="disk.Appender(fd, self._path, sync=False)",
+        old="files.Appender(fd, self._path, sync=self._sync)",
+        new="files.Appender(fd, self._path, sync=False)",
         test=_ORDER,
     ),
     Saboteur(
@@ -133,9 +133,9 @@ SABOTEURS = (
     Saboteur(
         name="the disk is read with str.splitlines",
         file="results/writer.py",
-        old="            for _, line, record in results.read(file):\n                request = 0\n",
+        old="            for _, line, record in codec.read(file):\n                request = 0\n",
         new="            for text in file.read().decode(errors='replace').splitlines():\n"
-        "                line, record, request = text.encode(), results.decode_or_none(text.encode()), 0\n",
+        "                line, record, request = text.encode(), codec.decode_or_none(text.encode()), 0\n",
         test="tests/torture/test_damage.py::test_separators_inside_an_answer_end_no_line",
     ),
     Saboteur(
@@ -148,7 +148,7 @@ SABOTEURS = (
     Saboteur(
         name="lines that were replaced are deleted",
         file="results/writer.py",
-        old="disk.append_lines(superseded, (line_at(old, offset) for offset in leaving))",
+        old="files.append_lines(superseded, (line_at(old, offset) for offset in leaving))",
         new="pass",
         test="tests/torture/test_damage.py::test_damage_in_the_middle_costs_its_own_line_only",
     ),
@@ -239,7 +239,7 @@ SABOTEURS = (
     Saboteur(
         name="a wrong key fails line by line",
         file="dispatch/live/sender.py",
-        old="        if error.reach is Reach.RUN:\n",
+        old="        if error.reach is ErrorScope.RUN:\n",
         new="        if False:\n",
         test="tests/runner/test_local.py::test_a_wrong_key_stops_the_run_and_leaves_lines_pending",
     ),
@@ -274,10 +274,10 @@ SABOTEURS = (
     Saboteur(
         name="answers change places",
         file="results/writer.py",
-        old="        for result in wanted:\n            line = results.encode(\n                result,",
+        old="        for result in wanted:\n            line = codec.encode(\n                result,",
         new="        import dataclasses\n        for result in wanted:\n"
         "            last, self._last = getattr(self, '_last', result), result\n"
-        "            line = results.encode(\n                dataclasses.replace(result, reply=last.reply),",
+        "            line = codec.encode(\n                dataclasses.replace(result, reply=last.reply),",
         test="tests/runner/test_local.py::test_every_line_is_answered_with_its_own_answer",
     ),
     Saboteur(
@@ -304,7 +304,7 @@ SABOTEURS = (
     Saboteur(
         name="superseded lines leave their parts and are kept nowhere",
         file="results/object_store_writer.py",
-        old='stores.create(f"{self.url}superseded-{checksum(data).hex()}.jsonl", data)',
+        old='object_store.create(f"{self.url}superseded-{checksum(data).hex()}.jsonl", data)',
         new="pass",
         test="tests/results/test_object_store_writer.py::test_changed_lines_take_the_place_of_old_ones",
     ),

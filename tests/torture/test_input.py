@@ -25,8 +25,7 @@ from hypothesis import strategies as st
 from pipeline.cli.main import main
 from pipeline.core.config import Config
 from pipeline.core.types import Request
-from pipeline.inputs import check as checking
-from pipeline.inputs import reader as read
+from pipeline.inputs import check, reader
 from pipeline.inputs.planner import Invalid, Planner
 from pipeline.inputs.reader import Line
 from tests.torture.fuzz import fuzz
@@ -200,7 +199,7 @@ def test_a_derived_id_never_meets_a_given_one() -> None:
 def verdict(*sources: str, settings: Config | None = None) -> tuple[int, int, str]:
     """Return the number of valid lines, of invalid ones, and the reason of the first, without its place."""
     problems: list[str] = []
-    report = checking.check(sources, settings or Config(), on_problem=problems.append)
+    report = check.check(sources, settings or Config(), on_problem=problems.append)
     reason = problems[0].split(": ", 1)[1] if problems else ""
     return report.lines - report.invalid, report.invalid, reason
 
@@ -331,7 +330,7 @@ def test_files_may_change_while_they_are_read(
     path = tmp_path / "q.jsonl"
     path.write_bytes(b"".join(openai_line(f"{number:08}") + b"\n" for number in range(20_000)))
     planner = Planner(Config())
-    lines = read.lines(str(path), MEGABYTE)
+    lines = reader.lines(str(path), MEGABYTE)
     items = [planner.plan(next(lines))]
 
     change(path)

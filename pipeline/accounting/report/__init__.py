@@ -13,7 +13,7 @@ from pipeline.accounting import rebuild as rebuilding
 from pipeline.accounting.ledger import Ledger
 from pipeline.accounting.rebuild import Rebuilt
 from pipeline.accounting.report import csv, html, json, prometheus, table
-from pipeline.accounting.report.costs import Report, key_of, to_period, to_report
+from pipeline.accounting.report.costs import CostReport, key_of, read_cost_report, to_period
 from pipeline.core.errors import UsageError
 from pipeline.core.files import write_file
 
@@ -29,7 +29,7 @@ def load(
     until: str | None,
     now: datetime,
     include_simulated: bool = False,
-) -> Report:
+) -> CostReport:
     """Read a ledger and put together what a report of this form holds."""
     by = by.encode("utf-8", "backslashreplace").decode()  # as the ledger holds tags that are not UTF-8
     key_of(by)
@@ -40,7 +40,7 @@ def load(
         raise UsageError(f"there is no ledger at {str(path)!r}: nothing was recorded yet", hint=hint)
     period = to_period(since, until, now.date())
     with Ledger.open(path) as ledger:
-        return to_report(
+        return read_cost_report(
             ledger.entries(since=period.loaded_since(by), until=period.until, include_simulated=include_simulated),
             ledger.runs(include_simulated=include_simulated),
             by=by,
@@ -50,7 +50,7 @@ def load(
         )
 
 
-def render(report: Report, form: str, *, width: int, is_colored: bool) -> bytes:
+def render(report: CostReport, form: str, *, width: int, is_colored: bool) -> bytes:
     """Return a report in its form; width and colours are those of the table."""
     if form == "table":
         return table.render(report, width=width, is_colored=is_colored)

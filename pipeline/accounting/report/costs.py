@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
-from pipeline.accounting.ledger import Entry, Run
+from pipeline.accounting.ledger import Entry, RunRow
 from pipeline.core import money
 from pipeline.core.errors import UsageError
 
@@ -116,7 +116,7 @@ class Row:
         }
 
 
-def grouped(entries: Entries, runs: Mapping[str, Run], key: Callable[[Run, Entry], Key]) -> dict[Key, Row]:
+def grouped(entries: Entries, runs: Mapping[str, RunRow], key: Callable[[RunRow, Entry], Key]) -> dict[Key, Row]:
     """Return the sums of all entries for which `key` returns the same."""
     sums: dict[Key, dict[str, int]] = {}
     seen: dict[Key, set[str]] = defaultdict(set)
@@ -132,7 +132,7 @@ def grouped(entries: Entries, runs: Mapping[str, Run], key: Callable[[Run, Entry
     return {group: Row(key=str(group), runs=len(seen[group]), **row) for group, row in sums.items()}
 
 
-def costs(entries: Entries, runs: Mapping[str, Run], *, by: str, earlier: Entries | None = None) -> tuple[Row, ...]:
+def costs(entries: Entries, runs: Mapping[str, RunRow], *, by: str, earlier: Entries | None = None) -> tuple[Row, ...]:
     """Return one row for each day, week, month, model, provider, lane, tag or run.
 
     Times and runs come in their order, everything else with the largest cost first. `earlier` are entries from before
@@ -155,7 +155,7 @@ def costs(entries: Entries, runs: Mapping[str, Run], *, by: str, earlier: Entrie
     return tuple(sorted(rows.values(), key=lambda row: (-row.cost_nano, -row.total_tokens, row.key)))
 
 
-def total(entries: Entries, runs: Mapping[str, Run], earlier: Entries | None = None) -> Row:
+def total(entries: Entries, runs: Mapping[str, RunRow], earlier: Entries | None = None) -> Row:
     """Return the sum of everything."""
     empty = Row(key="total")
     row = grouped(entries, runs, lambda run, entry: "total").get("total", empty)
@@ -175,7 +175,7 @@ def _compared(row: Row, previous: Row | None) -> Row:
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def key_of(by: str) -> Callable[[Run, Entry], str]:
+def key_of(by: str) -> Callable[[RunRow, Entry], str]:
     """Return what tells the group of an entry; `UsageError` when there is no such grouping."""
     if by in TIMES:
         return lambda run, entry: bucket(by, date.fromisoformat(entry.day))
@@ -282,7 +282,7 @@ def _to_day(option: str, text: str, origin: date) -> date:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class CostReport:
     """What every form of the report is made of; `entries` are those of the period, `runs` all that are known."""
 
     by: str
@@ -292,7 +292,7 @@ class Report:
     rows: tuple[Row, ...]
     total: Row
     entries: Entries
-    runs: Mapping[str, Run]
+    runs: Mapping[str, RunRow]
 
     @property
     def first_day(self) -> date:
@@ -301,16 +301,16 @@ class Report:
         return self.period.since or min(days, default=self.period.until)
 
 
-def to_report(
-    entries: Entries, runs: Iterable[Run], *, by: str, period: Period, generated_at: str, has_simulated: bool = False
-) -> Report:
+def read_cost_report(
+    entries: Entries, runs: Iterable[RunRow], *, by: str, period: Period, generated_at: str, has_simulated: bool = False
+) -> CostReport:
     """Put a report together; `entries` reach back to `period.loaded_since(by)`."""
     known = {run.run_id: run for run in runs}
     current = period.select(entries)
     previous = period.previous()
     before = previous.select(entries) if previous else None
     earlier = Period(since=None, until=previous.until).select(entries) if previous and by in TIMES else before
-    return Report(
+    return CostReport(
         by=by,
         period=period,
         generated_at=generated_at,

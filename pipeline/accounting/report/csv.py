@@ -6,13 +6,13 @@ import csv
 import io
 from typing import Any
 
-from pipeline.accounting.report.costs import Report, Row
+from pipeline.accounting.report.costs import CostReport, Row
 
 # What makes a spreadsheet compute (https://owasp.org/www-community/attacks/CSV_Injection), full-width forms included.
 _ACTIVE = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠")
 
 
-def render(report: Report) -> bytes:
+def render(report: CostReport) -> bytes:
     """Return a line of names and one line for each row; figures stay figures, what nobody knows is empty."""
     file = io.StringIO()
     writer = csv.writer(file)  # ends lines as RFC 4180 says, and so quotes a lone return in a text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.accounting.report.costs import UNTAGGED, Report, Row
+from pipeline.accounting.report.costs import UNTAGGED, CostReport, Row
 from pipeline.core import money
 
 UNKNOWN = "–"
@@ -43,7 +43,7 @@ def heading(by: str) -> str:
     return by.removeprefix("tag:")
 
 
-def period(report: Report) -> str:
+def period(report: CostReport) -> str:
     """Return the period, and the one that it is compared with."""
     previous = report.period.previous()
     compared = f", compared with {previous.since} to {previous.until}" if previous else ""
@@ -57,7 +57,7 @@ def comparison(row: Row) -> str:
     return f"{money.text(row.previous_cost_nano)} before" + (f" ({change(row)})" if row.change is not None else "")
 
 
-def caveats(report: Report) -> list[str]:
+def caveats(report: CostReport) -> list[str]:
     """Say what the figures do not hold, and what they hold that is not real."""
     row = report.total
     said = []

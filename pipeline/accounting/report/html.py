@@ -19,9 +19,9 @@ from typing import Any
 
 import orjson
 
-from pipeline.accounting.ledger import Entry, Run
-from pipeline.accounting.report import formatting as figures
-from pipeline.accounting.report.costs import TIMES, Report, Row, buckets, grouped, key_of
+from pipeline.accounting.ledger import Entry, RunRow
+from pipeline.accounting.report import formatting
+from pipeline.accounting.report.costs import TIMES, CostReport, Row, buckets, grouped, key_of
 from pipeline.core import money
 from pipeline.core import text as safe
 
@@ -47,7 +47,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def render(report: Report) -> bytes:
+def render(report: CostReport) -> bytes:
     """Return the page."""
     library = _asset("chart.umd.min.js").partition("//# sourceMappingURL")[0]  # there is no map to ask for
     script, style = _asset("page.js"), _asset("page.css")
@@ -69,7 +69,7 @@ def render(report: Report) -> bytes:
     body = _element(
         "body",
         _header(report),
-        *(_element("p", text, class_="note") for text in figures.caveats(report)),
+        *(_element("p", text, class_="note") for text in formatting.caveats(report)),
         _tiles(report),
         _charts(),
         _table(report),
@@ -85,31 +85,31 @@ def render(report: Report) -> bytes:
 # ── parts of the page ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _header(report: Report) -> Markup:
+def _header(report: CostReport) -> Markup:
     return _element(
         "header",
         _element("h1", "Cost report"),
-        _element("p", figures.period(report)),
+        _element("p", formatting.period(report)),
         _element("button", "Dark", id="theme", type="button", hidden=""),
     )
 
 
-def _tiles(report: Report) -> Markup:
+def _tiles(report: CostReport) -> Markup:
     row = report.total
     tiles = (
-        ("Cost", figures.cost(row), figures.comparison(row)),
+        ("Cost", formatting.cost(row), formatting.comparison(row)),
         (
             "Tokens",
-            figures.short(row.total_tokens),
-            f"{figures.short(row.input_tokens)} in, {figures.short(row.output_tokens)} out",
+            formatting.short(row.total_tokens),
+            f"{formatting.short(row.input_tokens)} in, {formatting.short(row.output_tokens)} out",
         ),
-        ("Requests", figures.short(row.requests), f"{figures.cost_per_1000(row)} per 1,000"),
+        ("Requests", formatting.short(row.requests), f"{formatting.cost_per_1000(row)} per 1,000"),
         (
             "Failures",
-            figures.short(row.failed),
-            f"{figures.short(row.rate_limited + row.failed_attempts)} calls failed or refused",
+            formatting.short(row.failed),
+            f"{formatting.short(row.rate_limited + row.failed_attempts)} calls failed or refused",
         ),
-        ("Saved by cache", money.text(row.saved_nano), f"{figures.share(row.cache_share)} of input from the cache"),
+        ("Saved by cache", money.text(row.saved_nano), f"{formatting.share(row.cache_share)} of input from the cache"),
         ("Wasted", money.text(row.wasted_nano), f"{row.unknown:,} more calls may be billed"),
     )
     return _element(
@@ -135,13 +135,13 @@ def _charts() -> Markup:
     return Markup(without + _element("section", *figure_elements, class_="charts", id="charts", hidden=""))
 
 
-def _table(report: Report) -> Markup:
-    first = figures.heading(report.by)
+def _table(report: CostReport) -> Markup:
+    first = formatting.heading(report.by)
     names = _cells(report.total, report)
     heading = "descending" if report.by not in (*TIMES, "run") else None
     head = _element(
         "tr",
-        _element("th", safe.text(first, _KEY_CHARACTERS), scope="col"),
+        _element("th", safe.escape(first, _KEY_CHARACTERS), scope="col"),
         *(
             _element("th", name, scope="col", **({"aria_sort": heading} if heading and name == "cost" else {}))
             for name in names
@@ -153,7 +153,7 @@ def _table(report: Report) -> Markup:
         _element("tbody", *(_row(row, report) for row in report.rows)),
         _element("tfoot", _row(report.total, report)),
     )
-    title = f"By {safe.text(report.by, _KEY_CHARACTERS)}"
+    title = f"By {safe.escape(report.by, _KEY_CHARACTERS)}"
     return _element(
         "section",
         _element("h2", title),
@@ -162,8 +162,8 @@ def _table(report: Report) -> Markup:
     )
 
 
-def _row(row: Row, report: Report) -> Markup:
-    key = safe.text(row.key, _KEY_CHARACTERS)
+def _row(row: Row, report: CostReport) -> Markup:
+    key = safe.escape(row.key, _KEY_CHARACTERS)
     cells = [
         _element("td", text, data_value=f"{value:.12g}", **_direction(name, value))
         for name, (text, value) in _cells(row, report).items()
@@ -176,25 +176,25 @@ def _direction(name: str, value: float) -> dict[str, str]:
     return {"class_": "more" if value > 0 else "less"} if name == "change" and abs(value) >= 0.01 else {}
 
 
-def _cells(row: Row, report: Report) -> dict[str, tuple[str, float]]:
+def _cells(row: Row, report: CostReport) -> dict[str, tuple[str, float]]:
     """Return the figures of a row: what is shown, and the number to sort by."""
-    cells: dict[str, tuple[str, float]] = {"cost": (figures.cost(row), row.cost_nano if row.is_priced else -1)}
+    cells: dict[str, tuple[str, float]] = {"cost": (formatting.cost(row), row.cost_nano if row.is_priced else -1)}
     if report.total.previous_cost_nano is not None or report.by in TIMES:
         before = row.previous_cost_nano
         cells["before"] = (
-            figures.UNKNOWN if before is None else money.text(before),
+            formatting.UNKNOWN if before is None else money.text(before),
             -1 if before is None else before,
         )
-        cells["change"] = (figures.change(row), row.change or 0)
+        cells["change"] = (formatting.change(row), row.change or 0)
     per_1000 = row.cost_per_1000_usd
     return cells | {
         "requests": (f"{row.requests:,}", row.requests),
         "failed": (f"{row.failed:,}", row.failed),
         "input tokens": (f"{row.input_tokens:,}", row.input_tokens),
-        "cached": (figures.share(row.cache_share), row.cache_share or 0),
+        "cached": (formatting.share(row.cache_share), row.cache_share or 0),
         "output tokens": (f"{row.output_tokens:,}", row.output_tokens),
         "reasoning": (f"{row.reasoning_tokens:,}", row.reasoning_tokens),
-        "per 1,000": (figures.cost_per_1000(row), -1 if per_1000 is None else per_1000),
+        "per 1,000": (formatting.cost_per_1000(row), -1 if per_1000 is None else per_1000),
         "saved": (money.text(row.saved_nano), row.saved_nano),
         "wasted": (money.text(row.wasted_nano), row.wasted_nano),
         "calls": (f"{row.attempts:,}", row.attempts),
@@ -209,7 +209,7 @@ def _cells(row: Row, report: Report) -> dict[str, tuple[str, float]]:
 # ── data of the charts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _data(report: Report) -> dict[str, Any]:
+def _data(report: CostReport) -> dict[str, Any]:
     """Return what the charts show: labels along the time, and series of numbers as long."""
     days = (report.period.until - report.first_day).days + 1
     by = "day" if days <= _DAYS_BY_DAY else "week" if days <= _DAYS_BY_WEEK else "month"
@@ -253,14 +253,14 @@ def _data(report: Report) -> dict[str, Any]:
     }
 
 
-def _few_models(report: Report) -> Callable[[Run, Entry], str]:
+def _few_models(report: CostReport) -> Callable[[RunRow, Entry], str]:
     """Return what tells the series of an entry: its model where that is among the most used, else the others."""
     name = key_of("model")
     used = grouped(report.entries, report.runs, name)
     first = sorted(used, key=lambda each: (-used[each].cost_nano, -used[each].total_tokens, each))
     if len(first) > _SERIES + 1:
         first = first[:_SERIES]
-    labels = {each: safe.text(each, _LABEL_CHARACTERS) for each in first}
+    labels = {each: safe.escape(each, _LABEL_CHARACTERS) for each in first}
     return lambda run, entry: labels.get(name(run, entry), _OTHERS)
 
 

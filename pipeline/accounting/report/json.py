@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import orjson
 
-from pipeline.accounting.report.costs import Report
+from pipeline.accounting.report.costs import CostReport
 
 
-def render(report: Report) -> bytes:
+def render(report: CostReport) -> bytes:
     """Return the object, indented, with its line end; a cost that nobody knows is null."""
     previous = report.period.previous()
     value = {

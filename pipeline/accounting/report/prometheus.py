@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 
-from pipeline.accounting.ledger import Run
-from pipeline.accounting.report.costs import Report, Row, grouped
+from pipeline.accounting.ledger import RunRow
+from pipeline.accounting.report.costs import CostReport, Row, grouped
 from pipeline.core import money
 
 _Value = Callable[[Row], float]
@@ -58,12 +58,12 @@ _COUNTERS: tuple[tuple[str, str, str, Mapping[str, _Value]], ...] = (
 )
 
 
-def render(report: Report) -> bytes:
+def render(report: CostReport) -> bytes:
     """Return the metrics; a label may hold any text."""
     return "".join(f"{line}\n" for line in (*_counters(report), *_last_runs(report))).encode()
 
 
-def _counters(report: Report) -> Iterator[str]:
+def _counters(report: CostReport) -> Iterator[str]:
     rows = grouped(report.entries, report.runs, lambda run, entry: (entry.provider, entry.model, entry.lane))
     for name, text, label, values in _COUNTERS:
         yield from _head(f"{name}_total", "counter", text)
@@ -73,7 +73,7 @@ def _counters(report: Report) -> Iterator[str]:
                 yield _sample(f"{name}_total", labels, value(row))
 
 
-def _last_runs(report: Report) -> Iterator[str]:
+def _last_runs(report: CostReport) -> Iterator[str]:
     """Yield when each job ended last, how, and when it last ended well: what an alert on a silent cron job needs."""
     ended = sorted((run for run in report.runs.values() if run.finished_at), key=lambda run: run.finished_at or "")
     last = {_name(run): run for run in ended}
@@ -87,11 +87,11 @@ def _last_runs(report: Report) -> Iterator[str]:
     yield from (_sample("last_run_exit_code", {"name": name}, code) for name, code in codes.items())
 
 
-def _name(run: Run) -> str:
+def _name(run: RunRow) -> str:
     return run.tags.get("job") or run.results_file or ""
 
 
-def _seconds(run: Run) -> float:
+def _seconds(run: RunRow) -> float:
     return datetime.fromisoformat(run.finished_at or run.started_at).timestamp()
 
 

@@ -9,25 +9,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.accounting.report import formatting as figures
-from pipeline.accounting.report.costs import Report, Row
-from pipeline.core import money
-from pipeline.core import text as safe
+from pipeline.accounting.report import formatting
+from pipeline.accounting.report.costs import CostReport, Row
+from pipeline.core import money, text
 
 _WIDE = 100  # columns of a terminal from which there is room for all figures
 _KEY_WIDTH = 48
 
 
-def render(report: Report, *, width: int, is_colored: bool) -> bytes:
+def render(report: CostReport, *, width: int, is_colored: bool) -> bytes:
     """Return the lines to print; text from outside is harmless in them."""
     console = Console(
         file=io.StringIO(), width=width, force_terminal=is_colored, highlight=False, markup=False, emoji=False
     )
-    console.print(Text(f"Costs by {safe.text(report.by)}, {figures.period(report)}", style="bold"), soft_wrap=True)
+    console.print(Text(f"Costs by {text.escape(report.by)}, {formatting.period(report)}", style="bold"), soft_wrap=True)
     if report.rows:
         console.print(_table(report, is_wide=width >= _WIDE))
-    comparison = figures.comparison(report.total)
-    for line in ([f"{figures.cost(report.total)} in all, {comparison}"] if comparison else []) + figures.caveats(
+    comparison = formatting.comparison(report.total)
+    for line in ([f"{formatting.cost(report.total)} in all, {comparison}"] if comparison else []) + formatting.caveats(
         report
     ):
         console.print(Text(line, style="dim"), soft_wrap=True)
@@ -35,11 +34,11 @@ def render(report: Report, *, width: int, is_colored: bool) -> bytes:
     return console.file.getvalue().encode("utf-8", "backslashreplace")
 
 
-def _table(report: Report, *, is_wide: bool) -> Table:
+def _table(report: CostReport, *, is_wide: bool) -> Table:
     bar_width = 12 if is_wide else 8
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_footer=True)
-    table.add_column(safe.text(figures.heading(report.by)), footer="total", overflow="fold", max_width=_KEY_WIDTH)
-    table.add_column("cost", footer=figures.cost(report.total), justify="right", no_wrap=True)
+    table.add_column(text.escape(formatting.heading(report.by)), footer="total", overflow="fold", max_width=_KEY_WIDTH)
+    table.add_column("cost", footer=formatting.cost(report.total), justify="right", no_wrap=True)
     table.add_column("", width=bar_width)
     has_comparison = any(row.previous_cost_nano is not None for row in (*report.rows, report.total))
     columns = _columns(report.total, is_wide=is_wide, has_comparison=has_comparison)
@@ -48,8 +47,8 @@ def _table(report: Report, *, is_wide: bool) -> Table:
     most = max(row.cost_nano for row in report.rows)
     for row in report.rows:
         table.add_row(
-            Text(safe.text(row.key, 200)),
-            figures.cost(row),
+            Text(text.escape(row.key, 200)),
+            formatting.cost(row),
             Bar(most or 1, 0, row.cost_nano, width=bar_width, color="cyan"),
             *_columns(row, is_wide=is_wide, has_comparison=has_comparison).values(),
         )
@@ -58,14 +57,14 @@ def _table(report: Report, *, is_wide: bool) -> Table:
 
 def _columns(row: Row, *, is_wide: bool, has_comparison: bool) -> dict[str, str]:
     """Return the figures right of the bar, as many as there is room for."""
-    columns = {"change": figures.change(row)} if has_comparison else {}
+    columns = {"change": formatting.change(row)} if has_comparison else {}
     columns |= {"requests": f"{row.requests:,}", "failed": f"{row.failed:,}"}
     if not is_wide:
-        return columns | {"tokens": figures.short(row.total_tokens)}
+        return columns | {"tokens": formatting.short(row.total_tokens)}
     return columns | {
-        "input": figures.short(row.input_tokens),
-        "output": figures.short(row.output_tokens),
-        "cached": figures.share(row.cache_share),
-        "per 1,000": figures.cost_per_1000(row),
+        "input": formatting.short(row.input_tokens),
+        "output": formatting.short(row.output_tokens),
+        "cached": formatting.share(row.cache_share),
+        "per 1,000": formatting.cost_per_1000(row),
         "wasted": money.text(row.wasted_nano),
     }

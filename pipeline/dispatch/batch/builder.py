@@ -16,13 +16,13 @@ from anyio import to_thread
 from pipeline.core.config import Batches
 from pipeline.core.errors import BudgetReachedError, PipelineError, TryLaterError, UsageError
 from pipeline.core.hashing import checksum
-from pipeline.dispatch.batch.client import Courier
-from pipeline.dispatch.batch.reservations import Reserves
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member, Spool
+from pipeline.dispatch.batch.client import BatchClient
+from pipeline.dispatch.batch.reservations import BatchReservations
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, OpenBatch
 
 
 @dataclass(slots=True, kw_only=True)
-class Group:
+class BatchGroup:
     """The requests that may share batches: of one provider and, where it wants that, of one model.
 
     `underway` counts batches that have been made and have not ended. `room` is where chunks wait that the provider's
@@ -32,8 +32,8 @@ class Group:
 
     provider: str
     model: str
-    courier: Courier
-    spool: Spool | None = None
+    courier: BatchClient
+    spool: OpenBatch | None = None
     underway: int = 0
     room: anyio.Semaphore = field(default_factory=lambda: anyio.Semaphore(0))
     max_tokens: int | None = None
@@ -49,7 +49,7 @@ class Group:
             self.room.release()
 
 
-class Loader:
+class BatchBuilder:
     """Fills chunks, and gives each to `ship` when it is full or `seal_all` is called.
 
     `blank` makes the chunk of a group before anything is in it. `refused` is why nothing more is loaded: a spent
@@ -58,13 +58,13 @@ class Loader:
 
     def __init__(
         self,
-        chunks: Chunks,
+        chunks: BatchStore,
         settings: Batches,
-        reserves: Reserves,
+        reserves: BatchReservations,
         *,
-        open_courier: Callable[[str], Courier],
-        blank: Callable[[Group], Chunk],
-        ship: Callable[[Chunk], None],
+        open_courier: Callable[[str], BatchClient],
+        blank: Callable[[BatchGroup], BatchRecord],
+        ship: Callable[[BatchRecord], None],
         may_wait: bool,
         disk: anyio.CapacityLimiter,
     ) -> None:
@@ -76,26 +76,26 @@ class Loader:
         self._ship = ship
         self._may_wait = may_wait
         self._disk = disk
-        self._couriers: dict[str, Courier] = {}
+        self._couriers: dict[str, BatchClient] = {}
         self._sealing = 0
-        self.groups: dict[tuple[str, str], Group] = {}
+        self.groups: dict[tuple[str, str], BatchGroup] = {}
         self.refused: PipelineError | None = None
 
     @property
     def is_empty(self) -> bool:
         return not self._sealing and not any(group.spool for group in self.groups.values())
 
-    def group(self, provider: str, model: str) -> Group:
+    def group(self, provider: str, model: str) -> BatchGroup:
         """Return the group of a model. Raises `UsageError` where its provider cannot be called (no key)."""
         if provider not in self._couriers:
             self._couriers[provider] = self._open_courier(provider)
         courier = self._couriers[provider]
         model = model if courier.batches.is_for_one_model else ""
         if (provider, model) not in self.groups:
-            self.groups[provider, model] = Group(provider=provider, model=model, courier=courier)
+            self.groups[provider, model] = BatchGroup(provider=provider, model=model, courier=courier)
         return self.groups[provider, model]
 
-    async def load(self, members: Iterable[Member]) -> list[Member]:
+    async def load(self, members: Iterable[BatchItem]) -> list[BatchItem]:
         """Put requests into chunks; return those whose provider takes no batch of them."""
         turned_away = [member for member in members if not await self._add(member)]
         for group in list(self.groups.values()):
@@ -120,7 +120,7 @@ class Loader:
             self._reserves.close(spool.nonce)
         return sum(spool.requests for spool in spools)
 
-    async def _add(self, member: Member) -> bool:
+    async def _add(self, member: BatchItem) -> bool:
         """Load a request; False where no batch is to be had for it, or nothing more is loaded."""
         request = member.request
         try:
@@ -150,7 +150,7 @@ class Loader:
                 return True
             await self._seal(group)
 
-    def _is_full(self, group: Group, spool: Spool, member: Member, size: int) -> bool:
+    def _is_full(self, group: BatchGroup, spool: OpenBatch, member: BatchItem, size: int) -> bool:
         codec, settings = group.courier.batches, self._settings
         tokens = spool.input_tokens + member.request.estimated_input_tokens
         return (
@@ -159,13 +159,13 @@ class Loader:
             or (group.max_tokens is not None and tokens > group.max_tokens)
         )
 
-    async def _seal(self, group: Group) -> None:
+    async def _seal(self, group: BatchGroup) -> None:
         spool, group.spool = group.spool, None
         if spool is None:
             return
         lines, blank = spool.take(), self._blank(group)
 
-        def seal() -> Chunk:
+        def seal() -> BatchRecord:
             chunk = spool.seal(lines, blank)
             self._chunks.note(chunk)
             return chunk

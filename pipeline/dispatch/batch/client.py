@@ -17,20 +17,16 @@ import anyio.lowlevel
 from anyio import to_thread
 
 from pipeline import providers
-from pipeline.core import config as configuration
-from pipeline.core import environment
-from pipeline.core import files as disk
-from pipeline.core import http as transport
-from pipeline.core.config import Config, Endpoint, patience
-from pipeline.core.errors import ProviderError, Reach, TransportError, TryLaterError, UsageError
+from pipeline.core import config, environment, files, http
+from pipeline.core.config import Config, Endpoint, poll_policy
+from pipeline.core.errors import ErrorScope, ProviderError, TransportError, TryLaterError, UsageError
 from pipeline.core.http import Content, Write
-from pipeline.core.text import masking, without
-from pipeline.core.types import Answer, Call
+from pipeline.core.text import redact, redactor
+from pipeline.core.types import HttpRequest, HttpResponse
 from pipeline.dispatch import retry
-from pipeline.dispatch.batch.store import Chunk, Chunks
+from pipeline.dispatch.batch.store import BatchRecord, BatchStore
 from pipeline.dispatch.retry import Policy
-from pipeline.providers import BatchCodec, Provider
-from pipeline.providers import responses as answers
+from pipeline.providers import BatchCodec, Codec, responses
 from pipeline.providers.base import Headers
 from pipeline.providers.batch import Batch
 
@@ -44,12 +40,12 @@ class UncertainError(Exception):
     """A batch may have been made, and nobody knows its id."""
 
 
-Ask = Callable[[Call, Content | None], Awaitable[Answer]]
-Download = Callable[[Call, Write, int], Awaitable[Answer]]
+Ask = Callable[[HttpRequest, Content | None], Awaitable[HttpResponse]]
+Download = Callable[[HttpRequest, Write, int], Awaitable[HttpResponse]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class BatchConnection:
     """How an endpoint is reached: its address, its headers with the key, and what makes calls."""
 
     endpoint: Endpoint
@@ -59,7 +55,7 @@ class Way:
     mask: Callable[[bytes], bytes]
 
 
-class Courier:
+class BatchClient:
     """Carries the chunks of one provider to its batch API, and the results back.
 
     `patience` is for how many seconds a provider may be out of reach.
@@ -68,9 +64,9 @@ class Courier:
     def __init__(
         self,
         *,
-        codec: Provider,
+        codec: Codec,
         batches: BatchCodec,
-        way: Way,
+        way: BatchConnection,
         policy: Policy,
         patience: float,
         max_line_bytes: int,
@@ -86,7 +82,7 @@ class Courier:
         self._is_in_trouble = False
         self._uploads = anyio.Semaphore(_UPLOADS)
 
-    async def upload(self, chunks: Chunks, chunk: Chunk) -> str | None:
+    async def upload(self, chunks: BatchStore, chunk: BatchRecord) -> str | None:
         """Upload a chunk and return the id of the file; None where that is not a call of its own."""
         call = self.batches.upload(self._way.endpoint, self._way.headers, chunk.nonce)
         if call is None:
@@ -94,7 +90,7 @@ class Courier:
         async with self._uploads:
             return await self._ask(call, self.batches.uploaded, self._content(chunks, chunk))
 
-    async def create(self, chunks: Chunks, chunk: Chunk, begin: Callable[[], Awaitable[None]]) -> Batch:
+    async def create(self, chunks: BatchStore, chunk: BatchRecord, begin: Callable[[], Awaitable[None]]) -> Batch:
         """Make the batch of a chunk; `begin` is awaited before every call that may make it.
 
         Raises `UncertainError`, or the provider's error when none can have been made.
@@ -109,7 +105,7 @@ class Courier:
                     raise
                 raise UncertainError(error.message) from error
 
-    async def find(self, chunk: Chunk, taken: set[str]) -> Batch | None:
+    async def find(self, chunk: BatchRecord, taken: set[str]) -> Batch | None:
         """Look for the batch that was made of a chunk without our learning its id; `taken` are ids of others.
 
         Where batches keep marks it is the one with ours; else one of its size that was made then.
@@ -156,7 +152,7 @@ class Courier:
     async def fetch(self, file: str, path: Path) -> None:
         """Download a file of results. What was cut is gone on with, and the file holds whole lines only."""
         call = self.batches.download(self._way.endpoint, self._way.headers, file)
-        with disk.open_private(path) as target:
+        with files.open_private(path) as target:
             lines = _Lines(target, self._way.mask, self._max_line_bytes)
             attempts, most, since = 0, 0, anyio.current_time()
             while True:
@@ -172,12 +168,12 @@ class Courier:
                     error = self.batches.refusal(answer)
                     if answer.status == 416:  # there is less than we had: from the beginning, then
                         lines.restart()
-                        error.reach = Reach.ATTEMPT
+                        error.reach = ErrorScope.ATTEMPT
                 except TransportError as exc:
                     error = self.codec.lost(exc)
                 await self._pause(error, attempts, since)
 
-    def _content(self, chunks: Chunks, chunk: Chunk) -> Content:
+    def _content(self, chunks: BatchStore, chunk: BatchRecord) -> Content:
         """Return what reads a chunk anew for every call, in a thread."""
 
         async def blocks() -> AsyncIterator[bytes]:
@@ -189,8 +185,8 @@ class Courier:
 
     async def _ask(
         self,
-        call: Call,
-        read: Callable[[Answer], T],
+        call: HttpRequest,
+        read: Callable[[HttpResponse], T],
         content: Content | None = None,
         *,
         before: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
@@ -279,7 +275,7 @@ class _Lines:
     def end(self) -> None:
         """Take a last line without its end, if it is whole."""
         if self._rest.strip():
-            if answers.parsed(bytes(self._rest))[0] is None:
+            if responses.parsed(bytes(self._rest))[0] is None:
                 raise TransportError("the results end amid a line", type="connection_error", is_sent=True)
             self._put(bytes(self._rest) + b"\n")
 
@@ -308,33 +304,33 @@ def _time(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def batch_client(settings: Config, client: transport.Client, say: Callable[[str], None], name: str) -> Courier:
+def batch_client(settings: Config, client: http.Client, say: Callable[[str], None], name: str) -> BatchClient:
     """Make what talks to a provider's batch API: address, headers with the key, codecs."""
     endpoint = settings.providers.get(name)
     if endpoint is None:
         raise UsageError(f"a batch was made with the provider {name!r}, which is not configured any more")
-    protocol = configuration.protocol(endpoint)
+    protocol = config.protocol(endpoint)
     codec = providers.codec(protocol)
     key = environment.api_key(name, endpoint)
 
-    async def ask(call: Call, content: transport.Content | None) -> Answer:
-        return without(await client.call(call, content), key)
+    async def ask(call: HttpRequest, content: http.Content | None) -> HttpResponse:
+        return redact(await client.call(call, content), key)
 
-    async def download(call: Call, write: transport.Write, start: int) -> Answer:
-        return without(await client.download(call, write, start), key)
+    async def download(call: HttpRequest, write: http.Write, start: int) -> HttpResponse:
+        return redact(await client.download(call, write, start), key)
 
-    return Courier(
+    return BatchClient(
         codec=codec,
         batches=providers.batch_codec(protocol),
-        way=Way(
+        way=BatchConnection(
             endpoint=endpoint,
             headers=codec.headers(endpoint, key),
             ask=ask,
             download=download,
-            mask=masking(key),
+            mask=redactor(key),
         ),
         policy=retry.Policy(settings.sending),
-        patience=patience(settings),
+        patience=poll_policy(settings),
         max_line_bytes=settings.sending.max_response_bytes,
         say=lambda message: say(f"{name}: {message}"),
     )

@@ -13,35 +13,40 @@ from itertools import islice
 from anyio import to_thread
 
 from pipeline.core import jsonl
-from pipeline.core.errors import LineError, ProviderError, Reach
+from pipeline.core.errors import ErrorScope, LineError, ProviderError
 from pipeline.core.hashing import FingerprintMap, FingerprintSet, fingerprint
-from pipeline.dispatch.batch.client import Courier
-from pipeline.dispatch.batch.outcome import Judge, Verdict
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member, member_at
+from pipeline.dispatch.batch.client import BatchClient
+from pipeline.dispatch.batch.outcome import ItemOutcome, OutcomeClassifier
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, item_at
 from pipeline.providers.batch import Batch, Outcome, of_whole_batch
 from pipeline.results.codec import MAX_LINE_BYTES
 
 _GROUP = 256
 
 
-class NotOursError(Exception):
+class WrongBatchError(Exception):
     """The results are those of another batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class CollectedItem:
     """A request and the verdict on it; `is_known` when its result was recorded before."""
 
-    member: Member
-    verdict: Verdict
+    member: BatchItem
+    verdict: ItemOutcome
     is_known: bool
 
 
-class Harvest:
+class ResultCollector:
     """What one chunk brings in; `strangers` counts results of requests that are not in it."""
 
     def __init__(
-        self, chunks: Chunks, chunk: Chunk, courier: Courier, judge: Judge, is_known: Callable[[Member], bool]
+        self,
+        chunks: BatchStore,
+        chunk: BatchRecord,
+        courier: BatchClient,
+        judge: OutcomeClassifier,
+        is_known: Callable[[BatchItem], bool],
     ) -> None:
         self._chunks = chunks
         self._chunk = chunk
@@ -52,7 +57,7 @@ class Harvest:
         self._seen = FingerprintSet()
         self.strangers = 0
 
-    async def gather(self, batch: Batch) -> AsyncIterator[Sequence[Judged]]:
+    async def gather(self, batch: Batch) -> AsyncIterator[Sequence[CollectedItem]]:
         """Fetch the results and yield verdicts in groups. Raises `NotOursError`, before the first of them."""
         await to_thread.run_sync(self._note_places)
         path = self._chunks.download_path(self._chunk)
@@ -63,15 +68,15 @@ class Harvest:
                 lines = jsonl.lines(results, MAX_LINE_BYTES)
                 while group := await to_thread.run_sync(self._next_lines, lines):
                     if not is_confirmed and not self._courier.batches.belongs(self._chunk.nonce, group[0]):
-                        raise NotOursError
+                        raise WrongBatchError
                     is_confirmed = True
                     yield await to_thread.run_sync(self._judge_lines, group)
         if not is_confirmed:
-            raise NotOursError
+            raise WrongBatchError
         async for judged in self.rest("failed" if batch.problems else batch.ending or "missing"):
             yield judged
 
-    async def rest(self, ending: str) -> AsyncIterator[Sequence[Judged]]:
+    async def rest(self, ending: str) -> AsyncIterator[Sequence[CollectedItem]]:
         """Yield verdicts on the requests that nothing told of so far."""
         unseen = (
             member for _, member in self._chunks.members(self._chunk) if fingerprint(member.name) not in self._seen
@@ -81,12 +86,12 @@ class Harvest:
 
     async def refused(
         self, named: Mapping[int, ProviderError], whole: ProviderError | None
-    ) -> AsyncIterator[Sequence[Judged]]:
+    ) -> AsyncIterator[Sequence[CollectedItem]]:
         """Yield verdicts on the requests of a batch that was not taken: errors by line, and what was said of it all.
 
         Lines without an error go again, unless the whole batch met one that no other attempt would pass.
         """
-        is_final = whole is not None and whole.reach is not Reach.ATTEMPT
+        is_final = whole is not None and whole.reach is not ErrorScope.ATTEMPT
         numbered = enumerate(self._chunks.members(self._chunk), start=1)
         while group := await to_thread.run_sync(lambda: list(islice(numbered, _GROUP))):
             judged = []
@@ -94,9 +99,9 @@ class Harvest:
                 if error := named.get(number):
                     verdict = self._judge.refused(member, error)
                 elif whole is not None and is_final:
-                    verdict = Verdict(error=of_whole_batch(whole))
+                    verdict = ItemOutcome(error=of_whole_batch(whole))
                 else:
-                    verdict = Verdict(again=member)
+                    verdict = ItemOutcome(again=member)
                 judged.append(self._judged(member, verdict))
             yield judged
 
@@ -108,8 +113,8 @@ class Harvest:
     def _next_lines(lines: Iterator[tuple[bytes, int]]) -> list[bytes]:
         return [line for line, _ in islice(lines, _GROUP)]
 
-    def _judge_lines(self, lines: Iterable[bytes]) -> list[Judged]:
-        judged: list[Judged] = []
+    def _judge_lines(self, lines: Iterable[bytes]) -> list[CollectedItem]:
+        judged: list[CollectedItem] = []
         with self._chunks.reader(self._chunk) as file:
             for line in lines:
                 outcome = self._outcome(line)
@@ -117,12 +122,12 @@ class Harvest:
                 if outcome is None or place is None:
                     self.strangers += 1
                 elif self._seen.add(fingerprint(outcome.name)):
-                    member = member_at(file, place)
+                    member = item_at(file, place)
                     judged.append(self._judged(member, self._judge.judge(member, outcome)))
         return judged
 
-    def _judged(self, member: Member, verdict: Verdict) -> Judged:
-        return Judged(member=member, verdict=verdict, is_known=self._is_known(member))
+    def _judged(self, member: BatchItem, verdict: ItemOutcome) -> CollectedItem:
+        return CollectedItem(member=member, verdict=verdict, is_known=self._is_known(member))
 
     def _outcome(self, line: bytes) -> Outcome | None:
         try:

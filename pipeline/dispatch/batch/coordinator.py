@@ -23,18 +23,18 @@ from anyio import to_thread
 
 from pipeline.accounting.budget import Budget
 from pipeline.accounting.pricing import Pricing
-from pipeline.core.cancel import Stop
+from pipeline.core.cancel import StopSignal
 from pipeline.core.clock import Clock
 from pipeline.core.config import Batches
-from pipeline.core.errors import PipelineError, ProviderError, Reach, TryLaterError, UsageError
+from pipeline.core.errors import ErrorScope, PipelineError, ProviderError, TryLaterError, UsageError
 from pipeline.core.types import Request, Result
-from pipeline.dispatch.batch.builder import Group, Loader, deadline_text
-from pipeline.dispatch.batch.client import Courier, is_no_api
-from pipeline.dispatch.batch.collector import Harvest, Judged, NotOursError
-from pipeline.dispatch.batch.lifecycle import Passage, Patience, Wait
-from pipeline.dispatch.batch.outcome import Judge, Verdict
-from pipeline.dispatch.batch.reservations import Reserves
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member, Members, Step
+from pipeline.dispatch.batch.builder import BatchBuilder, BatchGroup, deadline_text
+from pipeline.dispatch.batch.client import BatchClient, is_no_api
+from pipeline.dispatch.batch.collector import CollectedItem, ResultCollector, WrongBatchError
+from pipeline.dispatch.batch.lifecycle import BatchLifecycle, PollPolicy, Wait
+from pipeline.dispatch.batch.outcome import ItemOutcome, OutcomeClassifier
+from pipeline.dispatch.batch.reservations import BatchReservations
+from pipeline.dispatch.batch.store import BatchItem, BatchItems, BatchRecord, BatchStore, Step
 from pipeline.providers.batch import Batch
 
 _GROUP = 256
@@ -44,7 +44,7 @@ _LONGEST_ROOM_PAUSE = 600.0
 _LONELY_REFUSALS = 3  # after which a chunk is held for too large, though the provider names no limit
 
 
-class Recording(Protocol):
+class ResultSink(Protocol):
     """Where results are written down."""
 
     async def append(self, *wanted: Result) -> None:
@@ -76,7 +76,7 @@ class Statistics:
     failed: int
     unknown: int
     dropped: int
-    chunks: Sequence[Chunk]
+    chunks: Sequence[BatchRecord]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,13 +86,13 @@ class _Rest:
     `failures` is how often one of those has failed that go again.
     """
 
-    members: Members
+    members: BatchItems
     failures: int = 0
     cancelled: int = 0
     errors: list[ProviderError] = field(default_factory=list)
 
 
-class BatchLane:
+class BatchCoordinator:
     """Sends requests by batches and gives each result to `recording`.
 
     `run` sees through what earlier runs left, and what `submit` brings until `close`. `open_courier` makes what talks
@@ -103,15 +103,15 @@ class BatchLane:
     def __init__(
         self,
         *,
-        chunks: Chunks,
+        chunks: BatchStore,
         run_id: str,
         is_simulated: bool,
         retries_failed: bool,
         settings: Batches,
         max_attempts: int,
-        patience: Patience,
-        open_courier: Callable[[str], Courier],
-        recording: Recording,
+        patience: PollPolicy,
+        open_courier: Callable[[str], BatchClient],
+        recording: ResultSink,
         pricing: Pricing,
         budget: Budget | None,
         clock: Clock,
@@ -119,7 +119,7 @@ class BatchLane:
         input: Input,
         waits: bool = True,
         deadline: datetime | None = None,
-        resend: Callable[[Sequence[Member]], Awaitable[None]] | None = None,
+        resend: Callable[[Sequence[BatchItem]], Awaitable[None]] | None = None,
     ) -> None:
         self._chunks = chunks
         self._run_id = run_id
@@ -134,10 +134,10 @@ class BatchLane:
         self._waits = waits
         self._deadline = deadline
         self._resend = resend
-        self._stop = Stop()
-        self._reserves = Reserves(budget, pricing)
-        self._passage = Passage(chunks, clock, self._stop, patience, say)
-        self._loader = Loader(
+        self._stop = StopSignal()
+        self._reserves = BatchReservations(budget, pricing)
+        self._passage = BatchLifecycle(chunks, clock, self._stop, patience, say)
+        self._loader = BatchBuilder(
             chunks,
             settings,
             self._reserves,
@@ -167,7 +167,7 @@ class BatchLane:
 
     async def submit(self, requests: Iterable[Request]) -> None:
         """Take requests of the input."""
-        await self._load([Member(request=request) for request in requests])
+        await self._load([BatchItem(request=request) for request in requests])
 
     async def close(self) -> None:
         """Say that no more requests come: what is loaded goes out now."""
@@ -208,10 +208,10 @@ class BatchLane:
         counts = self._counts | {"unknown": self._counts["unknown"] + self._passage.doubted}
         return Statistics(chunks=shown, **counts)
 
-    def _open_chunks(self) -> list[Chunk]:
+    def _open_chunks(self) -> list[BatchRecord]:
         return [chunk for chunk in self._chunks.still_open if chunk.simulated == self._is_simulated]
 
-    async def _load(self, members: Sequence[Member]) -> None:
+    async def _load(self, members: Sequence[BatchItem]) -> None:
         """Put requests into chunks; where a provider takes no batches they go live, if anything does."""
         turned_away = members if self._stop.is_called else await self._loader.load(members)
         if turned_away and self._resend and not self._loader.refused and not self._stop.is_called:
@@ -219,8 +219,8 @@ class BatchLane:
         else:
             self._counts["dropped"] += len(turned_away)
 
-    def _blank(self, group: Group) -> Chunk:
-        return Chunk(
+    def _blank(self, group: BatchGroup) -> BatchRecord:
+        return BatchRecord(
             run=self._run_id,
             provider=group.provider,
             model=group.model,
@@ -232,12 +232,12 @@ class BatchLane:
 
     # ── the life of a chunk ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _follow(self, chunk: Chunk) -> None:
+    def _follow(self, chunk: BatchRecord) -> None:
         assert self._tasks is not None, "run() comes first"
         self._following += 1
         self._tasks.start_soon(self._see_through, chunk)
 
-    async def _see_through(self, chunk: Chunk) -> None:
+    async def _see_through(self, chunk: BatchRecord) -> None:
         """Take a chunk as far as it gets now, and settle what is set aside for it."""
         if chunk.run != self._run_id:
             self._reserves.take_over(chunk.nonce, (each.request for _, each in self._chunks.members(chunk)))
@@ -256,7 +256,7 @@ class BatchLane:
         self._following -= 1
         self._check_finished()
 
-    async def _advance(self, group: Group, chunk: Chunk) -> None:
+    async def _advance(self, group: BatchGroup, chunk: BatchRecord) -> None:
         courier, passage = group.courier, self._passage
         while True:
             if self._resend and not chunk.may_have_batch and passage.is_late(chunk):
@@ -294,22 +294,22 @@ class BatchLane:
             try:
                 await self._collect(group, chunk, batch)
                 return
-            except NotOursError:
+            except WrongBatchError:
                 chunk = await self._leave(chunk, Step.CREATING)
 
-    async def _leave(self, chunk: Chunk, step: Step) -> Chunk:
+    async def _leave(self, chunk: BatchRecord, step: Step) -> BatchRecord:
         """Go back to a step: the batch is none, or not ours."""
         assert chunk.batch_id is not None
         nothing = dict.fromkeys(("batch_id", "status", "succeeded", "failed", "created_at", "expires_at"))
         return await self._passage.note(chunk, **nothing, step=step, not_ours=(*chunk.not_ours, chunk.batch_id))
 
-    def _has_no_room(self, group: Group, chunk: Chunk, batch: Batch) -> bool:
+    def _has_no_room(self, group: BatchGroup, chunk: BatchRecord, batch: Batch) -> bool:
         """Tell whether a batch only failed as the provider's queue is full: then it is made again later.
 
         One that is too large for an empty queue is not: its requests go on in smaller ones.
         """
         codec = group.courier.batches
-        if codec.failure(batch.problems[0]).reach is not Reach.ATTEMPT:
+        if codec.failure(batch.problems[0]).reach is not ErrorScope.ATTEMPT:
             return False
         self._refusals[chunk.nonce] += 1
         limit = codec.queue_limit(batch.problems[0])
@@ -319,7 +319,7 @@ class BatchLane:
             return False
         return True
 
-    async def _wait_for_room(self, group: Group, chunk: Chunk) -> None:
+    async def _wait_for_room(self, group: BatchGroup, chunk: BatchRecord) -> None:
         """Wait until another batch of ours has ended, or for a while: the queue is the account's, not ours alone."""
         if not self._waits:
             raise TryLaterError("the provider's queue is full")
@@ -327,9 +327,9 @@ class BatchLane:
         with self._stop.cuts_short(), anyio.move_on_after(pause):
             await group.room.acquire()
 
-    async def _broke_off(self, group: Group, chunk: Chunk, error: ProviderError | TryLaterError) -> None:
+    async def _broke_off(self, group: BatchGroup, chunk: BatchRecord, error: ProviderError | TryLaterError) -> None:
         """End what an error of a batch API ends. Where no batch can have been made, requests may go live."""
-        if isinstance(error, ProviderError) and error.reach is Reach.RUN:
+        if isinstance(error, ProviderError) and error.reach is ErrorScope.RUN:
             self._end(group, error)
         elif self._resend and not chunk.may_have_batch and not self._stop.is_called:
             if group.refusal is None:
@@ -337,33 +337,33 @@ class BatchLane:
             group.refusal = error
             await self._go_live(group, chunk)
             return
-        elif isinstance(error, TryLaterError) or (error.reach is Reach.ATTEMPT and not is_no_api(error)):
+        elif isinstance(error, TryLaterError) or (error.reach is ErrorScope.ATTEMPT and not is_no_api(error)):
             self._waiting.append(TryLaterError(f"{group.name}: {error.message}"))
             return
         else:
             error.message += f" ({_advice(chunk)})" if is_no_api(error) else ""
-            error.reach = Reach.MODEL
+            error.reach = ErrorScope.MODEL
             self._end(group, error)
         if not chunk.may_have_batch:
             await self._drop(chunk)
 
-    def _end(self, group: Group, error: ProviderError) -> None:
+    def _end(self, group: BatchGroup, error: ProviderError) -> None:
         """Give up what an error reaches."""
         if not error.message.startswith(group.name):
             error.message = f"{group.name}: {error.message}"
-        if error.reach is Reach.RUN:
+        if error.reach is ErrorScope.RUN:
             self.stop(error)
         else:
             group.refusal = group.refusal or error
 
-    async def _drop(self, chunk: Chunk) -> None:
+    async def _drop(self, chunk: BatchRecord) -> None:
         """Forget a chunk of which no batch was made; its requests are pending, a later run sends them."""
         self._counts["dropped"] += chunk.requests
         await self._close_chunk(chunk, Step.DROPPED)
 
     # ── the end of a batch ────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _collect(self, group: Group, chunk: Chunk, batch: Batch) -> None:
+    async def _collect(self, group: BatchGroup, chunk: BatchRecord, batch: Batch) -> None:
         """Turn a batch that has ended into results, and send again what it did not answer.
 
         Raises `NotOursError` where another batch was taken for ours.
@@ -374,29 +374,33 @@ class BatchLane:
             text = f"{harvest.strangers:,} result(s) of requests that nobody sent"
             self._say(f"{group.name}: batch {batch.id} has {text}")
 
-    async def _refused(self, group: Group, chunk: Chunk, batch: Batch) -> None:
+    async def _refused(self, group: BatchGroup, chunk: BatchRecord, batch: Batch) -> None:
         """Deal with a batch that failed validation: lines that its provider names fail, the others go again."""
         errors = [(problem.line, group.courier.batches.failure(problem)) for problem in batch.problems]
-        named = {line: error for line, error in errors if line and error.reach is Reach.REQUEST}
+        named = {line: error for line, error in errors if line and error.reach is ErrorScope.REQUEST}
         whole = next((error for line, error in errors if line not in named), None)
-        if whole and whole.reach is Reach.ATTEMPT and chunk.requests == 1:
+        if whole and whole.reach is ErrorScope.ATTEMPT and chunk.requests == 1:
             named, whole = {1: whole}, None  # alone and still too large
         if whole and self._resend:
             self._say(f"{group.name}: batch {batch.id} was refused, its requests go live: {whole.message}")
             whole = None
         await self._bring_in(group, chunk, self._harvest(group, chunk).refused(named, whole))
 
-    async def _abandon(self, group: Group, chunk: Chunk) -> None:
+    async def _abandon(self, group: BatchGroup, chunk: BatchRecord) -> None:
         """Send all of a batch live that does not heed that it was cancelled: it may be paid twice, and is told."""
         self._say(f"{group.name}: batch {chunk.batch_id} does not end though it was cancelled; its requests go live")
         await self._bring_in(group, chunk, self._harvest(group, chunk).rest("abandoned"), step=Step.DROPPED)
 
-    async def _go_live(self, group: Group, chunk: Chunk) -> None:
+    async def _go_live(self, group: BatchGroup, chunk: BatchRecord) -> None:
         """Send the requests of a chunk live of which no batch was made."""
         await self._bring_in(group, chunk, self._harvest(group, chunk).refused({}, None))
 
     async def _bring_in(
-        self, group: Group, chunk: Chunk, groups: AsyncIterator[Sequence[Judged]], step: Step = Step.COLLECTED
+        self,
+        group: BatchGroup,
+        chunk: BatchRecord,
+        groups: AsyncIterator[Sequence[CollectedItem]],
+        step: Step = Step.COLLECTED,
     ) -> None:
         """Carry verdicts out: record results, then close the chunk, then send what goes again.
 
@@ -423,7 +427,7 @@ class BatchLane:
                 await anyio.sleep(min(_LONGEST_ROOM_PAUSE, 2.0 ** (rest.failures - 1)))
         await self._send_on(chunk, rest.members)
 
-    async def _carry_out(self, chunk: Chunk, judged: Sequence[Judged], rest: _Rest) -> Chunk:
+    async def _carry_out(self, chunk: BatchRecord, judged: Sequence[CollectedItem], rest: _Rest) -> BatchRecord:
         """Record results and note what goes again; return the chunk with what these cost.
 
         What somebody else cancelled while we waited is not sent again before somebody repeats the command.
@@ -453,14 +457,14 @@ class BatchLane:
             await self._recording.append(*results)
         return replace(chunk, cost_nano=chunk.cost_nano + cost, unpriced=chunk.unpriced + unpriced)
 
-    def _count(self, verdict: Verdict) -> None:
+    def _count(self, verdict: ItemOutcome) -> None:
         is_success = verdict.result is not None and verdict.result.success
         self._counts["attempts"] += is_success or verdict.attempt is not None
         self._counts["billed"] += is_success
         self._counts["failed"] += verdict.attempt is not None
         self._counts["unknown"] += verdict.attempt is not None and verdict.attempt.is_unknown
 
-    async def _send_on(self, chunk: Chunk, rest: Members) -> None:
+    async def _send_on(self, chunk: BatchRecord, rest: BatchItems) -> None:
         """Put requests that a chunk left over on their next way: live, or in another chunk.
 
         What another run sent goes only if the input still holds it, which is known when all of it was read.
@@ -484,20 +488,20 @@ class BatchLane:
 
     # ── small things ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _harvest(self, group: Group, chunk: Chunk) -> Harvest:
-        judge = Judge(chunk, group.courier.codec, self._pricing, self._clock, self._max_attempts)
+    def _harvest(self, group: BatchGroup, chunk: BatchRecord) -> ResultCollector:
+        judge = OutcomeClassifier(chunk, group.courier.codec, self._pricing, self._clock, self._max_attempts)
 
-        def is_known(member: Member) -> bool:
+        def is_known(member: BatchItem) -> bool:
             """Tell whether a result was recorded before: a failure may be older than a chunk that tries it again."""
             outcome = self._input.outcome(member.request.custom_id, member.request.digest)
             return outcome is True or (outcome is False and not chunk.retries_failed)
 
-        return Harvest(self._chunks, chunk, group.courier, judge, is_known)
+        return ResultCollector(self._chunks, chunk, group.courier, judge, is_known)
 
-    def _is_wanted(self, member: Member) -> bool:
+    def _is_wanted(self, member: BatchItem) -> bool:
         return self._input.is_wanted(member.request.custom_id, member.request.digest)
 
-    async def _close_chunk(self, chunk: Chunk, step: Step) -> None:
+    async def _close_chunk(self, chunk: BatchRecord, step: Step) -> None:
         await to_thread.run_sync(self._chunks.close_chunk, chunk, step, limiter=self._passage.disk)
         self._reserves.close(chunk.nonce)
 
@@ -506,7 +510,7 @@ class BatchLane:
             self._finished.set()
 
 
-def _advice(chunk: Chunk) -> str:
+def _advice(chunk: BatchRecord) -> str:
     """Say what may be done about an API or a batch that is not there."""
     if chunk.batch_id:
         return f"if it is gone for good: pipeline batches cancel --forget {chunk.batch_id}"

@@ -15,12 +15,12 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from pipeline.core.cancel import Stop
+from pipeline.core.cancel import StopSignal
 from pipeline.core.clock import Clock
 from pipeline.core.errors import ProviderError, TryLaterError
 from pipeline.core.http import SLOWEST_BYTES_PER_SECOND
-from pipeline.dispatch.batch.client import Courier, UncertainError
-from pipeline.dispatch.batch.store import Chunk, Chunks, Step
+from pipeline.dispatch.batch.client import BatchClient, UncertainError
+from pipeline.dispatch.batch.store import BatchRecord, BatchStore, Step
 from pipeline.providers.batch import Batch
 
 _FIRST_PAUSE = 1.0
@@ -32,7 +32,7 @@ _LONGEST_CANCELLING = timedelta(minutes=15)  # OpenAI says up to 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class PollPolicy:
     """How long is waited, in seconds: between two looks at a batch, and for the answer of one small call.
 
     `rounds` is how often a batch is tried to be made. `live_seconds` tells how long the requests of a chunk take live;
@@ -42,7 +42,7 @@ class Patience:
     poll_interval: float
     call: float
     rounds: int
-    live_seconds: Callable[[Chunk], float] | None
+    live_seconds: Callable[[BatchRecord], float] | None
     deadline: datetime | None = None
 
 
@@ -54,11 +54,11 @@ class Wait(StrEnum):
     IGNORES_CANCEL = "ignores cancel"
 
 
-class Passage:
+class BatchLifecycle:
     """Takes chunks from one step to the next, and notes each."""
 
     def __init__(
-        self, chunks: Chunks, clock: Clock, stop: Stop, patience: Patience, say: Callable[[str], None]
+        self, chunks: BatchStore, clock: Clock, stop: StopSignal, patience: PollPolicy, say: Callable[[str], None]
     ) -> None:
         self._chunks = chunks
         self._clock = clock
@@ -69,21 +69,21 @@ class Passage:
         self.doubted = 0  # requests of batches that were made again, though a first one may be there
         self.disk = anyio.CapacityLimiter(1)
 
-    async def note(self, chunk: Chunk, **changes: Any) -> Chunk:
+    async def note(self, chunk: BatchRecord, **changes: Any) -> BatchRecord:
         """Note a step on the disk and return the chunk as it is now."""
         chunk = replace(chunk, **changes)
         with anyio.CancelScope(shield=True):
             await to_thread.run_sync(self._chunks.note, chunk, limiter=self.disk)
         return chunk
 
-    async def upload(self, courier: Courier, chunk: Chunk) -> Chunk:
+    async def upload(self, courier: BatchClient, chunk: BatchRecord) -> BatchRecord:
         """Upload a chunk; as it was where that was cut short."""
         with self._stop.cuts_short():
             file_id = await courier.upload(self._chunks, chunk)
             return await self.note(chunk, step=Step.UPLOADED, file_id=file_id)
         return chunk
 
-    async def create(self, courier: Courier, chunk: Chunk) -> Chunk:
+    async def create(self, courier: BatchClient, chunk: BatchRecord) -> BatchRecord:
         """Make the batch of a chunk or, if one may have been made, find it. Raises `ProviderError`, `TryLaterError`."""
         rounds = 0
         while chunk.step is not Step.CREATED:
@@ -113,7 +113,7 @@ class Passage:
             chunk = await self.note(chunk, **_told(batch), step=Step.CREATED)
         return chunk
 
-    async def _find(self, courier: Courier, chunk: Chunk) -> Batch | None:
+    async def _find(self, courier: BatchClient, chunk: BatchRecord) -> Batch | None:
         """Look for a batch that may have been made, until the call that may have made it must be over, and longer.
 
         A provider may go on with a call that we gave up, and tell of the batch somewhat later.
@@ -135,7 +135,7 @@ class Passage:
                 raise TryLaterError("stopped before it was known whether a batch was made; a later run finds out")
             pause *= _PAUSE_GROWTH
 
-    def _taken(self, chunk: Chunk) -> Iterator[set[str]]:
+    def _taken(self, chunk: BatchRecord) -> Iterator[set[str]]:
         """Yield what a chunk's batch is not: first all that our other chunks claim, then what is theirs for certain.
 
         Two chunks of one size may have claimed each other's batch; each must find its own again.
@@ -147,7 +147,9 @@ class Passage:
         if claimed != sure:
             yield sure
 
-    async def wait(self, courier: Courier, chunk: Chunk, *, is_patient: bool) -> tuple[Chunk, Batch | None, Wait]:
+    async def wait(
+        self, courier: BatchClient, chunk: BatchRecord, *, is_patient: bool
+    ) -> tuple[BatchRecord, Batch | None, Wait]:
         """Wait for the end of a batch; return its last state where it has ended, and how the waiting did.
 
         A batch that is late is cancelled, so that the rest of it can go live before the deadline.
@@ -177,12 +179,12 @@ class Passage:
                 await anyio.sleep(min([pause, *(seconds for seconds in turns if seconds and seconds > 0)]))
             pause = min(pause * _PAUSE_GROWTH, self._patience.poll_interval)
 
-    async def _note_told(self, chunk: Chunk, batch: Batch) -> Chunk:
+    async def _note_told(self, chunk: BatchRecord, batch: Batch) -> BatchRecord:
         """Note what a provider tells of a batch, if that is news."""
         told = _told(batch)
         return await self.note(chunk, **told) if replace(chunk, **told) != chunk else chunk
 
-    async def _give_up(self, courier: Courier, chunk: Chunk) -> Chunk:
+    async def _give_up(self, courier: BatchClient, chunk: BatchRecord) -> BatchRecord:
         """Cancel a batch that is late; that it is ours to cancel is noted first."""
         id = _id_of(chunk)
         self._say(f"{chunk.group}: batch {id} is cancelled; what it did not answer goes live")
@@ -190,21 +192,21 @@ class Passage:
         await courier.cancel(id)
         return chunk
 
-    def is_late(self, chunk: Chunk) -> bool:
+    def is_late(self, chunk: BatchRecord) -> bool:
         """Tell whether what is not answered of a chunk must go live now."""
         seconds = self._seconds_to_switch(chunk)
         return seconds is not None and seconds <= 0
 
-    def _is_too_late(self, chunk: Chunk) -> bool:
+    def _is_too_late(self, chunk: BatchRecord) -> bool:
         """Tell whether the rest of a batch must go live although it has not ended: else it were not back in time."""
         seconds = self._seconds_until(chunk, timedelta(0), share=4)
         return seconds is not None and seconds <= 0
 
-    def _seconds_to_switch(self, chunk: Chunk) -> float | None:
+    def _seconds_to_switch(self, chunk: BatchRecord) -> float | None:
         """Return when a batch must be cancelled; None where there is no deadline."""
         return self._seconds_until(chunk, _LONGEST_CANCELLING, share=2)
 
-    def _seconds_until(self, chunk: Chunk, cancelling: timedelta, share: int) -> float | None:
+    def _seconds_until(self, chunk: BatchRecord, cancelling: timedelta, share: int) -> float | None:
         """Return the seconds until only the time is left that cancelling and going live need, or a share of it all."""
         deadlines = [_time(chunk.deadline)] if chunk.deadline else []
         deadlines += [self._patience.deadline] if self._patience.deadline else []
@@ -214,7 +216,7 @@ class Passage:
         needed = timedelta(seconds=self._patience.live_seconds(chunk)) + cancelling
         return (deadline - min(needed, (deadline - begun) / share) - self._clock.moment()).total_seconds()
 
-    def _refuse_overdue(self, chunk: Chunk) -> None:
+    def _refuse_overdue(self, chunk: BatchRecord) -> None:
         """Wait for no batch that should have ended long ago. Raises `TryLaterError`."""
         begun = _time(chunk.created_at or chunk.creating_at or chunk.at)
         expires = _time(chunk.expires_at) if chunk.expires_at else begun + _WINDOW
@@ -223,7 +225,7 @@ class Passage:
             raise TryLaterError(text)
 
 
-def _id_of(chunk: Chunk) -> str:
+def _id_of(chunk: BatchRecord) -> str:
     assert chunk.batch_id is not None, "a batch is made first"
     return chunk.batch_id
 

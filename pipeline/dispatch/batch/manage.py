@@ -12,24 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.accounting.ledger import Ledger
-from pipeline.core import environment
+from pipeline.core import environment, http, object_store
 from pipeline.core import files as disk
-from pipeline.core import http as transport
-from pipeline.core import object_store as stores
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
 from pipeline.dispatch.batch import store as chunks
-from pipeline.dispatch.batch.client import Courier, batch_client
-from pipeline.dispatch.batch.store import Chunk, Chunks, Step
+from pipeline.dispatch.batch.client import BatchClient, batch_client
+from pipeline.dispatch.batch.store import BatchRecord, BatchStore, Step
 from pipeline.providers.batch import Batch
-from pipeline.results import object_store_writer as parts
+from pipeline.results import object_store_writer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
     """A batch, or a chunk that is still to become one, and whose results it brings."""
 
-    chunk: Chunk
+    chunk: BatchRecord
     results_file: Path
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def chosen(found: Sequence[Listed], ids: Sequence[str]) -> list[Listed]:
 
 async def status(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
     """Ask the providers how batches are getting on. Raises `ProviderError` for what they do not know."""
-    async with transport.Client(settings.sending) as client:
+    async with http.Client(settings.sending) as client:
         told: list[Listed] = []
         for each in wanted:
             if each.chunk.batch_id is None:
@@ -77,7 +75,7 @@ async def status(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
 
 async def cancel(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
     """Cancel batches; what they have answered is kept for the next run to collect."""
-    async with transport.Client(settings.sending) as client:
+    async with http.Client(settings.sending) as client:
         told: list[Listed] = []
         for each in wanted:
             chunk = each.chunk
@@ -100,7 +98,7 @@ def give_up(each: Listed) -> Listed:
     """Note that nothing more comes of a chunk. Raises `TryLaterError` while a run is at it."""
     target = disk.target_of(each.results_file)
     fd = disk.open_locked(target)
-    store = Chunks(target)
+    store = BatchStore(target)
     try:
         store.open()
         chunk = store.reread(each.chunk)
@@ -115,14 +113,14 @@ def give_up(each: Listed) -> Listed:
     return replace(each, chunk=replace(chunk, step=Step.DROPPED))
 
 
-def _courier(settings: Config, client: transport.Client, chunk: Chunk) -> Courier:
+def _courier(settings: Config, client: http.Client, chunk: BatchRecord) -> BatchClient:
     return batch_client(settings, client, lambda message: None, chunk.provider)
 
 
 def _file_of(results: str, settings: Config) -> Path:
-    if not stores.is_url(results):
+    if not object_store.is_url(results):
         return Path(results)
-    return environment.spool_path(settings, parts.folder_of(results)) / parts.SPOOL
+    return environment.spool_path(settings, object_store_writer.folder_of(results)) / object_store_writer.SPOOL
 
 
 def _results_files(ledger: Path) -> list[str]:

@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 
 from pipeline.accounting.pricing import BATCH, Pricing
 from pipeline.core.clock import Clock
-from pipeline.core.errors import ProviderError, Reach
-from pipeline.core.types import Answer, Attempt, Cost, Failure, Reply, Result
-from pipeline.dispatch.batch.store import Chunk, Member
-from pipeline.providers import Provider
+from pipeline.core.errors import ErrorScope, ProviderError
+from pipeline.core.types import Attempt, Completion, Cost, Failure, HttpResponse, Result
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord
+from pipeline.providers import Codec
 from pipeline.providers.batch import Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class ItemOutcome:
     """What is to be done: record a `result`, try `again`, or neither, as an `error` ends the model or the run.
 
     `nanos` is what it cost (nano-dollars), None where nobody knows; `attempt` is the one that failed. `is_cancelled`
@@ -27,24 +27,24 @@ class Verdict:
     """
 
     result: Result | None = None
-    again: Member | None = None
+    again: BatchItem | None = None
     error: ProviderError | None = None
     attempt: Attempt | None = None
     nanos: int | None = 0
     is_cancelled: bool = False
 
 
-class Judge:
+class OutcomeClassifier:
     """Judges the outcomes of one chunk. `max_attempts` are those that may fail by a request's own fault."""
 
-    def __init__(self, chunk: Chunk, codec: Provider, pricing: Pricing, clock: Clock, max_attempts: int) -> None:
+    def __init__(self, chunk: BatchRecord, codec: Codec, pricing: Pricing, clock: Clock, max_attempts: int) -> None:
         self._chunk = chunk
         self._codec = codec
         self._pricing = pricing
         self._clock = clock
         self._max_attempts = max_attempts
 
-    def judge(self, member: Member, outcome: Outcome) -> Verdict:
+    def judge(self, member: BatchItem, outcome: Outcome) -> ItemOutcome:
         """Judge what the results tell of a request."""
         if outcome.answer is None:
             return self.unfinished(member, outcome.ending or "missing")
@@ -54,9 +54,9 @@ class Judge:
             return self._failed(member, error, outcome.answer)
         usage = reply.usage
         cost = self._pricing.cost(member.request, reply.model or member.request.model, usage) if usage else Cost()
-        return Verdict(result=self._result(member, reply=reply, cost=cost), nanos=cost.nanos)
+        return ItemOutcome(result=self._result(member, reply=reply, cost=cost), nanos=cost.nanos)
 
-    def unfinished(self, member: Member, ending: str) -> Verdict:
+    def unfinished(self, member: BatchItem, ending: str) -> ItemOutcome:
         """Judge a request without an answer: `expired`, `cancelled`, `failed`, `missing`, or `abandoned` by us."""
         message, may_be_billed = {
             "expired": ("the batch expired before it came to this request", False),
@@ -76,29 +76,29 @@ class Judge:
         verdict = self._again_or_failed(member, attempt, nanos=None if may_be_billed else 0, counts=is_own_fault)
         return replace(verdict, is_cancelled=ending == "cancelled")
 
-    def refused(self, member: Member, error: ProviderError) -> Verdict:
+    def refused(self, member: BatchItem, error: ProviderError) -> ItemOutcome:
         """Judge a request for which the provider refused a whole batch: it fails by what was said of it."""
         attempt = self._attempt(error)
-        return Verdict(result=self._result(member, failed=attempt), attempt=attempt)
+        return ItemOutcome(result=self._result(member, failed=attempt), attempt=attempt)
 
-    def _failed(self, member: Member, error: ProviderError, answer: Answer) -> Verdict:
+    def _failed(self, member: BatchItem, error: ProviderError, answer: HttpResponse) -> ItemOutcome:
         usage = self._codec.usage(answer) if answer.status == 200 else None
         error.may_be_billed = answer.status == 200
         cost = self._pricing.cost(member.request, member.request.model, usage) if usage else Cost()
         attempt = replace(self._attempt(error), usage=usage, cost_nano=cost.nanos)
         nanos = cost.nanos if error.may_be_billed else 0
-        if error.reach in (Reach.RUN, Reach.MODEL):
-            return Verdict(error=error, attempt=attempt, nanos=nanos)
-        if error.reach is Reach.REQUEST:
-            return Verdict(result=self._result(member, failed=attempt), attempt=attempt, nanos=nanos)
+        if error.reach in (ErrorScope.RUN, ErrorScope.MODEL):
+            return ItemOutcome(error=error, attempt=attempt, nanos=nanos)
+        if error.reach is ErrorScope.REQUEST:
+            return ItemOutcome(result=self._result(member, failed=attempt), attempt=attempt, nanos=nanos)
         return self._again_or_failed(member, attempt, nanos=nanos, counts=True)
 
-    def _again_or_failed(self, member: Member, attempt: Attempt, *, nanos: int | None, counts: bool) -> Verdict:
+    def _again_or_failed(self, member: BatchItem, attempt: Attempt, *, nanos: int | None, counts: bool) -> ItemOutcome:
         counted = member.counted + counts
         if counted >= self._max_attempts:
-            return Verdict(result=self._result(member, failed=attempt), attempt=attempt, nanos=nanos)
+            return ItemOutcome(result=self._result(member, failed=attempt), attempt=attempt, nanos=nanos)
         again = replace(member, attempts=(*member.attempts, attempt), counted=counted)
-        return Verdict(again=again, attempt=attempt, nanos=nanos)
+        return ItemOutcome(again=again, attempt=attempt, nanos=nanos)
 
     def _attempt(self, error: ProviderError) -> Attempt:
         return Attempt(
@@ -114,9 +114,9 @@ class Judge:
 
     def _result(
         self,
-        member: Member,
+        member: BatchItem,
         *,
-        reply: Reply | None = None,
+        reply: Completion | None = None,
         failed: Attempt | None = None,
         cost: Cost | None = None,
     ) -> Result:

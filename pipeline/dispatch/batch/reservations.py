@@ -15,7 +15,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.types import Request
 
 
-class Reserves:
+class BatchReservations:
     """The reserves of a run's chunks, by nonce; amounts are the worst case of each request, in nano-dollars."""
 
     def __init__(self, budget: Budget | None, pricing: Pricing) -> None:

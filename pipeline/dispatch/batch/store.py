@@ -25,11 +25,10 @@ from typing import IO, Any
 
 import orjson
 
-from pipeline.core import files as disk
-from pipeline.core import jsonl, money
+from pipeline.core import files, jsonl, money
 from pipeline.core.errors import LineError, StorageError, UsageError
 from pipeline.core.types import Attempt, Request
-from pipeline.results import codec as results
+from pipeline.results import codec
 
 SUFFIX = ".batches"
 _JOURNAL = "journal.jsonl"
@@ -64,7 +63,7 @@ _CLOSED = (Step.COLLECTED, Step.DROPPED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class BatchRecord:
     """The requests of one batch and how far it has come.
 
     `nonce` names it; `size` and `sha256` are those of its file, `content` is the number of bytes that its requests
@@ -142,7 +141,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class BatchItem:
     """A request of a chunk, and under which `name`; `attempts` failed before, `counted` of them by its own fault."""
 
     request: Request
@@ -151,7 +150,7 @@ class Member:
     counted: int = 0
 
 
-class Members:
+class BatchItems:
     """A file of requests that is being written."""
 
     def __init__(self, path: Path) -> None:
@@ -161,7 +160,7 @@ class Members:
         self._digest = sha256()
         self._lines: list[bytes] = []
 
-    def add(self, member: Member) -> None:
+    def add(self, member: BatchItem) -> None:
         """Add a request; `write` puts it into the file."""
         self.requests += 1
         self._lines.append(_encode(member))
@@ -178,18 +177,18 @@ class Members:
         data = b"".join(lines)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(self._path, flags, disk.MODE), "wb") as file:
+            with open(os.open(self._path, flags, files.MODE), "wb") as file:
                 file.write(data)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
-                    disk.sync_directory(self._path.parent)
+                    files.sync_directory(self._path.parent)
         except OSError as exc:
             raise StorageError(f"cannot write {str(self._path)!r}: {exc.strerror}") from exc
         self._digest.update(data)
         self.size += len(data)
 
-    def read(self) -> Iterator[Member]:
+    def read(self) -> Iterator[BatchItem]:
         """Yield what was written."""
         if self.requests:
             yield from (member for _, member in _members(self._path))
@@ -199,7 +198,7 @@ class Members:
         self._path.unlink(missing_ok=True)
 
 
-class Spool(Members):
+class OpenBatch(BatchItems):
     """A chunk that is being written, not known to the journal yet; `content` is what its upload measures so far."""
 
     def __init__(self, directory: Path) -> None:
@@ -208,13 +207,13 @@ class Spool(Members):
         self.content = 0
         self.input_tokens = 0
 
-    def add_entry(self, member: Member, content: int) -> None:
+    def add_entry(self, member: BatchItem, content: int) -> None:
         """Add a request whose upload measures so many bytes."""
         self.add(member)
         self.content += content
         self.input_tokens += member.request.estimated_input_tokens
 
-    def seal(self, lines: list[bytes], chunk: Chunk) -> Chunk:
+    def seal(self, lines: list[bytes], chunk: BatchRecord) -> BatchRecord:
         """Write the last lines; return the chunk with what the file holds now, on the disk."""
         self.write(lines, sync=True)
         return replace(
@@ -228,20 +227,20 @@ class Spool(Members):
         )
 
 
-class Chunks:
+class BatchStore:
     """The chunks of one results file. `open` first; one thread at a time."""
 
     def __init__(self, results_file: Path) -> None:
-        self.directory = disk.beside(results_file, SUFFIX)
-        self._all: dict[str, Chunk] = {}
-        self._journal: disk.Appender | None = None
+        self.directory = files.beside(results_file, SUFFIX)
+        self._all: dict[str, BatchRecord] = {}
+        self._journal: files.Appender | None = None
 
     @property
-    def all(self) -> Sequence[Chunk]:
+    def all(self) -> Sequence[BatchRecord]:
         return tuple(self._all.values())
 
     @property
-    def still_open(self) -> Sequence[Chunk]:
+    def still_open(self) -> Sequence[BatchRecord]:
         return tuple(chunk for chunk in self._all.values() if chunk.is_open)
 
     def open(self) -> None:
@@ -254,7 +253,7 @@ class Chunks:
             if path.name != _JOURNAL and (chunk is None or not chunk.is_open):
                 path.unlink(missing_ok=True)
 
-    def is_damaged(self, chunk: Chunk) -> bool:
+    def is_damaged(self, chunk: BatchRecord) -> bool:
         """Tell whether the file of a chunk is not what was written."""
         digest = sha256()
         try:
@@ -265,18 +264,18 @@ class Chunks:
             return True
         return digest.hexdigest() != chunk.sha256
 
-    def spool(self) -> Spool:
+    def spool(self) -> OpenBatch:
         """Begin a chunk."""
         self._make_directory()
-        return Spool(self.directory)
+        return OpenBatch(self.directory)
 
-    def leftovers(self, chunk: Chunk) -> Members:
+    def leftovers(self, chunk: BatchRecord) -> BatchItems:
         """Begin a file of what a chunk leaves over; a crash loses it, and leaves its requests pending."""
         path = self.directory / f"{chunk.nonce}.left"
         path.unlink(missing_ok=True)
-        return Members(path)
+        return BatchItems(path)
 
-    def note(self, chunk: Chunk) -> None:
+    def note(self, chunk: BatchRecord) -> None:
         """Note how far a chunk has come; returns when that is on the disk. Raises `StorageError`."""
         if self._journal is None:
             self._make_directory()
@@ -284,20 +283,20 @@ class Chunks:
         if self._journal is None:
             path = self.directory / _JOURNAL
             try:
-                fd = disk.replace(path, [_line(each) for each in self._all.values()])
+                fd = files.replace(path, [_line(each) for each in self._all.values()])
             except OSError as exc:
                 raise StorageError(f"cannot write {str(path)!r}: {exc.strerror}") from exc
-            self._journal = disk.Appender(fd, path, sync=True)
+            self._journal = files.Appender(fd, path, sync=True)
             return
         self._journal.append(_line(chunk))
 
-    def close_chunk(self, chunk: Chunk, step: Step) -> None:
+    def close_chunk(self, chunk: BatchRecord, step: Step) -> None:
         """Note that nothing is left to be done for a chunk, and delete its requests."""
         self.note(replace(chunk, step=step))
         for path in (self.path(chunk), self.download_path(chunk)):
             path.unlink(missing_ok=True)
 
-    def reread(self, chunk: Chunk) -> Chunk:
+    def reread(self, chunk: BatchRecord) -> BatchRecord:
         """Return a chunk as the journal has it now."""
         return self._all.get(chunk.nonce, chunk)
 
@@ -307,15 +306,15 @@ class Chunks:
             self._journal.close()
             self._journal = None
 
-    def members(self, chunk: Chunk) -> Iterator[tuple[int, Member]]:
+    def members(self, chunk: BatchRecord) -> Iterator[tuple[int, BatchItem]]:
         """Yield the requests of a chunk, each with its place in the file."""
         yield from _members(self.path(chunk))
 
-    def reader(self, chunk: Chunk) -> IO[bytes]:
+    def reader(self, chunk: BatchRecord) -> IO[bytes]:
         """Open the file of a chunk, for `member_at`."""
         return self.path(chunk).open("rb")
 
-    def content(self, chunk: Chunk, *, separator: bytes, entry: Callable[[str, bytes], bytes]) -> Iterator[bytes]:
+    def content(self, chunk: BatchRecord, *, separator: bytes, entry: Callable[[str, bytes], bytes]) -> Iterator[bytes]:
         """Yield what is uploaded, in blocks."""
         block = bytearray()
         for place, member in self.members(chunk):
@@ -325,11 +324,11 @@ class Chunks:
                 block.clear()
         yield bytes(block)
 
-    def download_path(self, chunk: Chunk) -> Path:
+    def download_path(self, chunk: BatchRecord) -> Path:
         """Return where the results of a chunk are put while they are fetched."""
         return self.directory / f"{chunk.nonce}.results"
 
-    def path(self, chunk: Chunk) -> Path:
+    def path(self, chunk: BatchRecord) -> Path:
         """Return the file of a chunk."""
         return self.directory / f"{chunk.nonce}.jsonl"
 
@@ -352,12 +351,12 @@ class Chunks:
         try:
             self.directory.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
             self.directory.chmod(_DIRECTORY_MODE)
-            disk.sync_directory(self.directory.parent)
+            files.sync_directory(self.directory.parent)
         except OSError as exc:
             raise StorageError(f"cannot make {str(self.directory)!r}: {exc.strerror}") from exc
 
 
-def _members(path: Path) -> Iterator[tuple[int, Member]]:
+def _members(path: Path) -> Iterator[tuple[int, BatchItem]]:
     place = 0
     try:
         with path.open("rb") as file:
@@ -371,13 +370,13 @@ def _members(path: Path) -> Iterator[tuple[int, Member]]:
         raise StorageError(f"{str(path)!r} is damaged at byte {place:,}") from exc
 
 
-def member_at(file: IO[bytes], place: int) -> Member:
+def item_at(file: IO[bytes], place: int) -> BatchItem:
     """Return the request whose lines begin at a place in a chunk's file."""
     file.seek(place)
     return _decode(file.readline(), file.readline())
 
 
-def read(directory: Path) -> list[Chunk]:
+def read(directory: Path) -> list[BatchRecord]:
     """Return the chunks that a directory tells of, the oldest first; a line that a crash cut tells nothing."""
     try:
         content = (directory / _JOURNAL).read_bytes()
@@ -385,7 +384,7 @@ def read(directory: Path) -> list[Chunk]:
         return []
     except OSError as exc:
         raise StorageError(f"cannot read {str(directory / _JOURNAL)!r}: {exc.strerror}") from exc
-    chunks: dict[str, Chunk] = {}
+    chunks: dict[str, BatchRecord] = {}
     for line in content.split(b"\n"):
         if chunk := _chunk(line):
             chunks[chunk.nonce] = chunk
@@ -395,37 +394,37 @@ def read(directory: Path) -> list[Chunk]:
 # ── lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _line(chunk: Chunk) -> bytes:
+def _line(chunk: BatchRecord) -> bytes:
     return orjson.dumps(asdict(chunk), option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _chunk(line: bytes) -> Chunk | None:
+def _chunk(line: bytes) -> BatchRecord | None:
     try:
         value: dict[str, Any] = orjson.loads(line)
-        known = {field.name for field in fields(Chunk)}
+        known = {field.name for field in fields(BatchRecord)}
         read = {"step": Step(value["step"]), "not_ours": tuple(value.get("not_ours", ()))}
-        chunk = Chunk(**{name: each for name, each in value.items() if name in known} | read)
+        chunk = BatchRecord(**{name: each for name, each in value.items() if name in known} | read)
         return chunk if isinstance(chunk.nonce, str) and _OURS.fullmatch(f"{chunk.nonce}.jsonl") else None
     except (orjson.JSONDecodeError, TypeError, AttributeError, KeyError, ValueError):
         return None
 
 
-def _encode(member: Member) -> bytes:
+def _encode(member: BatchItem) -> bytes:
     """Return the two lines of a request: what is known of it, and its body, byte for byte."""
     request = member.request
     head: dict[str, Any] = {name: getattr(request, name) for name in _REQUEST_FIELDS}
     head["name"] = member.name
     if member.attempts:
-        head["attempts"] = [results.attempt_as_dict(attempt) for attempt in member.attempts]
+        head["attempts"] = [codec.attempt_as_dict(attempt) for attempt in member.attempts]
     head["counted"] = member.counted
     return jsonl.dumps(head) + b"\n" + request.body + b"\n"
 
 
-def _decode(head: bytes, body: bytes) -> Member:
+def _decode(head: bytes, body: bytes) -> BatchItem:
     value: Mapping[str, Any] = jsonl.loads(head)
-    return Member(
+    return BatchItem(
         request=Request(**{name: value[name] for name in _REQUEST_FIELDS}, body=body.rstrip(b"\n")),
         name=value["name"],
-        attempts=tuple(results.to_attempts(value.get("attempts"))),
+        attempts=tuple(codec.to_attempts(value.get("attempts"))),
         counted=value["counted"],
     )

@@ -12,7 +12,7 @@ _CUT = 0.7
 _LONGEST_PAUSE = 10.0
 
 
-class Window:
+class ConcurrencyLimit:
     """How many calls of a model may be in flight.
 
     Slow start: a first wave of two finds out a wrong key or model, then each round of answers doubles. An overload

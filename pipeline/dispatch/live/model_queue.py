@@ -11,17 +11,17 @@ import anyio
 from pipeline.core.errors import PipelineError
 from pipeline.core.http import Post
 from pipeline.core.types import Allowance, Attempt, Request
-from pipeline.dispatch.live.concurrency import Window
-from pipeline.dispatch.live.rate_limiter import Gate
-from pipeline.dispatch.live.token_bucket import Charge, Ticket
-from pipeline.dispatch.live.token_forecast import Forecast
-from pipeline.providers.base import Provider
+from pipeline.dispatch.live.concurrency import ConcurrencyLimit
+from pipeline.dispatch.live.rate_limiter import RateLimiter
+from pipeline.dispatch.live.token_bucket import Permit, TokenCost
+from pipeline.dispatch.live.token_forecast import TokenEstimator
+from pipeline.providers.base import Codec
 
 _MARGIN = 1.5  # by which an estimate may be too large
 
 
 @dataclass(slots=True, kw_only=True)
-class Job:
+class QueuedRequest:
     """A request on its way: what happened to it so far. `counted` are the attempts that failed by its own fault."""
 
     request: Request
@@ -50,7 +50,7 @@ class Statistics:
     ended: str | None
 
 
-class Lane:
+class ModelQueue:
     """The requests of one model that wait or are in flight; `quota` names the limits that other runs share."""
 
     def __init__(
@@ -59,8 +59,8 @@ class Lane:
         provider: str,
         model: str,
         post: Post,
-        codec: Provider,
-        gate: Gate,
+        codec: Codec,
+        gate: RateLimiter,
         concurrency: int,
         quota: str = "",
     ) -> None:
@@ -70,17 +70,17 @@ class Lane:
         self.post = post
         self.codec = codec
         self.gate = gate
-        self.window = Window(concurrency)
-        self.forecast = Forecast()
+        self.window = ConcurrencyLimit(concurrency)
+        self.forecast = TokenEstimator()
         self.in_flight = 0
         self.rate_limited = 0
         self.trouble: str | None = None
         self.is_attended = False
         self.ended: PipelineError | None = None
-        self._fresh: deque[Job] = deque()
-        self._delayed: list[tuple[float, int, Job]] = []
+        self._fresh: deque[QueuedRequest] = deque()
+        self._delayed: list[tuple[float, int, QueuedRequest]] = []
         self._sequence = 0
-        self._at_gate: Job | None = None
+        self._at_gate: QueuedRequest | None = None
         self._door: anyio.CancelScope | None = None
         self._arrival = anyio.Event()
 
@@ -91,17 +91,17 @@ class Lane:
     def wants_worker(self) -> bool:
         return not self.is_attended and self.ended is None and len(self) > 0 and self.in_flight < int(self.window.size)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: QueuedRequest) -> None:
         self._fresh.append(job)
         self._announce()
 
-    def add_delayed(self, job: Job, seconds: float) -> None:
+    def add_delayed(self, job: QueuedRequest, seconds: float) -> None:
         """Take a request back that may not be tried again for some seconds."""
         self._sequence += 1
         heapq.heappush(self._delayed, (anyio.current_time() + seconds, self._sequence, job))
         self._announce()
 
-    def charge(self, request: Request) -> Charge:
+    def charge(self, request: Request) -> TokenCost:
         """Return what a call for a request is expected to take out of the provider's allowances."""
         return self.codec.charge(
             self.forecast.input_tokens(request), self.forecast.output_tokens(request), request.max_output_tokens
@@ -115,7 +115,7 @@ class Lane:
             self.codec.charge(request.estimated_input_tokens / _MARGIN, 0.0, request.max_output_tokens)
         )
 
-    def try_next(self) -> tuple[Job, Ticket] | None:
+    def try_next(self) -> tuple[QueuedRequest, Permit] | None:
         """Take the next request through the gate, if there is one that may go now."""
         job = self._pop()
         if job is None:
@@ -128,10 +128,10 @@ class Lane:
             return None
         return job, ticket
 
-    async def wait_next(self, slots: anyio.Semaphore) -> tuple[Job, Ticket] | None:
+    async def wait_next(self, slots: anyio.Semaphore) -> tuple[QueuedRequest, Permit] | None:
         """Wait for a request, for the gate and for a slot; None when the lane was cleared meanwhile."""
         has_slot = False
-        ticket: Ticket | None = None
+        ticket: Permit | None = None
         with anyio.CancelScope() as self._door:
             self._at_gate = await self._wait_job()
             if self.refusal(self._at_gate.request):
@@ -151,7 +151,7 @@ class Lane:
             slots.release()
         return None
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> list[QueuedRequest]:
         """Drop every waiting request, the one at the gate included, and return them."""
         dropped = [*self._fresh, *(job for _, _, job in self._delayed)]
         if self._at_gate:
@@ -180,13 +180,13 @@ class Lane:
             ended=self.ended.message if self.ended else None,
         )
 
-    def _pop(self) -> Job | None:
+    def _pop(self) -> QueuedRequest | None:
         """Take a retry whose time has come, else a new request."""
         if self._delayed and self._delayed[0][0] <= anyio.current_time():
             return heapq.heappop(self._delayed)[2]
         return self._fresh.popleft() if self._fresh else None
 
-    async def _wait_job(self) -> Job:
+    async def _wait_job(self) -> QueuedRequest:
         while (job := self._pop()) is None:
             self._arrival = anyio.Event()
             seconds = self._delayed[0][0] - anyio.current_time() if self._delayed else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 
-from pipeline.dispatch.live.token_bucket import Bucket, Ticket
+from pipeline.dispatch.live.token_bucket import Bucket, Permit
 
 _PACE_SECONDS = 5.0  # how much may be caught up after a pause at a rate that was found out
 _LOWEST_RATE = 0.2  # per second: whatever is refused, somebody asks again every few seconds
@@ -18,7 +18,7 @@ _MOST_DOUBLINGS = 10
 _CALLS_PER_PROBE = 100.0  # a rate that was found out is tried from above about once in so many calls
 
 
-class _Found:
+class RateEstimator:
     """The refill rate of a provider that does not tell it, found out by its refusals.
 
     Calls are numbered as they are sent, so those between two refusals can be counted although their answers are not
@@ -46,7 +46,7 @@ class _Found:
         self._count += 1
         return self._count
 
-    def refused(self, ticket: Ticket) -> float:
+    def refused(self, ticket: Permit) -> float:
         """Learn from a refusal: the provider's bucket was empty when this call came.
 
         Returns how many seconds to wait where the provider does not say: the time of one call, and twice as long
@@ -79,7 +79,7 @@ class _Found:
         self._set_rate(rate * (1 + min(_FASTEST_GROWTH, growth) * min(1.0, now - self._grown_at)))
         self._grown_at = now
 
-    def _reckon(self, ticket: Ticket, passed: int) -> float:
+    def _reckon(self, ticket: Permit, passed: int) -> float:
         """Return the rate that a refusal tells: calls that passed since the bucket was last empty, by the time."""
         assert self._started_at is not None
         if self.bucket is None or self._empty_at is None:

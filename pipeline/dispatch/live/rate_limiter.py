@@ -24,8 +24,8 @@ import anyio
 
 from pipeline.core.config import Limits
 from pipeline.core.types import Allowance, Limit
-from pipeline.dispatch.live.rate_estimator import _Found
-from pipeline.dispatch.live.token_bucket import REQUESTS, Bucket, Charge, Ticket
+from pipeline.dispatch.live.rate_estimator import RateEstimator
+from pipeline.dispatch.live.token_bucket import REQUESTS, Bucket, Permit, TokenCost
 
 _COOLDOWN = "cooldown"
 
@@ -44,7 +44,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
+class Demand:
     """What a process has of limits that are shared: the share that it uses, whether it waits, its cooldown's end.
 
     `share` is what it may use now.
@@ -56,7 +56,7 @@ class Need:
     share: float = 1.0
 
 
-class Gate:
+class RateLimiter:
     """The caps, the told and found allowances, and the cooldown of one model."""
 
     def __init__(self, caps: Limits) -> None:
@@ -70,7 +70,7 @@ class Gate:
             if limit
         }
         self._told: dict[str, Bucket] = {}
-        self._found = _Found()
+        self._found = RateEstimator()
         self._in_flight: dict[str, float] = {}
         self._share = 1.0
         self._taken_since: dict[str, float] = {}
@@ -87,7 +87,7 @@ class Gate:
 
     # ── passing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def try_pass(self, charge: Charge) -> Ticket | None:
+    def try_pass(self, charge: TokenCost) -> Permit | None:
         """Let a call through if it may go now; None if it would have to wait."""
         if not self.is_limited and self._found.bucket is None:
             return self._ticket(charge) if self.is_open() else None
@@ -102,7 +102,7 @@ class Gate:
             bucket.take_nowait(amount)
         return self._ticket(charge)
 
-    async def wait_turn(self, charge: Charge) -> Ticket:
+    async def wait_turn(self, charge: TokenCost) -> Permit:
         """Take what a call is charged out of every bucket, when all who came before have.
 
         What is larger than a bucket is taken in parts.
@@ -110,7 +110,7 @@ class Gate:
         async with self._turn:
             return await self._take(charge)
 
-    async def _take(self, charge: Charge) -> Ticket:
+    async def _take(self, charge: TokenCost) -> Permit:
         for bucket, amount, name in self._taken(charge):
             left = amount
             while left > 1e-9:
@@ -134,7 +134,7 @@ class Gate:
             await anyio.sleep(seconds)
         self._waiting_for = None
 
-    def never_fits(self, charge: Charge) -> str | None:
+    def never_fits(self, charge: TokenCost) -> str | None:
         """Say why a call can never pass, as the least it takes is more than a minute's allowance; None if it can."""
         for kind, amount in charge.items():
             if (told := self._told.get(kind)) and amount > (most := told.max_rate / self._share):
@@ -145,7 +145,7 @@ class Gate:
 
     # ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def settle(self, ticket: Ticket, used: Charge | None) -> None:
+    def settle(self, ticket: Permit, used: TokenCost | None) -> None:
         """Put right what a call was charged: `used` is what the provider reported, None if it did nothing."""
         for kind, amount in ticket.charge.items():
             self._in_flight[kind] = max(0.0, self._in_flight[kind] - amount)
@@ -180,7 +180,7 @@ class Gate:
             if not used - slack <= level <= used + in_flight + slack:
                 bucket.level = min(max(level, used), used + in_flight)
 
-    def refused(self, ticket: Ticket, seconds: float | None) -> float | None:
+    def refused(self, ticket: Permit, seconds: float | None) -> float | None:
         """Note that a call was refused for want of allowance, and close the gate for a while.
 
         `seconds` is how long the provider asks to wait. Returns how long to wait: that, else the time in which one
@@ -203,7 +203,7 @@ class Gate:
 
     # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def need(self) -> Need:
+    def need(self) -> Demand:
         """Return what this process used of the limits since the last time, as a share of all, and whether it waits."""
         now = self._now()
         seconds = now - self._counted_at if self._counted_at is not None else 0.0
@@ -214,7 +214,7 @@ class Gate:
         self._counted_at = now
         self._taken_since.clear()
         is_hungry = self._waiting_for is not None and self._waiting_for != _COOLDOWN
-        return Need(
+        return Demand(
             used=min(1.0, used), is_hungry=is_hungry, closed_until=max(0.0, self._closed_until), share=self._share
         )
 
@@ -243,7 +243,7 @@ class Gate:
             allowances.append(_allowance(REQUESTS, self._found.bucket, "found"))
         return Statistics(cooldown_s=cooldown, waiting_for=self._waiting_for, allowances=allowances)
 
-    def _taken(self, charge: Charge) -> list[tuple[Bucket, float, str]]:
+    def _taken(self, charge: TokenCost) -> list[tuple[Bucket, float, str]]:
         """Return the buckets that a call takes from, how much, and what the kind is called."""
         taken = [
             (bucket, charge[kind], _words(kind))
@@ -255,18 +255,18 @@ class Gate:
             taken.append((self._found.bucket, 1.0, _words(REQUESTS)))
         return taken
 
-    def pass_free(self) -> Ticket:
+    def pass_free(self) -> Permit:
         """Return a ticket for which nothing was taken."""
         now = self._now()
-        return Ticket(charge={}, sent_at=now, number=self._found.sent(now))
+        return Permit(charge={}, sent_at=now, number=self._found.sent(now))
 
-    def _ticket(self, charge: Charge) -> Ticket:
+    def _ticket(self, charge: TokenCost) -> Permit:
         reserved = {kind: charge[kind] for kind in (*self._told, *self._caps) if kind in charge}
         for kind, amount in reserved.items():
             self._in_flight[kind] = self._in_flight.get(kind, 0.0) + amount
             self._taken_since[kind] = self._taken_since.get(kind, 0.0) + amount
         now = self._now()
-        return Ticket(charge=reserved, sent_at=now, number=self._found.sent(now))
+        return Permit(charge=reserved, sent_at=now, number=self._found.sent(now))
 
     def _has_told_shortage(self) -> bool:
         """Tell whether a told allowance explains a refusal: then its mirror has only to be put right."""

@@ -21,22 +21,22 @@ import anyio
 
 from pipeline.accounting.budget import Budget
 from pipeline.accounting.pricing import Pricing
-from pipeline.core.cancel import Stop
+from pipeline.core.cancel import StopSignal
 from pipeline.core.clock import Clock
 from pipeline.core.errors import (
     BudgetReachedError,
+    ErrorScope,
     PipelineError,
     ProviderError,
-    Reach,
     TransportError,
     TryLaterError,
     UsageError,
 )
-from pipeline.core.types import Attempt, Cost, Failure, Reply, Request, Result, Usage
-from pipeline.dispatch.live import model_queue as lanes
-from pipeline.dispatch.live.model_queue import Job, Lane
-from pipeline.dispatch.live.rate_limiter import Gate
-from pipeline.dispatch.live.token_bucket import Ticket
+from pipeline.core.types import Attempt, Completion, Cost, Failure, Request, Result, Usage
+from pipeline.dispatch.live import model_queue
+from pipeline.dispatch.live.model_queue import ModelQueue, QueuedRequest
+from pipeline.dispatch.live.rate_limiter import RateLimiter
+from pipeline.dispatch.live.token_bucket import Permit
 from pipeline.dispatch.retry import Policy, is_capacity, is_overload
 
 _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured
@@ -53,10 +53,10 @@ class Statistics:
     failed: int
     unknown: int
     dropped: int
-    lanes: Sequence[lanes.Statistics]
+    lanes: Sequence[model_queue.Statistics]
 
 
-class Recording(Protocol):
+class ResultSink(Protocol):
     """Where calls and results are written down."""
 
     async def sending(self, request: Request, attempt: int, at: str) -> None:
@@ -87,8 +87,8 @@ class Sender:
         read_ahead_bytes: int,
         policy: Policy,
         clock: Clock,
-        open_lane: Callable[[Request], Lane],
-        recording: Recording,
+        open_lane: Callable[[Request], ModelQueue],
+        recording: ResultSink,
         pricing: Pricing,
         budget: Budget | None = None,
     ) -> None:
@@ -100,8 +100,8 @@ class Sender:
         self._recording = recording
         self._pricing = pricing
         self._budget = budget
-        self._lanes: dict[tuple[str, str], Lane] = {}
-        self._ready: deque[Lane] = deque()
+        self._lanes: dict[tuple[str, str], ModelQueue] = {}
+        self._ready: deque[ModelQueue] = deque()
         self._idle: deque[anyio.Event] = deque()
         self._slots = anyio.Semaphore(concurrency, fast_acquire=True)
         self._workers = 0
@@ -114,7 +114,7 @@ class Sender:
         self._counts = {"attempts": 0, "billed": 0, "rate_limited": 0, "failed": 0, "unknown": 0, "dropped": 0}
         self.stopped: PipelineError | None = None
         self.is_draining = False
-        self._stop = Stop()
+        self._stop = StopSignal()
         self.changed_at = anyio.current_time()
 
     # ── what goes in ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -144,7 +144,7 @@ class Sender:
                 continue
             self._open_jobs += 1
             self._queued_bytes += _size(request)
-            lane.add(Job(request=request, attempts=list(attempts), counted=counted))
+            lane.add(QueuedRequest(request=request, attempts=list(attempts), counted=counted))
             self._offer(lane)
         while self._queued_bytes > self._read_ahead_bytes and not self.is_draining:
             await self._room.wait()
@@ -184,18 +184,18 @@ class Sender:
         each = [lane.statistics() for lane in self._lanes.values()]
         return Statistics(in_flight=sum(lane.in_flight for lane in each), lanes=each, **self._counts)
 
-    def gates(self) -> dict[str, Gate]:
+    def gates(self) -> dict[str, RateLimiter]:
         """Return the gates of the limits that this run shares with others, by quota."""
         return {lane.quota: lane.gate for lane in self._lanes.values() if lane.quota}
 
     @property
-    def ended_lanes(self) -> list[Lane]:
+    def ended_lanes(self) -> list[ModelQueue]:
         """The lanes that were given up, with the reason in `ended`."""
         return [lane for lane in self._lanes.values() if lane.ended]
 
     # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _lane(self, request: Request) -> Lane | None:
+    def _lane(self, request: Request) -> ModelQueue | None:
         """Return the lane of a request; None, and the run stops, where it cannot be opened (no key)."""
         name = (request.provider, request.model)
         lane = self._lanes.get(name)
@@ -206,7 +206,7 @@ class Sender:
                 self.stop(exc)
         return lane
 
-    def _offer(self, lane: Lane, *, wake: bool = True) -> None:
+    def _offer(self, lane: ModelQueue, *, wake: bool = True) -> None:
         """Let a worker go to a lane's gate if it wants one; without `wake` the caller is a worker who will look."""
         if not lane.wants_worker:
             return
@@ -239,7 +239,7 @@ class Sender:
                 self._idle.append(event)
                 await event.wait()
 
-    async def _admit(self, lane: Lane) -> tuple[Job, Ticket] | None:
+    async def _admit(self, lane: ModelQueue) -> tuple[QueuedRequest, Permit] | None:
         """Take the lane's next request through its gate; None if the lane was cleared meanwhile."""
         admitted = lane.try_next()
         if admitted is not None:
@@ -255,7 +255,7 @@ class Sender:
         self._offer(lane)
         return admitted
 
-    async def _send(self, lane: Lane, job: Job, ticket: Ticket) -> None:
+    async def _send(self, lane: ModelQueue, job: QueuedRequest, ticket: Permit) -> None:
         if reason := lane.refusal(job.request):
             await self._refuse(lane, job, ticket, reason)
             return
@@ -263,7 +263,7 @@ class Sender:
         if reserved is None:
             self._leave_pending(lane, job, ticket)
             return
-        reply: Reply | None = None
+        reply: Completion | None = None
         error: ProviderError | None = None
         usage: Usage | None = None
         await self._recording.sending(job.request, len(job.attempts) + 1, self._clock.utc())
@@ -298,7 +298,9 @@ class Sender:
 
     # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _succeeded(self, lane: Lane, job: Job, ticket: Ticket, reply: Reply, cost: Cost, latency: float) -> None:
+    async def _succeeded(
+        self, lane: ModelQueue, job: QueuedRequest, ticket: Permit, reply: Completion, cost: Cost, latency: float
+    ) -> None:
         self._counts["billed"] += 1
         lane.trouble = None
         lane.window.widen()
@@ -308,28 +310,30 @@ class Sender:
         lane.gate.settle(ticket, lane.codec.used(reply.usage) if reply.usage else {})
         await self._finish(job, latency, reply=reply, cost=cost)
 
-    async def _failed(self, lane: Lane, job: Job, ticket: Ticket, error: ProviderError, attempt: Attempt) -> None:
+    async def _failed(
+        self, lane: ModelQueue, job: QueuedRequest, ticket: Permit, error: ProviderError, attempt: Attempt
+    ) -> None:
         self._count_failure(lane, job, attempt, error)
-        if error.reach is not Reach.REQUEST:
+        if error.reach is not ErrorScope.REQUEST:
             lane.trouble = error.message
-        if error.reach in (Reach.RUN, Reach.MODEL):
+        if error.reach in (ErrorScope.RUN, ErrorScope.MODEL):
             error.message = f"{lane.provider}/{lane.model}: {error.message}"
         lane.gate.settle(ticket, {} if error.may_be_billed else None)
         asked_to_wait = error.retry_after or 0.0
         self._slow_down(lane, ticket, error)
-        if error.reach is Reach.RUN:
+        if error.reach is ErrorScope.RUN:
             self._forget(job)
             self.stop(error)
-        elif error.reach is Reach.MODEL:
+        elif error.reach is ErrorScope.MODEL:
             self._forget(job)
             self._end(lane, error)
-        elif error.reach is Reach.ATTEMPT and asked_to_wait > self._policy.max_retry_after:
+        elif error.reach is ErrorScope.ATTEMPT and asked_to_wait > self._policy.max_retry_after:
             self._forget(job)
             self._end(lane, _parked(error, self._policy.max_retry_after))
         else:
             await self._retry_or_give_up(lane, job, error, attempt.latency_s)
 
-    async def _refuse(self, lane: Lane, job: Job, ticket: Ticket, reason: str) -> None:
+    async def _refuse(self, lane: ModelQueue, job: QueuedRequest, ticket: Permit, reason: str) -> None:
         """End a request that no waiting would let through."""
         lane.in_flight -= 1
         lane.gate.settle(ticket, None)
@@ -341,9 +345,9 @@ class Sender:
         self._slots.release()
         self._offer(lane, wake=False)
 
-    def _slow_down(self, lane: Lane, ticket: Ticket, error: ProviderError) -> None:
+    def _slow_down(self, lane: ModelQueue, ticket: Permit, error: ProviderError) -> None:
         """Let everybody who calls this model heed a refusal or an overload."""
-        if error.reach is not Reach.ATTEMPT:
+        if error.reach is not ErrorScope.ATTEMPT:
             return
         if error.status == 429:
             error.retry_after = lane.gate.refused(ticket, error.retry_after)
@@ -351,7 +355,9 @@ class Sender:
             pause = max(lane.window.narrow(ticket.sent_at), error.retry_after or 0.0)
             lane.gate.close_for(pause)
 
-    async def _retry_or_give_up(self, lane: Lane, job: Job, error: ProviderError, latency: float) -> None:
+    async def _retry_or_give_up(
+        self, lane: ModelQueue, job: QueuedRequest, error: ProviderError, latency: float
+    ) -> None:
         seconds = self._policy.wait_before_retry(error, len(job.attempts), job.counted)
         if seconds is None:
             error.attempts = len(job.attempts)
@@ -376,14 +382,14 @@ class Sender:
             self.stop(exc)
         return None
 
-    def _leave_pending(self, lane: Lane, job: Job, ticket: Ticket) -> None:
+    def _leave_pending(self, lane: ModelQueue, job: QueuedRequest, ticket: Permit) -> None:
         """Give back what was taken for a call that is not made."""
         lane.in_flight -= 1
         self._slots.release()
         lane.gate.settle(ticket, None)
         self._forget(job)
 
-    def _count_failure(self, lane: Lane, job: Job, attempt: Attempt, error: ProviderError) -> None:
+    def _count_failure(self, lane: ModelQueue, job: QueuedRequest, attempt: Attempt, error: ProviderError) -> None:
         job.attempts.append(attempt)
         if not error.may_be_billed:
             self._recording.unbilled(job.request, len(job.attempts))
@@ -397,10 +403,10 @@ class Sender:
 
     async def _finish(
         self,
-        job: Job,
+        job: QueuedRequest,
         latency: float,
         *,
-        reply: Reply | None = None,
+        reply: Completion | None = None,
         failure: Failure | None = None,
         cost: Cost | None = None,
     ) -> None:
@@ -425,27 +431,27 @@ class Sender:
         )
         self._close_job()
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: QueuedRequest) -> None:
         """Leave a request pending: it gets no result, so the next run sends it."""
         self._counts["dropped"] += 1
         # What an answer that could not be used said that it used goes with it; the journal keeps the call.
         self._counts["unknown"] += sum(attempt.usage is not None for attempt in job.attempts)
         self._close_job()
 
-    def _end(self, lane: Lane, reason: PipelineError) -> None:
+    def _end(self, lane: ModelQueue, reason: PipelineError) -> None:
         """Give a model up: its requests stay pending, other models go on."""
         lane.ended = lane.ended or reason
         self.changed_at = anyio.current_time()
         self._drop_waiting(lane)
 
-    def _drop_waiting(self, lane: Lane) -> None:
+    def _drop_waiting(self, lane: ModelQueue) -> None:
         dropped = lane.clear()
         self._counts["dropped"] += len(dropped)
         for job in dropped:
             self._unqueue(job)
         self._close_job(len(dropped))
 
-    def _unqueue(self, job: Job) -> None:
+    def _unqueue(self, job: QueuedRequest) -> None:
         """Note that a request waits no more; lets the reader go on when half of the room is free."""
         self._queued_bytes -= _size(job.request)
         if self._queued_bytes <= self._read_ahead_bytes // 2:
@@ -465,7 +471,7 @@ class Sender:
             self._finished.set()
 
 
-def _describe(lane: lanes.Statistics) -> str:
+def _describe(lane: model_queue.Statistics) -> str:
     waiting = lane.waiting_for or ("answers" if lane.in_flight else "retries" if lane.retrying else "nothing")
     trouble = f", last failure: {lane.trouble}" if lane.trouble else ""
     name = f"{lane.provider}/{lane.model}"

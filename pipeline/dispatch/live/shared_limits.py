@@ -25,7 +25,7 @@ from pipeline.core import environment
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.hashing import checksum
-from pipeline.dispatch.live.rate_limiter import Gate, Need
+from pipeline.dispatch.live.rate_limiter import Demand, RateLimiter
 
 RENEWED_EVERY = 0.25
 LEASE_SECONDS = 1.0
@@ -52,10 +52,10 @@ def quota_name(url: str, key: str | None, model: str) -> str:
     return checksum(url.encode(), b"\0", (key or "").encode(), b"\0", model.encode()).hex()
 
 
-class Lessor(Protocol):
+class LeaseBroker(Protocol):
     """Who gives leases out, as one process sees it. Times are of its event loop's clock."""
 
-    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+    async def renew(self, needs: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
         """Tell what this process needs of each quota; return its leases. An `OSError`: there are no leases any more."""
         ...
 
@@ -64,13 +64,13 @@ class Lessor(Protocol):
         ...
 
 
-class Host:
+class SqliteBroker:
     """The lessor of one host: a file, used in threads."""
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, leases: LeaseTable) -> None:
         self._leases = leases
 
-    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+    async def renew(self, needs: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
         try:
             return await to_thread.run_sync(self._leases.renew, needs, now)
         except sqlite3.Error as exc:
@@ -80,14 +80,14 @@ class Host:
         await to_thread.run_sync(self._leases.give_back)
 
 
-class Leases:
+class LeaseTable:
     """The leases of one process, in a file that all share."""
 
     def __init__(self, path: Path, holder: str) -> None:
         self._path = path
         self._holder = holder
 
-    def renew(self, needs: Mapping[str, Need], now: float) -> dict[str, Lease]:
+    def renew(self, needs: Mapping[str, Demand], now: float) -> dict[str, Lease]:
         """Tell what this process needs of each quota; return its leases. Raises `sqlite3.Error` or `OSError`."""
         with closing(self._connect()) as file, file:
             file.execute("BEGIN IMMEDIATE")
@@ -100,7 +100,7 @@ class Leases:
                     "SELECT holder, used, is_hungry, closed_until FROM leases WHERE quota = ?", (quota,)
                 )
                 held = {
-                    holder: Need(used=used, is_hungry=bool(hungry), closed_until=end)
+                    holder: Demand(used=used, is_hungry=bool(hungry), closed_until=end)
                     for holder, used, hungry, end in rows
                 }
                 closed_until = max(each.closed_until for each in held.values())
@@ -122,7 +122,7 @@ class Leases:
         return file
 
 
-def share_of(holder: str, held: Mapping[str, Need]) -> float:
+def share_of(holder: str, held: Mapping[str, Demand]) -> float:
     """Return the share of one process among those that hold a quota."""
     equal = 1.0 / len(held)
     kept = {name: min(equal, _ROOM_TO_GROW * need.used + _SMALLEST_SHARE) for name, need in held.items()}
@@ -132,15 +132,15 @@ def share_of(holder: str, held: Mapping[str, Need]) -> float:
     return (1.0 - sum(kept[name] for name in held if name not in hungry)) / len(hungry)
 
 
-class Sharing:
+class QuotaSync:
     """Renews the leases of a run: `gates` are those of its limits, by quota; each keeps to its lease."""
 
     def __init__(
         self,
-        lessor: Lessor,
+        lessor: LeaseBroker,
         clock: Clock,
         *,
-        gates: Callable[[], Mapping[str, Gate]],
+        gates: Callable[[], Mapping[str, RateLimiter]],
         say: Callable[[str], None],
     ) -> None:
         self._lessor = lessor
@@ -170,6 +170,6 @@ class Sharing:
             gate.take_share(*((lease.share, lease.closed_until) if lease else (1.0, 0.0)))
 
 
-def lessor(settings: Config, run_id: str) -> Lessor:
+def lease_broker(settings: Config, run_id: str) -> LeaseBroker:
     """Make what shares limits with the other runs of this machine; its file lies beside the ledger."""
-    return Host(Leases(environment.ledger_path(settings).with_name("limits.sqlite"), run_id))
+    return SqliteBroker(LeaseTable(environment.ledger_path(settings).with_name("limits.sqlite"), run_id))

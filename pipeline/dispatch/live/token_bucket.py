@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from aiolimiter import AsyncLimiter
 
 REQUESTS = "requests"
-Charge = Mapping[str, float]
+TokenCost = Mapping[str, float]
 """What one call takes out of the allowances, by kind: `requests`, `input_tokens`, `output_tokens`, `tokens`."""
 
 
@@ -48,12 +48,12 @@ class Bucket(AsyncLimiter):
 
 
 @dataclass(slots=True, kw_only=True)
-class Ticket:
+class Permit:
     """Lets one call through, and is handed back with what became of it; `charge` is what was really taken.
 
     Not frozen: that would cost 1 µs a call.
     """
 
-    charge: Charge
+    charge: TokenCost
     sent_at: float
     number: int

@@ -11,7 +11,7 @@ _GUESSED_OUTPUT_TOKENS = 300.0
 _LARGEST_RATIO = 5.0  # a picture or a document may be far larger than its guess; the next text is not
 
 
-class Forecast:
+class TokenEstimator:
     """What a call is likely to use: an estimate by size, put right by what was reported so far."""
 
     def __init__(self) -> None:

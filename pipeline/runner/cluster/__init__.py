@@ -16,12 +16,11 @@ from pathlib import Path
 from anyio import to_thread
 
 from pipeline.accounting.pricing import LIVE, Prices
-from pipeline.accounting.run_ledger import Books
-from pipeline.core import config_file, environment
-from pipeline.core import object_store as stores
+from pipeline.accounting.run_ledger import RunLedger
+from pipeline.core import config_file, environment, object_store
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
-from pipeline.inputs import reader as read
+from pipeline.inputs import reader
 from pipeline.inputs.sources import can_be_read_again
 from pipeline.runner import rehearsal
 from pipeline.runner.base import Watch, place_of
@@ -59,7 +58,7 @@ async def run_batch(
     place = place if isinstance(place, str) else place.absolute()
     sources = _sources([os.fspath(item) for item in inputs], place)
     with rehearsal.settings_for(config, options) as settings:
-        books = Books(environment.ledger_path(config))
+        books = RunLedger(environment.ledger_path(config))
         driver = Driver(sources, place, settings, options, Prices(config), books, say)
         if not session.is_open:
             here = session.address == LOCAL
@@ -90,9 +89,9 @@ def _refuse(settings: Config, options: Options, ray: str) -> None:
 
 def _sources(inputs: Sequence[str], output: str | Path) -> list[str]:
     """Return the inputs as they are named on every machine."""
-    sources = read.sources(inputs, but=output)
+    sources = reader.sources(inputs, but=output)
     for source in sources:
         if not can_be_read_again(source):
             reason = f"--ray wants inputs that all machines can read, and {source!r} can be read only once, and here"
             raise UsageError(reason, hint="save it to a file that they all see, and give that")
-    return [source if stores.is_url(source) else os.path.abspath(source) for source in sources]
+    return [source if object_store.is_url(source) else os.path.abspath(source) for source in sources]

@@ -19,25 +19,24 @@ import anyio.abc
 from anyio import to_thread
 
 from pipeline.accounting.pricing import Prices
-from pipeline.accounting.run_ledger import Books
+from pipeline.accounting.run_ledger import RunLedger
 from pipeline.core import config
 from pipeline.core.config import Config
 from pipeline.core.errors import BudgetReachedError, PipelineError, StorageError, TryLaterError, UsageError
 from pipeline.core.hashing import FingerprintSet
-from pipeline.core.types import Claims
-from pipeline.dispatch.batch.store import Chunks
+from pipeline.core.types import IdRange
+from pipeline.dispatch.batch.store import BatchStore
 from pipeline.dispatch.live.sender import Statistics
-from pipeline.inputs.sources import Span, size_of
-from pipeline.results import staging
-from pipeline.results import writer as record
-from pipeline.results.codec import Record
+from pipeline.inputs.sources import ByteRange, size_of
+from pipeline.results import staging, writer
+from pipeline.results.codec import StoredResult
 from pipeline.results.staging import Name, staging_of, taken_over
 from pipeline.results.totals import Totals
-from pipeline.runner.base import SHOWN_FAILURES, Progress, Run, Watch
+from pipeline.runner.base import SHOWN_FAILURES, Progress, RunBase, Watch
 from pipeline.runner.cluster import statistics as merging
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.scheduler import Scheduler, Shard
-from pipeline.runner.cluster.worker import Greeting, Outcome, Snapshot, Task, own_version
+from pipeline.runner.cluster.worker import Greeting, ShardOutcome, Snapshot, Task, own_version
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Summary
 
@@ -63,9 +62,9 @@ class WorkerHandle(Protocol):
 
     async def greet(self, place: Name, token: str) -> Greeting: ...
 
-    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan: ...
+    async def scan(self, spans: Sequence[ByteRange], before: IdRange) -> Scan: ...
 
-    async def work(self, task: Task) -> Outcome: ...
+    async def work(self, task: Task) -> ShardOutcome: ...
 
     async def progress(self) -> list[Snapshot]: ...
 
@@ -94,7 +93,7 @@ class WorkerPool(Protocol):
         ...
 
 
-class Driver(Run):
+class Driver(RunBase):
     """A run whose requests are sent by workers."""
 
     def __init__(
@@ -104,7 +103,7 @@ class Driver(Run):
         settings: Config,
         options: Options,
         prices: Prices,
-        books: Books,
+        books: RunLedger,
         say: Callable[[str], None],
     ) -> None:
         super().__init__(sources, output, settings, options, prices, books, say)
@@ -143,7 +142,7 @@ class Driver(Run):
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _open_lanes(self) -> None:
-        chunks = Chunks(self.recorder.path)
+        chunks = BatchStore(self.recorder.path)
         try:
             chunks.open()
             if chunks.still_open:
@@ -166,7 +165,7 @@ class Driver(Run):
         part_bytes = min(max(size // (self._places * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
         self._scheduler.begin(part_bytes, ahead=self._at_once * self._places)
         async with anyio.create_task_group() as self._tasks:
-            self._tasks.start_soon(self._expect_workers, config.patience(self.settings))
+            self._tasks.start_soon(self._expect_workers, config.poll_policy(self.settings))
             self._tasks.start_soon(self._expect_loss, scope)
             self._tasks.start_soon(self._beat)
             for _ in range(self._places):
@@ -370,7 +369,7 @@ class Driver(Run):
             reason = f"the lines from {place} on were lost with their worker {shard.losses} times in a row"
             self._end(TryLaterError(reason, hint="look at the logs of Ray for why (memory?), then repeat the command"))
 
-    def _heed(self, outcome: Outcome) -> None:
+    def _heed(self, outcome: ShardOutcome) -> None:
         """Take what a part tells beside its results."""
         if outcome.sender:
             self._counts.update(merging.counts(outcome.sender))
@@ -419,7 +418,7 @@ class Driver(Run):
         return _Collected(keys=keys, spent=None if unknown else totals.spending.nanos)
 
     def _patience(self) -> float:
-        return _LOCK_SECONDS if self._is_lost else config.patience(self.settings)
+        return _LOCK_SECONDS if self._is_lost else config.poll_policy(self.settings)
 
     async def _collect_rest(self) -> None:
         """Collect what workers have done that were sent away; what cannot be collected is left to the next run."""
@@ -493,8 +492,8 @@ class _Collected:
     spent: int | None
 
 
-def _key(each: Record) -> int:
-    return record.key(each.custom_id, each.digest)
+def _key(each: StoredResult) -> int:
+    return writer.key(each.custom_id, each.digest)
 
 
 def _size_of(sources: Sequence[str]) -> int:

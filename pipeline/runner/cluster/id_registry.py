@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.core.hashing import FingerprintSet
-from pipeline.core.types import Claims
+from pipeline.core.types import IdRange
 
-NONE = Claims(marks=(), repeats={}, is_alone=True)
+NONE = IdRange(marks=(), repeats={}, is_alone=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,24 +26,24 @@ class Scan:
 
     lines: int
     keys: Sequence[int]
-    claims: Claims
-    before: Claims = field(default=NONE)
+    claims: IdRange
+    before: IdRange = field(default=NONE)
 
 
-class Register:
+class IdRegistry:
     """All that was claimed so far: 10 bytes a line."""
 
     def __init__(self) -> None:
         self._ids = FingerprintSet()
         self._repeats: dict[int, int] = {}
 
-    def settle(self, scan: Scan) -> Claims | None:
+    def settle(self, scan: Scan) -> IdRange | None:
         """Take what the next part claims; where it did not know enough, return what it must know and take nothing."""
         taken = array("Q", (mark for mark in scan.claims.marks if mark in self._ids))
         if taken:
             marks = array("Q", (*scan.before.marks, *taken))
             repeats = {mark: self._repeats[mark] for mark in marks if mark in self._repeats}
-            return Claims(marks=marks, repeats=repeats, is_alone=True)
+            return IdRange(marks=marks, repeats=repeats, is_alone=True)
         self._ids.add_all(scan.claims.marks)
         self._repeats.update(scan.claims.repeats)
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pipeline.dispatch.live.rate_limiter import Need
+from pipeline.dispatch.live.rate_limiter import Demand
 from pipeline.dispatch.live.shared_limits import LEASE_SECONDS, Lease, share_of
 
 
@@ -19,12 +19,12 @@ class Quota:
 
     def __init__(self) -> None:
         self._began: float | None = None
-        self._held: dict[str, dict[str, tuple[Need, float]]] = {}
+        self._held: dict[str, dict[str, tuple[Demand, float]]] = {}
 
     def __repr__(self) -> str:
         return f"pipeline budget: {len(self._held):,} limits shared"
 
-    def renew(self, holder: str, needs: Mapping[str, Need], now: float) -> dict[str, Lease]:
+    def renew(self, holder: str, needs: Mapping[str, Demand], now: float) -> dict[str, Lease]:
         """Tell what one needs of each quota; return its leases. `closed_until` is in seconds from now, both ways."""
         self._began = now if self._began is None else self._began
         is_new = now < self._began + LEASE_SECONDS

@@ -20,20 +20,19 @@ from typing import Any, TypeVar
 
 import anyio
 
-from pipeline.core import cpu_affinity as cores
-from pipeline.core import environment
+from pipeline.core import cpu_affinity, environment
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError, TryLaterError, UsageError
-from pipeline.core.types import Claims
-from pipeline.dispatch.live.rate_limiter import Need
+from pipeline.core.types import IdRange
+from pipeline.dispatch.live.rate_limiter import Demand
 from pipeline.dispatch.live.shared_limits import Lease
-from pipeline.inputs.sources import Span
+from pipeline.inputs.sources import ByteRange
 from pipeline.results.staging import Name
-from pipeline.runner.cluster import secrets as sealing
+from pipeline.runner.cluster import secrets
 from pipeline.runner.cluster.driver import WorkerLostError
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.quota import Quota
-from pipeline.runner.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
+from pipeline.runner.cluster.worker import Greeting, ShardOutcome, Snapshot, Task, Worker
 from pipeline.runner.options import Options
 
 T = TypeVar("T")
@@ -101,14 +100,14 @@ class Session:
             ) from exc
         if self.address != LOCAL:
             _require_reachable(self.address)
-        sealed, self._pad = sealing.seal(environment.variables_of(settings))
+        sealed, self._pad = secrets.seal(environment.variables_of(settings))
         try:
             ray.init(
                 address=self.address,
                 namespace=_NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": {sealing.VARIABLE: sealed}},
+                runtime_env={"env_vars": {secrets.VARIABLE: sealed}},
             )
         except (ConnectionError, TimeoutError) as exc:
             raise TryLaterError(
@@ -133,7 +132,7 @@ class RayPool:
         self._numbers = count(1)
         self._actors: list[Any] = []
         self._quota = (
-            ray.remote(Budget)
+            ray.remote(QuotaActor)
             .options(
                 name=f"pipeline budget ({run_id})",
                 num_cpus=0,
@@ -149,7 +148,7 @@ class RayPool:
         await _until_open(self._head)  # else the next call stands still, and all of us with it
         number = next(self._numbers)
         words = (self._pad, settings, options)
-        lessor = _Lessor(self._quota, f"worker {number}")
+        lessor = _ActorBroker(self._quota, f"worker {number}")
         named = {"run_id": self._run_id, "lessor": lessor, "first_share": first_share}
         try:
             actor = (
@@ -197,16 +196,16 @@ class RemoteWorker(Worker):
     """A worker as an actor: it opens what was sealed on its way."""
 
     def __init__(self, pad: bytes, *words: Any, **named: Any) -> None:
-        environment.take_variables(sealing.unseal(environment.default_variable(sealing.VARIABLE, ""), pad))
+        environment.take_variables(secrets.unseal(environment.default_variable(secrets.VARIABLE, ""), pad))
         super().__init__(*words, **named)
-        cores.watch()
+        cpu_affinity.pin()
 
     async def leave(self) -> None:
         """End this process at once, whatever it does."""
         os._exit(1)
 
 
-class Budget:
+class QuotaActor:
     """The actor that keeps the leases of all workers."""
 
     def __init__(self) -> None:
@@ -215,7 +214,7 @@ class Budget:
     def __repr__(self) -> str:
         return repr(self._quota)
 
-    async def renew(self, holder: str, needs: Mapping[str, Need]) -> dict[str, Lease]:
+    async def renew(self, holder: str, needs: Mapping[str, Demand]) -> dict[str, Lease]:
         return self._quota.renew(holder, needs, anyio.current_time())
 
 
@@ -234,10 +233,10 @@ class _RayWorker:
     async def greet(self, place: Name, token: str) -> Greeting:
         return await self._ask(lambda: self._actor.greet.remote(place, token))
 
-    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan:
+    async def scan(self, spans: Sequence[ByteRange], before: IdRange) -> Scan:
         return await self._ask(lambda: self._actor.scan.remote(spans, before))
 
-    async def work(self, task: Task) -> Outcome:
+    async def work(self, task: Task) -> ShardOutcome:
         return await self._ask(lambda: self._actor.work.remote(task))
 
     async def progress(self) -> list[Snapshot]:
@@ -279,7 +278,7 @@ def _kill(ray: Any, actor: Any) -> None:
         ray.kill(actor)
 
 
-class _Lessor:
+class _ActorBroker:
     """The actor that keeps the leases, as a worker sees it; it goes to the worker as an argument.
 
     While it is not there all keep what they have: together that is never more than there is.
@@ -289,7 +288,7 @@ class _Lessor:
         self._quota = quota
         self._holder = holder
 
-    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+    async def renew(self, needs: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
         from ray.exceptions import RayError
 
         from_now = {name: replace(need, closed_until=max(0.0, need.closed_until - now)) for name, need in needs.items()}

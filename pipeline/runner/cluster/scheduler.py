@@ -13,10 +13,10 @@ import anyio
 from anyio import to_thread
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.types import Claims
-from pipeline.inputs.sources import Span, cut
-from pipeline.runner.cluster.id_registry import NONE, Register, Scan
-from pipeline.runner.feed import Intake
+from pipeline.core.types import IdRange
+from pipeline.inputs.sources import ByteRange, cut
+from pipeline.runner.cluster.id_registry import NONE, IdRegistry, Scan
+from pipeline.runner.feed import InputFeed
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,8 +28,8 @@ class Shard:
     """
 
     number: int
-    spans: tuple[Span, ...]
-    before: Claims = NONE
+    spans: tuple[ByteRange, ...]
+    before: IdRange = NONE
     known: list[int] = field(default_factory=list)
     limit: int | None = None
     wanted: int = 0
@@ -39,13 +39,13 @@ class Shard:
 class Scheduler:
     """The parts of one run; `limit` bounds the lines."""
 
-    def __init__(self, sources: Sequence[str], intake: Intake, *, limit: int | None) -> None:
+    def __init__(self, sources: Sequence[str], intake: InputFeed, *, limit: int | None) -> None:
         self._sources = sources
         self._intake = intake
         self._limit = limit
         self._ahead = 1
-        self._shards: Iterator[tuple[Span, ...]] = iter(())
-        self._register = Register()
+        self._shards: Iterator[tuple[ByteRange, ...]] = iter(())
+        self._register = IdRegistry()
         self._is_cut = False
         self._cutting = anyio.Lock()
         self._count = 0
@@ -186,9 +186,9 @@ class Scheduler:
         self._changed = anyio.Event()
 
 
-def shards(sources: Iterable[str], size: int) -> Iterator[tuple[Span, ...]]:
+def shards(sources: Iterable[str], size: int) -> Iterator[tuple[ByteRange, ...]]:
     """Cut inputs into parts of about so many bytes; small inputs that follow on each other are one part."""
-    pack: list[Span] = []
+    pack: list[ByteRange] = []
     packed = 0
     for span in (span for source in sources for span in cut(source, size)):
         length = size if span.end is None else span.end - span.start

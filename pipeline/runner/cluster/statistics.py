@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.core.types import Allowance
-from pipeline.dispatch.live import model_queue as lane
+from pipeline.dispatch.live import model_queue
 from pipeline.dispatch.live.sender import Statistics
-from pipeline.results.codec import Record
+from pipeline.results.codec import StoredResult
 
 _COUNTS = ("attempts", "billed", "rate_limited", "failed", "unknown", "dropped")
 
@@ -19,7 +19,7 @@ def counts(sender: Statistics) -> dict[str, int]:
     return {name: getattr(sender, name) for name in _COUNTS}
 
 
-def counts_of(record: Record) -> dict[str, int]:
+def counts_of(record: StoredResult) -> dict[str, int]:
     """Return what a sender had counted of the calls that a result tells of."""
     rate_limited = sum(attempt.status == 429 for attempt in record.failed_attempts)
     return {
@@ -34,7 +34,7 @@ def counts_of(record: Record) -> dict[str, int]:
 def statistics(counted: Mapping[str, int], senders: Sequence[Statistics]) -> Statistics:
     """Return what was counted before, and what these senders do now."""
     total = Counter(counted)
-    lanes: dict[tuple[str, str], list[lane.Statistics]] = defaultdict(list)
+    lanes: dict[tuple[str, str], list[model_queue.Statistics]] = defaultdict(list)
     for sender in senders:
         total.update(counts(sender))
         for each in sender.lanes:
@@ -46,7 +46,7 @@ def statistics(counted: Mapping[str, int], senders: Sequence[Statistics]) -> Sta
     )
 
 
-def _lane(parts: Sequence[lane.Statistics]) -> lane.Statistics:
+def _lane(parts: Sequence[model_queue.Statistics]) -> model_queue.Statistics:
     """Return the lanes of one model as one."""
     longest = max(parts, key=lambda part: part.cooldown_s)
     return replace(

@@ -18,25 +18,23 @@ from anyio import to_thread
 
 from pipeline.accounting.budget import Budget
 from pipeline.accounting.pricing import Prices
-from pipeline.accounting.run_ledger import NoBooks
+from pipeline.accounting.run_ledger import NullRunLedger
 from pipeline.core import errors
 from pipeline.core import process as aio
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError
-from pipeline.core.types import Claims
-from pipeline.dispatch.live.rate_limiter import Gate
+from pipeline.core.types import IdRange
+from pipeline.dispatch.live.rate_limiter import RateLimiter
 from pipeline.dispatch.live.sender import Statistics
-from pipeline.dispatch.live.shared_limits import Lessor, Sharing
-from pipeline.inputs import reader as read
-from pipeline.inputs.sources import Span, require_unchanged
-from pipeline.results import staging
-from pipeline.results import writer as record
+from pipeline.dispatch.live.shared_limits import LeaseBroker, QuotaSync
+from pipeline.inputs import reader
+from pipeline.inputs.sources import ByteRange, require_unchanged
+from pipeline.results import staging, writer
 from pipeline.results.staging import Name
-from pipeline.runner import options
-from pipeline.runner import wiring as assemble
+from pipeline.runner import options, wiring
 from pipeline.runner.cluster.id_registry import Scan
-from pipeline.runner.local import Job
+from pipeline.runner.local import LocalRun
 from pipeline.runner.options import Options
 
 
@@ -50,11 +48,11 @@ class Task:
     """
 
     number: int
-    spans: tuple[Span, ...]
+    spans: tuple[ByteRange, ...]
     output: Name
     limit: int | None
     known: Sequence[int]
-    before: Claims
+    before: IdRange
     grant: int | None
     ended: options.Ended
 
@@ -72,7 +70,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class ShardOutcome:
     """How a part ended. Its results lie in its file; `sender` counts its calls, `spent` is its money.
 
     `stopped` is why nothing more may be sent by anybody, `ended` which models were given up. `failures` tells the first
@@ -101,18 +99,20 @@ class Worker:
     A gate begins with `first_share` of the limits, until the lessor tells the worker's own.
     """
 
-    def __init__(self, settings: Config, options: Options, *, run_id: str, lessor: Lessor, first_share: float) -> None:
+    def __init__(
+        self, settings: Config, options: Options, *, run_id: str, lessor: LeaseBroker, first_share: float
+    ) -> None:
         self._settings = settings
         self._options = options
         self._run_id = run_id
         self._lessor = lessor
         self._first_share = first_share
         self._prices = Prices(settings)
-        self._gates: dict[tuple[str, str], Gate] = {}
+        self._gates: dict[tuple[str, str], RateLimiter] = {}
         self._sharing = anyio.Lock()
-        self._parts: dict[int, ShardJob] = {}
+        self._parts: dict[int, ShardRun] = {}
         self._is_stopping = False
-        aio.tune()
+        aio.tune_gc()
 
     def __repr__(self) -> str:
         doing = ", ".join(f"part {number}" for number in self._parts) or "idle"
@@ -123,21 +123,21 @@ class Worker:
         await to_thread.run_sync(staging.check_visible, place, token)
         return Greeting(host=socket.gethostname(), process=os.getpid(), version=own_version())
 
-    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan:
+    async def scan(self, spans: Sequence[ByteRange], before: IdRange) -> Scan:
         """Plan the lines of some spans and tell what they are."""
         return await to_thread.run_sync(self._scan, spans, before)
 
-    async def work(self, task: Task) -> Outcome:
+    async def work(self, task: Task) -> ShardOutcome:
         """Do a part; what goes wrong is in the outcome."""
-        part: ShardJob | None = None
+        part: ShardRun | None = None
         try:
             for span in task.spans:
                 require_unchanged(span)
-            part = ShardJob(task, self)
+            part = ShardRun(task, self)
             self._parts[task.number] = part
-            return Outcome() if self._is_stopping else await part.do()
+            return ShardOutcome() if self._is_stopping else await part.do()
         except PipelineError as exc:
-            return part.outcome(exc) if part else Outcome(stopped=exc)
+            return part.outcome(exc) if part else ShardOutcome(stopped=exc)
         finally:
             self._parts.pop(task.number, None)
 
@@ -157,17 +157,17 @@ class Worker:
         for part in self._parts.values():
             part.end_early()
 
-    def _scan(self, spans: Sequence[Span], before: Claims) -> Scan:
-        planner = assemble.planner(self._settings, self._options)
+    def _scan(self, spans: Sequence[ByteRange], before: IdRange) -> Scan:
+        planner = wiring.planner(self._settings, self._options)
         planner.claim(before)
         keys = array("Q")
         lines = 0
         for span in spans:
             lines = 0
             require_unchanged(span)
-            for batch in read.batches([span], self._settings.input.max_line_bytes):
+            for batch in reader.batches([span], self._settings.input.max_line_bytes):
                 items = map(planner.plan, batch.lines())
-                keys.extend(record.key(item.custom_id, item.digest) for item in items)
+                keys.extend(writer.key(item.custom_id, item.digest) for item in items)
                 lines += batch.count
             require_unchanged(span)
         return Scan(lines=lines, keys=keys, claims=planner.take_claims(), before=before)
@@ -178,27 +178,27 @@ class Worker:
         """Return what the job of a part is made with."""
         return self._settings, replace(self._options, limit=task.limit, fresh=False), self._prices, self._run_id
 
-    def gate_of(self, provider: str, model: str) -> Gate:
+    def gate_of(self, provider: str, model: str) -> RateLimiter:
         """Return the gate of a model, which stays as long as the worker."""
         name = (provider, model)
         if name not in self._gates:
-            self._gates[name] = assemble.gate(self._settings, provider, model)
+            self._gates[name] = wiring.gate(self._settings, provider, model)
             self._gates[name].take_share(self._first_share, 0.0)
         return self._gates[name]
 
     async def keep_share(self, clock: Clock) -> None:
         """Keep all parts to the worker's share of the limits; one of them does it at a time."""
         async with self._sharing:
-            await Sharing(self._lessor, clock, gates=self._shared_gates, say=_say_nothing).keep()
+            await QuotaSync(self._lessor, clock, gates=self._shared_gates, say=_say_nothing).keep()
 
-    def _shared_gates(self) -> dict[str, Gate]:
-        gates: dict[str, Gate] = {}
+    def _shared_gates(self) -> dict[str, RateLimiter]:
+        gates: dict[str, RateLimiter] = {}
         for part in self._parts.values():
             gates |= part.sender.gates() if part.is_begun else {}
         return gates
 
 
-class ShardJob(Job):
+class ShardRun(LocalRun):
     """The ordinary job on some lines of the inputs; the driver has opened the books and draws the conclusions."""
 
     def __init__(self, task: Task, worker: Worker) -> None:
@@ -208,9 +208,11 @@ class ShardJob(Job):
         self.is_begun = False
         self._ends_early = False
         settings, options, prices, run_id = worker.job(task)
-        super().__init__(task.spans, task.output, settings, options, prices, NoBooks(), _say_nothing, run_id=run_id)
+        super().__init__(
+            task.spans, task.output, settings, options, prices, NullRunLedger(), _say_nothing, run_id=run_id
+        )
 
-    async def do(self) -> Outcome:
+    async def do(self) -> ShardOutcome:
         """Do the part and tell how it ended; its file is left to the driver."""
         try:
             await self.answer(None)
@@ -223,10 +225,10 @@ class ShardJob(Job):
             await to_thread.run_sync(shutil.rmtree, self.recorder.path.parent)
         return self.outcome(trouble)
 
-    def outcome(self, trouble: PipelineError | None) -> Outcome:
+    def outcome(self, trouble: PipelineError | None) -> ShardOutcome:
         """Return how it ended; `trouble` is what kept it from going on, or its results from their store."""
         ended = self.sender.ended_lanes if self.is_begun else ()
-        return Outcome(
+        return ShardOutcome(
             sender=self.statistics() if self.is_begun else None,
             spent=self.budget.used if self.budget else 0,
             failures=tuple(self.failures),
@@ -275,7 +277,7 @@ class ShardJob(Job):
     def _left_over(self) -> AbstractContextManager[Callable[[], None]]:
         return nullcontext(lambda: None)
 
-    def _gate_of(self, provider: str, model: str) -> Gate:
+    def _gate_of(self, provider: str, model: str) -> RateLimiter:
         return self._worker.gate_of(provider, model)
 
     def _sharing(self) -> Callable[[], Coroutine[Any, Any, None]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from typing import Any
 
-from pipeline.accounting.ledger import Entry, Run
-from pipeline.accounting.report.costs import Period, Report, to_report
+from pipeline.accounting.ledger import Entry, RunRow
+from pipeline.accounting.report.costs import CostReport, Period, read_cost_report
 
 TODAY = date(2026, 11, 26)
 
@@ -25,9 +25,9 @@ HOSTILE = (
 )
 
 
-def run(run_id: str = "run-1", **values: Any) -> Run:
+def run(run_id: str = "run-1", **values: Any) -> RunRow:
     given = {"run_id": run_id, "started_at": "2026-11-26T01:00:00Z", "status": "completed", "exit_code": 0}
-    return Run(**{**given, **values})
+    return RunRow(**{**given, **values})
 
 
 def entry(day: str = "2026-11-26", model: str = "gpt-6-luna", provider: str = "openai", **values: Any) -> Entry:
@@ -36,14 +36,14 @@ def entry(day: str = "2026-11-26", model: str = "gpt-6-luna", provider: str = "o
 
 def report(
     entries: Mapping[str, Sequence[Entry]],
-    runs: Sequence[Run] | None = None,
+    runs: Sequence[RunRow] | None = None,
     *,
     by: str = "model",
     since: date | None = None,
     until: date = TODAY,
     has_simulated: bool = False,
-) -> Report:
-    return to_report(
+) -> CostReport:
+    return read_cost_report(
         entries,
         [run(run_id) for run_id in entries] if runs is None else runs,
         by=by,
@@ -53,7 +53,7 @@ def report(
     )
 
 
-def two_months(*, by: str = "model", models: Sequence[str] = ()) -> Report:
+def two_months(*, by: str = "model", models: Sequence[str] = ()) -> CostReport:
     """Return a report of 60 days and six models (or these), with the 60 days before to compare with."""
     names = models or ("haiku", "sonnet", "opus", "luna", "sol", "mini")
     entries = {

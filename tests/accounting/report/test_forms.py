@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.accounting.report import csv as csv_form
-from pipeline.accounting.report import formatting as figures
-from pipeline.accounting.report import json, prometheus, table
-from pipeline.accounting.report.costs import Report, Row
+from pipeline.accounting.report import formatting, json, prometheus, table
+from pipeline.accounting.report.costs import CostReport, Row
 from pipeline.core import money
 from tests.accounting.report.examples import HOSTILE, entry, report, run, two_months
 
@@ -36,11 +35,11 @@ MIXED = report(
 )
 
 
-def with_models(names: list[str]) -> Report:
+def with_models(names: list[str]) -> CostReport:
     return report({"run-1": [entry(model=name, cost_nano=n) for n, name in enumerate(dict.fromkeys(names))]})
 
 
-def as_text(value: Report, *, width: int = 120, is_colored: bool = False) -> str:
+def as_text(value: CostReport, *, width: int = 120, is_colored: bool = False) -> str:
     return table.render(value, width=width, is_colored=is_colored).decode()
 
 
@@ -69,7 +68,7 @@ def test_money_shows_what_is_there(nano: int, text: str) -> None:
 )
 def test_counts_are_short(count: int, text: str) -> None:
     """Large counts are written with a unit, rounded."""
-    assert figures.short(count) == text
+    assert formatting.short(count) == text
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_counts_are_short(count: int, text: str) -> None:
 )
 def test_changes(cost: int, before: int | None, text: str) -> None:
     """A change is told in percent, a large one as a factor, and against nothing not at all."""
-    assert figures.change(Row(key="x", cost_nano=cost, previous_cost_nano=before)) == text
+    assert formatting.change(Row(key="x", cost_nano=cost, previous_cost_nano=before)) == text
 
 
 # ── table ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -162,7 +161,7 @@ def test_json_survives_any_name(names: list[str]) -> None:
 # ── CSV ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def cells(value: Report) -> list[dict[str, str]]:
+def cells(value: CostReport) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(csv_form.render(value).decode(), newline="")))
 
 
@@ -211,7 +210,7 @@ def test_csv_survives_any_name(name: str) -> None:
 # ── Prometheus ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def samples(value: Report) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def samples(value: CostReport) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Read metrics as Prometheus' own client does."""
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value

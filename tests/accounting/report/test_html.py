@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.accounting.report import html
-from pipeline.accounting.report.costs import Report
+from pipeline.accounting.report.costs import CostReport
 from tests.accounting.report.examples import HOSTILE, entry, report, two_months
 
 # Of chart.js 4.6.1, dist/chart.umd.min.js, as the npm registry serves it.
@@ -110,7 +110,7 @@ def test_long_periods_are_drawn_coarser(since: date, first: str, count: int) -> 
     assert (labels[0], len(labels)) == (first, count)
 
 
-def many_models(count: int) -> Report:
+def many_models(count: int) -> CostReport:
     return report({"run-1": [entry(model=f"m{n:02}", cost_nano=n * 10**9, succeeded=1) for n in range(1, count + 1)]})
 
 

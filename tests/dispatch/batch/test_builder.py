@@ -17,13 +17,13 @@ from anyio.lowlevel import checkpoint
 from pipeline import providers
 from pipeline.accounting.budget import Budget
 from pipeline.core.config import Batches, Config, Sending
-from pipeline.core.errors import BudgetReachedError, PipelineError, Reach, TryLaterError, UsageError
-from pipeline.core.types import Answer, Cost, Protocol, Request, Usage
-from pipeline.dispatch.batch import store as storing
-from pipeline.dispatch.batch.builder import Group, Loader, deadline_text
-from pipeline.dispatch.batch.client import Courier, Way
-from pipeline.dispatch.batch.reservations import Reserves
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member, Step
+from pipeline.core.errors import BudgetReachedError, ErrorScope, PipelineError, TryLaterError, UsageError
+from pipeline.core.types import Cost, HttpResponse, Protocol, Request, Usage
+from pipeline.dispatch.batch import store
+from pipeline.dispatch.batch.builder import BatchBuilder, BatchGroup, deadline_text
+from pipeline.dispatch.batch.client import BatchClient, BatchConnection
+from pipeline.dispatch.batch.reservations import BatchReservations
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step
 from pipeline.dispatch.retry import Policy
 from pipeline.providers import BatchCodec
 from pipeline.providers.anthropic_batch import AnthropicBatches
@@ -72,8 +72,8 @@ def member(
     digest: str = "d",
     tokens: int = 10,
     worst: int | None = 10,
-) -> Member:
-    return Member(
+) -> BatchItem:
+    return BatchItem(
         request=Request(
             custom_id=custom_id,
             digest=digest,
@@ -88,11 +88,11 @@ def member(
     )
 
 
-def members(number: int, protocol: Protocol = OPENAI, **fields: Any) -> list[Member]:
+def members(number: int, protocol: Protocol = OPENAI, **fields: Any) -> list[BatchItem]:
     return [member(f"r{n}", protocol, **fields) for n in range(number)]
 
 
-async def _nobody(*_: Any) -> Answer:
+async def _nobody(*_: Any) -> HttpResponse:
     raise AssertionError("nothing is sent while it is loaded")
 
 
@@ -100,47 +100,47 @@ async def _nobody(*_: Any) -> Answer:
 class Dock:
     """A loader before a directory of chunks: `shipped` are the chunks that it gave away, in their order."""
 
-    chunks: Chunks
+    chunks: BatchStore
     settings: Batches = field(default_factory=Batches)
     codecs: Mapping[Protocol, BatchCodec] = field(default_factory=lambda: {each: _codec(each) for each in Protocol})
     budget: Budget | None = None
     may_wait: bool = True
     no_key: frozenset[str] = frozenset()
-    shipped: list[Chunk] = field(default_factory=list)
+    shipped: list[BatchRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.reserves = Reserves(self.budget, Bounds())
-        self.loader = Loader(
+        self.reserves = BatchReservations(self.budget, Bounds())
+        self.loader = BatchBuilder(
             self.chunks,
             self.settings,
             self.reserves,
             open_courier=self._courier,
-            blank=lambda group: Chunk(run="run-1", provider=group.provider, model=group.model, at=NOW),
+            blank=lambda group: BatchRecord(run="run-1", provider=group.provider, model=group.model, at=NOW),
             ship=self._ship,
             may_wait=self.may_wait,
             disk=anyio.CapacityLimiter(1),
         )
 
-    def _courier(self, name: str) -> Courier:
+    def _courier(self, name: str) -> BatchClient:
         if name in self.no_key:
             raise UsageError(f"no key for {name}")
         protocol = Protocol(name)
         endpoint = Config().providers[protocol]
-        return Courier(
+        return BatchClient(
             codec=providers.codec(protocol),
             batches=self.codecs[protocol],
-            way=Way(endpoint=endpoint, headers=(), ask=_nobody, download=_nobody, mask=lambda data: data),
+            way=BatchConnection(endpoint=endpoint, headers=(), ask=_nobody, download=_nobody, mask=lambda data: data),
             policy=Policy(Sending()),
             patience=1.0,
             max_line_bytes=1_000,
         )
 
-    def _ship(self, chunk: Chunk) -> None:
+    def _ship(self, chunk: BatchRecord) -> None:
         """Take a chunk; whoever ships it relies on the journal knowing it."""
-        assert chunk in storing.read(self.chunks.directory)
+        assert chunk in store.read(self.chunks.directory)
         self.shipped.append(chunk)
 
-    def members(self, chunk: Chunk) -> list[Member]:
+    def members(self, chunk: BatchRecord) -> list[BatchItem]:
         return [each for _, each in self.chunks.members(chunk)]
 
     def ids(self) -> list[list[str]]:
@@ -151,11 +151,11 @@ class Dock:
         """Return the ids of all requests that were shipped, in their order."""
         return list(chain.from_iterable(self.ids()))
 
-    def upload(self, chunk: Chunk) -> bytes:
+    def upload(self, chunk: BatchRecord) -> bytes:
         codec = self.codecs[Protocol(chunk.provider)]
         return b"".join(self.chunks.content(chunk, separator=codec.separator, entry=codec.entry))
 
-    def bring_back(self, chunk: Chunk, spent: int | None = 0) -> None:
+    def bring_back(self, chunk: BatchRecord, spent: int | None = 0) -> None:
         """Settle every request of a chunk, as its batch has ended."""
         for each in self.members(chunk):
             self.reserves.settle(chunk.nonce, each.request, spent)
@@ -176,14 +176,14 @@ def is_settled(budget: Budget) -> bool:
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> Iterator[Chunks]:
-    opened = Chunks(tmp_path / "answers.jsonl")
+def chunks(tmp_path: Path) -> Iterator[BatchStore]:
+    opened = BatchStore(tmp_path / "answers.jsonl")
     opened.open()
     yield opened
     opened.release()
 
 
-async def loaded(dock: Dock, wanted: Iterable[Member], *, by: int = 1_000) -> list[Member]:
+async def loaded(dock: Dock, wanted: Iterable[BatchItem], *, by: int = 1_000) -> list[BatchItem]:
     """Load requests, so many at a time, and seal what is left; return those that were turned away."""
     rest, away = list(wanted), []
     while rest:
@@ -208,7 +208,7 @@ async def loaded(dock: Dock, wanted: Iterable[Member], *, by: int = 1_000) -> li
     ],
 )
 async def test_a_chunk_is_full_by_its_number(
-    chunks: Chunks, protocol: Protocol, by: int, settings: dict[str, Any], sizes: list[int]
+    chunks: BatchStore, protocol: Protocol, by: int, settings: dict[str, Any], sizes: list[int]
 ) -> None:
     """No chunk has more requests than the settings and the provider allow; none is closed before, and order stays."""
     dock = Dock(chunks, Batches(**settings), SMALL)
@@ -221,7 +221,7 @@ async def test_a_chunk_is_full_by_its_number(
 
 @both
 @pytest.mark.parametrize("settings", [{}, {"max_bytes": 300}, {"max_bytes": 10_000}], ids=str)
-async def test_a_chunk_is_full_by_its_bytes(chunks: Chunks, protocol: Protocol, settings: dict[str, Any]) -> None:
+async def test_a_chunk_is_full_by_its_bytes(chunks: BatchStore, protocol: Protocol, settings: dict[str, Any]) -> None:
     """What is uploaded measures what was said of it and no more than the limit; one request more would be too much."""
     dock = Dock(chunks, Batches(**settings), SMALL)
     limit = min(600, settings.get("max_bytes", 600))
@@ -241,7 +241,7 @@ async def test_a_chunk_is_full_by_its_bytes(chunks: Chunks, protocol: Protocol, 
 
 
 @both
-async def test_a_chunk_may_be_full_to_the_last_byte(chunks: Chunks, protocol: Protocol) -> None:
+async def test_a_chunk_may_be_full_to_the_last_byte(chunks: BatchStore, protocol: Protocol) -> None:
     """A request that fits exactly goes in; with a byte less it begins the next."""
     codec = _codec(protocol)
     names = [codec.name("0a1b2c3d4e5f", name, "0" * 32) for name in ("r0", "r1")]
@@ -254,7 +254,7 @@ async def test_a_chunk_may_be_full_to_the_last_byte(chunks: Chunks, protocol: Pr
 
 
 @both
-async def test_a_request_that_is_larger_than_a_chunk_goes_alone(chunks: Chunks, protocol: Protocol) -> None:
+async def test_a_request_that_is_larger_than_a_chunk_goes_alone(chunks: BatchStore, protocol: Protocol) -> None:
     """It is for the provider to refuse; the requests around it are not refused with it."""
     dock = Dock(chunks, codecs=SMALL)
     huge = member("huge", protocol, body=b'"%b"' % (b"x" * 5_000))
@@ -274,7 +274,7 @@ async def test_a_request_that_is_larger_than_a_chunk_goes_alone(chunks: Chunks, 
         pytest.param(1, [["a"], ["b"], ["c"], ["d"]], id="each is too large"),
     ],
 )
-async def test_a_chunk_is_full_by_its_tokens(chunks: Chunks, most: int | None, expected: list[list[str]]) -> None:
+async def test_a_chunk_is_full_by_its_tokens(chunks: BatchStore, most: int | None, expected: list[list[str]]) -> None:
     """Where the provider's queue takes no more of a model, chunks of it stay below; one request alone always goes."""
     dock = Dock(chunks)
     dock.loader.group("openai", "m").max_tokens = most
@@ -286,7 +286,7 @@ async def test_a_chunk_is_full_by_its_tokens(chunks: Chunks, most: int | None, e
     assert [chunk.input_tokens for chunk in dock.shipped] == [sum(tokens[name] for name in ids) for ids in expected]
 
 
-async def test_a_bound_on_tokens_is_its_models_only(chunks: Chunks) -> None:
+async def test_a_bound_on_tokens_is_its_models_only(chunks: BatchStore) -> None:
     """The queue of one model is no other's."""
     dock = Dock(chunks)
     dock.loader.group("openai", "small").max_tokens = 10
@@ -299,7 +299,7 @@ async def test_a_bound_on_tokens_is_its_models_only(chunks: Chunks) -> None:
 # ── who shares a batch ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_who_shares_a_batch(chunks: Chunks) -> None:
+async def test_who_shares_a_batch(chunks: BatchStore) -> None:
     """OpenAI's batches are of one model each, Anthropic's of any."""
     dock = Dock(chunks)
     asked = [member(f"{p}{m}{n}", p, m) for n in range(3) for p in (OPENAI, ANTHROPIC) for m in ("x", "y")]
@@ -319,7 +319,7 @@ async def test_who_shares_a_batch(chunks: Chunks) -> None:
     assert sorted(group.name for group in dock.loader.groups.values()) == ["anthropic", "openai/x", "openai/y"]
 
 
-async def test_a_group_is_one_object(chunks: Chunks) -> None:
+async def test_a_group_is_one_object(chunks: BatchStore) -> None:
     """What is learned of a model counts for all that comes later; a provider is asked for once."""
     dock = Dock(chunks)
 
@@ -332,7 +332,7 @@ async def test_a_group_is_one_object(chunks: Chunks) -> None:
 
 
 @both
-async def test_names_fit_and_differ(chunks: Chunks, protocol: Protocol) -> None:
+async def test_names_fit_and_differ(chunks: BatchStore, protocol: Protocol) -> None:
     """Whatever the ids are, the provider takes the names, no two in a batch are the same, and none is lost."""
     ids = [
         "a",
@@ -360,7 +360,7 @@ async def test_names_fit_and_differ(chunks: Chunks, protocol: Protocol) -> None:
 
 
 @pytest.mark.parametrize("custom_id", ["a b", "x" * 600], ids=["no name", "too long"])
-async def test_names_tell_apart_what_has_one_id(chunks: Chunks, custom_id: str) -> None:
+async def test_names_tell_apart_what_has_one_id(chunks: BatchStore, custom_id: str) -> None:
     """Where an id is no name, one is made of it and of what is asked."""
     dock = Dock(chunks)
     asked = [member(custom_id, ANTHROPIC, digest=digest) for digest in ("d1", "d2")]
@@ -371,7 +371,7 @@ async def test_names_tell_apart_what_has_one_id(chunks: Chunks, custom_id: str) 
     assert first.name != second.name
 
 
-async def test_a_request_that_goes_again_has_another_name(chunks: Chunks) -> None:
+async def test_a_request_that_goes_again_has_another_name(chunks: BatchStore) -> None:
     """A late result of an earlier batch of Anthropic's cannot be taken for one of this; attempts come along."""
     dock = Dock(chunks)
     await loaded(dock, [member("a", ANTHROPIC)])
@@ -388,7 +388,7 @@ async def test_a_request_that_goes_again_has_another_name(chunks: Chunks) -> Non
 # ── on the disk ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_is_loaded_is_on_the_disk_and_not_yet_known(chunks: Chunks) -> None:
+async def test_what_is_loaded_is_on_the_disk_and_not_yet_known(chunks: BatchStore) -> None:
     """Memory does not hold requests until a chunk is full; the journal knows a chunk once it is whole."""
     dock = Dock(chunks)
 
@@ -406,7 +406,7 @@ async def test_what_is_loaded_is_on_the_disk_and_not_yet_known(chunks: Chunks) -
     assert not chunks.is_damaged(chunk)
 
 
-async def test_what_is_being_sealed_is_not_forgotten(chunks: Chunks) -> None:
+async def test_what_is_being_sealed_is_not_forgotten(chunks: BatchStore) -> None:
     """Until a chunk is shipped the loader is not empty, so nobody ends before it."""
     dock = Dock(chunks)
     await dock.loader.load(members(3))
@@ -424,14 +424,14 @@ async def test_what_is_being_sealed_is_not_forgotten(chunks: Chunks) -> None:
     assert dock.loader.is_empty
 
 
-async def test_two_tasks_lose_nothing(chunks: Chunks) -> None:
+async def test_two_tasks_lose_nothing(chunks: BatchStore) -> None:
     """Several load at the same time, over real threads, each in its order: every request is in one chunk, once."""
     dock = Dock(chunks, Batches(max_requests=37))
     tasks = {
         f"t{n}": [member(f"t{n} {i}", p, body=b"{}" * 50) for i in range(1_500)] for n, p in enumerate([*Protocol] * 2)
     }
 
-    async def load(asked: Sequence[Member]) -> None:
+    async def load(asked: Sequence[BatchItem]) -> None:
         for begin in range(0, len(asked), 64):
             assert await dock.loader.load(asked[begin : begin + 64]) == []
 
@@ -450,7 +450,7 @@ async def test_two_tasks_lose_nothing(chunks: Chunks) -> None:
     assert [len(dock.upload(chunk)) for chunk in dock.shipped] == [chunk.content for chunk in dock.shipped]
 
 
-async def test_loading_and_sealing_at_the_same_time_lose_nothing(chunks: Chunks) -> None:
+async def test_loading_and_sealing_at_the_same_time_lose_nothing(chunks: BatchStore) -> None:
     """Who seals amid another's loading cuts chunks, not requests."""
     dock = Dock(chunks)
     asked = members(2_000)
@@ -476,7 +476,7 @@ async def test_loading_and_sealing_at_the_same_time_lose_nothing(chunks: Chunks)
 # ── what is not loaded ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_is_unloaded_leaves_nothing(chunks: Chunks) -> None:
+async def test_what_is_unloaded_leaves_nothing(chunks: BatchStore) -> None:
     """A stop forgets what is not shipped: files, counts and the money that was set aside; what is shipped stays."""
     budget = Budget(1_000)
     dock = Dock(chunks, Batches(max_requests=4), budget=budget)
@@ -495,7 +495,7 @@ async def test_what_is_unloaded_leaves_nothing(chunks: Chunks) -> None:
     assert len(dock.shipped) == 1
 
 
-async def test_a_missing_key_ends_the_loading(chunks: Chunks) -> None:
+async def test_a_missing_key_ends_the_loading(chunks: BatchStore) -> None:
     """Nothing is loaded of a provider that cannot be called, nor anything after it; what was loaded before goes out."""
     dock = Dock(chunks, no_key=frozenset({"anthropic"}))
 
@@ -511,7 +511,7 @@ async def test_a_missing_key_ends_the_loading(chunks: Chunks) -> None:
         dock.loader.group("anthropic", "m")
 
 
-async def test_a_price_that_nobody_knows_ends_the_loading(chunks: Chunks) -> None:
+async def test_a_price_that_nobody_knows_ends_the_loading(chunks: BatchStore) -> None:
     """With a budget nothing is loaded whose price is unknown; without one nobody asks."""
     asked = [member("a"), member("b", worst=None), member("c")]
     dock, free = Dock(chunks, budget=Budget(1_000)), Dock(chunks)
@@ -523,7 +523,7 @@ async def test_a_price_that_nobody_knows_ends_the_loading(chunks: Chunks) -> Non
     assert (dock.ids(), free.ids(), free.loader.refused) == ([["a"]], [["a", "b", "c"]], None)
 
 
-async def test_a_refused_model_is_turned_away(chunks: Chunks) -> None:
+async def test_a_refused_model_is_turned_away(chunks: BatchStore) -> None:
     """Of a model whose batches the provider refuses nothing is loaded, and no money set aside; others go on."""
     budget = Budget(1_000)
     dock = Dock(chunks, budget=budget)
@@ -541,19 +541,19 @@ async def test_a_refused_model_is_turned_away(chunks: Chunks) -> None:
 
 def _error() -> PipelineError:
     error = PipelineError("no batches of this model")
-    error.reach = Reach.MODEL
+    error.reach = ErrorScope.MODEL
     return error
 
 
 # ── money ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_does_not_fit_waits_until_results_are_back(chunks: Chunks) -> None:
+async def test_what_does_not_fit_waits_until_results_are_back(chunks: BatchStore) -> None:
     """Everything that is loaded goes out first, of every group, so that it can come back; nothing is turned away."""
     budget = Budget(35)
     dock = Dock(chunks, budget=budget)
     asked = [member("a"), member("b", ANTHROPIC), member("c", model="n"), member("d"), member("e")]
-    away: list[Member] = []
+    away: list[BatchItem] = []
 
     async def load() -> None:
         away.extend(await dock.loader.load(asked))
@@ -579,12 +579,12 @@ async def test_what_does_not_fit_waits_until_results_are_back(chunks: Chunks) ->
     assert (budget.spent, is_settled(budget)) == (4, True)
 
 
-async def test_what_never_fits_is_turned_away(chunks: Chunks) -> None:
+async def test_what_never_fits_is_turned_away(chunks: BatchStore) -> None:
     """Once nothing is on its way that could give money back, the budget is reached, and nothing more is loaded."""
     budget = Budget(25)
     dock = Dock(chunks, budget=budget)
     asked = [member("a"), member("b"), member("c"), member("small", worst=0)]
-    away: list[Member] = []
+    away: list[BatchItem] = []
 
     async def load() -> None:
         away.extend(await dock.loader.load(asked))
@@ -602,10 +602,10 @@ async def test_what_never_fits_is_turned_away(chunks: Chunks) -> None:
     assert (dock.ids(), budget.spent, is_settled(budget)) == ([["a", "b"]], 20, True)
 
 
-async def test_what_is_held_for_batches_that_go_on_ends_the_waiting(chunks: Chunks) -> None:
+async def test_what_is_held_for_batches_that_go_on_ends_the_waiting(chunks: BatchStore) -> None:
     """A batch that nobody waits for any more gives nothing back in this run: who waits for its money is told."""
     dock = Dock(chunks, budget=Budget(10))
-    away: list[Member] = []
+    away: list[BatchItem] = []
 
     async def load() -> None:
         away.extend(await dock.loader.load(members(2)))
@@ -621,7 +621,7 @@ async def test_what_is_held_for_batches_that_go_on_ends_the_waiting(chunks: Chun
     assert isinstance(dock.loader.refused, BudgetReachedError)
 
 
-async def test_a_first_request_that_never_fits_is_turned_away(chunks: Chunks) -> None:
+async def test_a_first_request_that_never_fits_is_turned_away(chunks: BatchStore) -> None:
     """Where nothing is reserved nobody waits, and no directory is made."""
     dock = Dock(chunks, budget=Budget(9))
 
@@ -632,7 +632,7 @@ async def test_a_first_request_that_never_fits_is_turned_away(chunks: Chunks) ->
     assert not chunks.directory.exists()
 
 
-async def test_without_waiting_the_rest_is_for_a_later_command(chunks: Chunks) -> None:
+async def test_without_waiting_the_rest_is_for_a_later_command(chunks: BatchStore) -> None:
     """A run that does not wait ships what fits and leaves the rest, at once."""
     budget = Budget(25)
     dock = Dock(chunks, budget=budget, may_wait=False)
@@ -648,7 +648,7 @@ async def test_without_waiting_the_rest_is_for_a_later_command(chunks: Chunks) -
     assert is_settled(budget)
 
 
-async def test_who_loads_while_another_waits_for_money_ships_at_once(chunks: Chunks) -> None:
+async def test_who_loads_while_another_waits_for_money_ships_at_once(chunks: BatchStore) -> None:
     """What stays in a chunk that is not full could never give back the money that the other waits for."""
     dock = Dock(chunks, budget=Budget(100))
     with anyio.fail_after(10):
@@ -668,7 +668,7 @@ async def test_who_loads_while_another_waits_for_money_ships_at_once(chunks: Chu
 
 
 @pytest.mark.usefixtures("no_threads")
-async def test_what_is_loaded_while_another_seals_for_money_goes_out(chunks: Chunks) -> None:
+async def test_what_is_loaded_while_another_seals_for_money_goes_out(chunks: BatchStore) -> None:
     """Between the sealing and the waiting, too: else he waits for ever for what lies in a chunk that nobody ships."""
     dock = Dock(chunks, budget=Budget(100))
     await dock.loader.load([member("a", model="x", worst=40), member("b", model="y", worst=40)])
@@ -686,14 +686,14 @@ async def test_what_is_loaded_while_another_seals_for_money_goes_out(chunks: Chu
 
 
 @pytest.mark.parametrize("cap", [100, 500, 10_000])
-async def test_two_tasks_with_one_budget_lose_nothing(chunks: Chunks, cap: int) -> None:
+async def test_two_tasks_with_one_budget_lose_nothing(chunks: BatchStore, cap: int) -> None:
     """Every request is loaded once, whoever waits for whom; never is more out than the cap, and all comes back."""
     budget = Budget(cap)
     dock = Dock(chunks, Batches(max_requests=20), budget=budget)
     asked = [[member(f"t{n} {i}", worst=1 + i % 10) for i in range(400)] for n in range(3)]
     is_loaded = anyio.Event()
 
-    async def load(wanted: Sequence[Member]) -> None:
+    async def load(wanted: Sequence[BatchItem]) -> None:
         for begin in range(0, len(wanted), 40):
             assert await dock.loader.load(wanted[begin : begin + 40]) == []
 
@@ -725,9 +725,9 @@ async def test_two_tasks_with_one_budget_lose_nothing(chunks: Chunks, cap: int) 
 # ── small things ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_room_is_made_for_one_that_waits(chunks: Chunks) -> None:
+async def test_room_is_made_for_one_that_waits(chunks: BatchStore) -> None:
     """A batch that ends lets one chunk go on; where none waits the room is not kept for later."""
-    group: Group = Dock(chunks).loader.group("openai", "m")
+    group: BatchGroup = Dock(chunks).loader.group("openai", "m")
     went: list[int] = []
 
     async def wait(number: int) -> None:

@@ -19,12 +19,12 @@ import pytest
 
 from pipeline import providers
 from pipeline.core.config import Config, Sending
-from pipeline.core.errors import ProviderError, Reach, StorageError, TransportError, TryLaterError
+from pipeline.core.errors import ErrorScope, ProviderError, StorageError, TransportError, TryLaterError
 from pipeline.core.http import Client, Content
-from pipeline.core.text import masking, without
-from pipeline.core.types import Answer, Call, Protocol
-from pipeline.dispatch.batch.client import Courier, UncertainError, Way, batch_client
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member
+from pipeline.core.text import redact, redactor
+from pipeline.core.types import HttpRequest, HttpResponse, Protocol
+from pipeline.dispatch.batch.client import BatchClient, BatchConnection, UncertainError, batch_client
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore
 from pipeline.dispatch.retry import Policy
 from tests.scripted import refusal, request
 from tests.virtual import virtual_time
@@ -39,14 +39,14 @@ PATIENCE = 300.0
 SLIP = 1.0  # of the virtual clock, on a busy machine
 SETTINGS = Sending(max_attempts=4, max_retry_after=120.0)
 
-Step = Answer | TransportError
+Step = HttpResponse | TransportError
 
 
-def ok(value: Any) -> Answer:
-    return Answer(status=200, body=orjson.dumps(value))
+def ok(value: Any) -> HttpResponse:
+    return HttpResponse(status=200, body=orjson.dumps(value))
 
 
-def lost(type: str = "timeout", *, is_sent: bool = True, reach: Reach = Reach.ATTEMPT) -> TransportError:
+def lost(type: str = "timeout", *, is_sent: bool = True, reach: ErrorScope = ErrorScope.ATTEMPT) -> TransportError:
     return TransportError(f"scripted {type}", type=type, is_sent=is_sent, reach=reach)
 
 
@@ -66,7 +66,7 @@ class Api:
     protocol: Protocol
     answers: Sequence[Step]
     latency: float = 0.0
-    calls: list[Call] = field(default_factory=list)
+    calls: list[HttpRequest] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     bodies: list[bytes | None] = field(default_factory=list)
     in_flight: int = 0
@@ -76,7 +76,7 @@ class Api:
         self.start = anyio.current_time()
         self.courier = courier(self.protocol, ask=self.ask)
 
-    async def ask(self, call: Call, content: Content | None) -> Answer:
+    async def ask(self, call: HttpRequest, content: Content | None) -> HttpResponse:
         self.calls.append(call)
         self.times.append(round(anyio.current_time() - self.start, 3))
         self.bodies.append(None if content is None else b"".join([block async for block in content.blocks()]))
@@ -96,7 +96,7 @@ class Api:
         return [f"{call.method} {call.url.partition('/v1/')[2]}" for call in self.calls]
 
 
-async def _nobody(*_: Any) -> Answer:
+async def _nobody(*_: Any) -> HttpResponse:
     raise AssertionError("nobody asked for that")
 
 
@@ -107,11 +107,13 @@ def courier(
     mask: Callable[[bytes], bytes] = lambda data: data,
     max_line_bytes: int = 1_000,
     say: Callable[[str], None] = lambda message: None,
-) -> Courier:
-    return Courier(
+) -> BatchClient:
+    return BatchClient(
         codec=providers.codec(protocol),
         batches=providers.batch_codec(protocol),
-        way=Way(endpoint=Config().providers[protocol], headers=(("x", "y"),), ask=ask, download=download, mask=mask),
+        way=BatchConnection(
+            endpoint=Config().providers[protocol], headers=(("x", "y"),), ask=ask, download=download, mask=mask
+        ),
         policy=Policy(SETTINGS),
         patience=PATIENCE,
         max_line_bytes=max_line_bytes,
@@ -120,21 +122,21 @@ def courier(
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> Iterator[Chunks]:
-    opened = Chunks(tmp_path / "answers.jsonl")
+def chunks(tmp_path: Path) -> Iterator[BatchStore]:
+    opened = BatchStore(tmp_path / "answers.jsonl")
     yield opened
     opened.release()
 
 
-def written(chunks: Chunks, protocol: Protocol, number: int = 3) -> Chunk:
+def written(chunks: BatchStore, protocol: Protocol, number: int = 3) -> BatchRecord:
     """Write a chunk of some requests."""
     codec = providers.batch_codec(protocol)
     spool = chunks.spool()
     for n in range(number):
         asked = request(f"r{n}")
         size = len(codec.entry(f"r{n}", asked.body)) + (len(codec.separator) if n else 0)
-        spool.add_entry(Member(request=asked, name=f"r{n}"), size)
-    chunk = spool.seal(spool.take(), Chunk(run="run-1", provider=protocol.value, model="m", at=CREATING))
+        spool.add_entry(BatchItem(request=asked, name=f"r{n}"), size)
+    chunk = spool.seal(spool.take(), BatchRecord(run="run-1", provider=protocol.value, model="m", at=CREATING))
     return replace(chunk, creating_at=CREATING, file_id="file-1" if protocol is OPENAI else None)
 
 
@@ -142,7 +144,7 @@ async def begin() -> None:
     """Note nothing."""
 
 
-def content(chunks: Chunks, chunk: Chunk, protocol: Protocol) -> bytes:
+def content(chunks: BatchStore, chunk: BatchRecord, protocol: Protocol) -> bytes:
     codec = providers.batch_codec(protocol)
     return b"".join(chunks.content(chunk, separator=codec.separator, entry=codec.entry))
 
@@ -153,11 +155,11 @@ MAY_BE_DONE = [
     pytest.param(lost("invalid_http"), id="no HTTP"),
     pytest.param(lost("response_too_large"), id="answer too large"),
     *[pytest.param(refusal(status), id=str(status)) for status in (500, 502, 503, 504, 520, 524, 529)],
-    pytest.param(Answer(status=200, body=b""), id="empty 200"),
-    pytest.param(Answer(status=200, body=b"<html>"), id="200 of a gateway"),
+    pytest.param(HttpResponse(status=200, body=b""), id="empty 200"),
+    pytest.param(HttpResponse(status=200, body=b"<html>"), id="200 of a gateway"),
     pytest.param(ok({"object": "batch"}), id="200 without an id"),
     pytest.param(ok([]), id="200 with a list"),
-    pytest.param(Answer(status=204), id="204"),
+    pytest.param(HttpResponse(status=204), id="204"),
 ]
 NO_REFUSAL = [pytest.param(refusal(status), id=f"{status} of a gateway") for status in (408, 409, 425)]
 """What is said of waiting, not of the call: behind it the batch may have been made."""
@@ -169,7 +171,7 @@ NOT_DONE = [
 FINAL = [
     *[pytest.param(refusal(status), id=str(status)) for status in (400, 401, 402, 403, 404, 405, 410, 413, 422)],
     pytest.param(refusal(429, type="insufficient_quota", code="insufficient_quota"), id="no quota"),
-    pytest.param(lost("tls_error", is_sent=False, reach=Reach.RUN), id="no trust"),
+    pytest.param(lost("tls_error", is_sent=False, reach=ErrorScope.RUN), id="no trust"),
 ]
 
 
@@ -177,7 +179,7 @@ FINAL = [
 
 
 @pytest.mark.parametrize("first", [*MAY_BE_DONE, *NOT_DONE])
-async def test_an_upload_is_repeated(chunks: Chunks, first: Step) -> None:
+async def test_an_upload_is_repeated(chunks: BatchStore, first: Step) -> None:
     """A file too many costs nothing, so whatever kept the answer away, it is sent again, whole."""
     chunk = written(chunks, OPENAI)
     api = Api(OPENAI, [first, first, ok({"id": "file-7"})])
@@ -188,7 +190,7 @@ async def test_an_upload_is_repeated(chunks: Chunks, first: Step) -> None:
 
 
 @pytest.mark.parametrize("first", FINAL)
-async def test_an_upload_that_is_refused_is_not_repeated(chunks: Chunks, first: Step) -> None:
+async def test_an_upload_that_is_refused_is_not_repeated(chunks: BatchStore, first: Step) -> None:
     """What no other attempt would pass is the provider's error, at once."""
     api = Api(OPENAI, [first])
 
@@ -197,7 +199,7 @@ async def test_an_upload_that_is_refused_is_not_repeated(chunks: Chunks, first: 
     assert len(api.calls) == 1
 
 
-async def test_anthropic_is_uploaded_nothing(chunks: Chunks) -> None:
+async def test_anthropic_is_uploaded_nothing(chunks: BatchStore) -> None:
     """There is no such call."""
     api = Api(ANTHROPIC, [])
 
@@ -205,7 +207,7 @@ async def test_anthropic_is_uploaded_nothing(chunks: Chunks) -> None:
     assert api.calls == []
 
 
-async def test_two_uploads_at_a_time(chunks: Chunks) -> None:
+async def test_two_uploads_at_a_time(chunks: BatchStore) -> None:
     """They share one line: more at a time would only be slower each."""
     api = Api(OPENAI, [ok({"id": "file-7"})], latency=10.0)
 
@@ -220,7 +222,7 @@ async def test_two_uploads_at_a_time(chunks: Chunks) -> None:
 
 
 @both
-async def test_a_batch_is_made(chunks: Chunks, protocol: Protocol) -> None:
+async def test_a_batch_is_made(chunks: BatchStore, protocol: Protocol) -> None:
     """Anthropic's call carries the requests, OpenAI's names their file; the answer is the batch."""
     chunk = written(chunks, protocol)
     api = Api(protocol, [ok(batch(protocol, "b7"))])
@@ -235,7 +237,7 @@ async def test_a_batch_is_made(chunks: Chunks, protocol: Protocol) -> None:
 @both
 @pytest.mark.parametrize("answer", [*MAY_BE_DONE, *NO_REFUSAL])
 async def test_a_batch_that_may_have_been_made_is_not_made_again(
-    chunks: Chunks, protocol: Protocol, answer: Step
+    chunks: BatchStore, protocol: Protocol, answer: Step
 ) -> None:
     """However the answer was lost or broken, the call is not repeated: nobody knows what was done."""
     api = Api(protocol, [answer])
@@ -248,7 +250,7 @@ async def test_a_batch_that_may_have_been_made_is_not_made_again(
 @both
 @pytest.mark.parametrize("answer", NOT_DONE)
 async def test_a_batch_that_cannot_have_been_made_is_made_again(
-    chunks: Chunks, protocol: Protocol, answer: Step
+    chunks: BatchStore, protocol: Protocol, answer: Step
 ) -> None:
     """Where nothing arrived or nothing was taken, the same call is made again, as often as it takes."""
     chunk = written(chunks, protocol)
@@ -260,7 +262,7 @@ async def test_a_batch_that_cannot_have_been_made_is_made_again(
 
 @both
 @pytest.mark.parametrize("answer", [*FINAL, pytest.param(refusal(501), id="501")])
-async def test_a_batch_that_is_refused_is_an_error(chunks: Chunks, protocol: Protocol, answer: Step) -> None:
+async def test_a_batch_that_is_refused_is_an_error(chunks: BatchStore, protocol: Protocol, answer: Step) -> None:
     """A refusal is the provider's word that there is no batch."""
     api = Api(protocol, [answer if protocol is OPENAI or isinstance(answer, TransportError) else _claude(answer)])
 
@@ -269,25 +271,25 @@ async def test_a_batch_that_is_refused_is_an_error(chunks: Chunks, protocol: Pro
     assert len(api.calls) == 1
 
 
-def _claude(answer: Answer) -> Answer:
+def _claude(answer: HttpResponse) -> HttpResponse:
     """Return Anthropic's refusal instead of OpenAI's, of a quota where it is about one."""
     error: dict[str, Any] = {"type": "error", "error": {"type": "x", "message": "no"}}
     if answer.status == 429:
         error["error"]["details"] = {"error_code": "enforced_spend_limit_reached"}
-    return Answer(status=answer.status, body=orjson.dumps(error))
+    return HttpResponse(status=answer.status, body=orjson.dumps(error))
 
 
 @both
-async def test_a_batch_whose_making_is_redirected_is_an_error(chunks: Chunks, protocol: Protocol) -> None:
+async def test_a_batch_whose_making_is_redirected_is_an_error(chunks: BatchStore, protocol: Protocol) -> None:
     """Who sends us elsewhere has made nothing, and nobody goes there with the key."""
-    api = Api(protocol, [Answer(status=307, headers={"location": "https://elsewhere.example/"})])
+    api = Api(protocol, [HttpResponse(status=307, headers={"location": "https://elsewhere.example/"})])
 
     with pytest.raises(ProviderError) as caught:
         await api.courier.create(chunks, written(chunks, protocol), begin)
-    assert (caught.value.type, caught.value.reach, len(api.calls)) == ("redirect", Reach.RUN, 1)
+    assert (caught.value.type, caught.value.reach, len(api.calls)) == ("redirect", ErrorScope.RUN, 1)
 
 
-async def test_what_was_refused_before_it_may_have_been_made(chunks: Chunks) -> None:
+async def test_what_was_refused_before_it_may_have_been_made(chunks: BatchStore) -> None:
     """Each attempt is judged by itself: a refusal is repeated, a lost answer after it is not."""
     api = Api(OPENAI, [refusal(429, retry_after="5"), REFUSED, lost("timeout"), ok(batch(OPENAI))])
 
@@ -298,7 +300,9 @@ async def test_what_was_refused_before_it_may_have_been_made(chunks: Chunks) -> 
 
 @both
 @pytest.mark.parametrize("last", [ok({"id": "b7"}), lost("timeout"), refusal(400)])
-async def test_each_call_that_may_make_a_batch_is_told_before(chunks: Chunks, protocol: Protocol, last: Step) -> None:
+async def test_each_call_that_may_make_a_batch_is_told_before(
+    chunks: BatchStore, protocol: Protocol, last: Step
+) -> None:
     """`begin` is awaited before every attempt, so a crash at any moment finds it noted; and never after the last."""
     api = Api(protocol, [REFUSED, refusal(429, retry_after="1"), last])
     told: list[int] = []
@@ -312,7 +316,7 @@ async def test_each_call_that_may_make_a_batch_is_told_before(chunks: Chunks, pr
     assert told == [0, 1, 2]
 
 
-async def test_what_cannot_be_noted_is_not_made(chunks: Chunks) -> None:
+async def test_what_cannot_be_noted_is_not_made(chunks: BatchStore) -> None:
     """Where `begin` fails nothing is sent."""
     api = Api(OPENAI, [ok(batch(OPENAI))])
 
@@ -324,7 +328,7 @@ async def test_what_cannot_be_noted_is_not_made(chunks: Chunks) -> None:
     assert api.calls == []
 
 
-async def test_uploads_and_batches_with_requests_share_one_line(chunks: Chunks) -> None:
+async def test_uploads_and_batches_with_requests_share_one_line(chunks: BatchStore) -> None:
     """Anthropic's batches carry their requests: two of them are made at a time, too."""
     api = Api(ANTHROPIC, [ok(batch(ANTHROPIC))], latency=10.0)
 
@@ -338,7 +342,7 @@ async def test_uploads_and_batches_with_requests_share_one_line(chunks: Chunks) 
 # ── patience ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_provider_says_how_long_to_wait(chunks: Chunks) -> None:
+async def test_the_provider_says_how_long_to_wait(chunks: BatchStore) -> None:
     """A hint is kept to the millisecond."""
     api = Api(OPENAI, [refusal(429, retry_after="7"), refusal(429, retry_after="0.5"), ok(batch(OPENAI))])
 
@@ -349,7 +353,7 @@ async def test_the_provider_says_how_long_to_wait(chunks: Chunks) -> None:
 
 @both
 @pytest.mark.parametrize("kind", ["create", "poll", "list"])
-async def test_patience_ends(chunks: Chunks, protocol: Protocol, kind: str) -> None:
+async def test_patience_ends(chunks: BatchStore, protocol: Protocol, kind: str) -> None:
     """A provider that is out of reach for longer than allowed ends the attempt; a later command goes on."""
     api = Api(protocol, [REFUSED])
     chunk = written(chunks, protocol)
@@ -364,7 +368,7 @@ async def test_patience_ends(chunks: Chunks, protocol: Protocol, kind: str) -> N
     assert PATIENCE - SETTINGS.backoff_max <= api.elapsed() <= PATIENCE + SLIP
 
 
-async def test_a_wait_that_is_too_long_is_for_a_later_command(chunks: Chunks) -> None:
+async def test_a_wait_that_is_too_long_is_for_a_later_command(chunks: BatchStore) -> None:
     """A hint beyond the longest wait ends the attempt at once, with the number of seconds."""
     api = Api(OPENAI, [refusal(429, retry_after="3600")])
 
@@ -485,7 +489,7 @@ def pages(*lists: list[dict[str, Any]]) -> list[Step]:
 
 
 async def found(
-    chunks: Chunks, protocol: Protocol, *lists: list[dict[str, Any]], taken: Sequence[str] = ()
+    chunks: BatchStore, protocol: Protocol, *lists: list[dict[str, Any]], taken: Sequence[str] = ()
 ) -> tuple[str | None, int]:
     """Return the id of what is found in pages, and how many were read; `{nonce}` is that of the chunk."""
     chunk = written(chunks, protocol)
@@ -511,7 +515,7 @@ async def found(
     ],
 )
 async def test_openais_batches_are_found_by_their_mark(
-    chunks: Chunks, lists: list[list[dict[str, Any]]], taken: list[str], expected: tuple[str | None, int]
+    chunks: BatchStore, lists: list[list[dict[str, Any]]], taken: list[str], expected: tuple[str | None, int]
 ) -> None:
     """Pages are read, the newest first, until the mark is found or all that follow are too old."""
     assert await found(chunks, OPENAI, *lists, taken=taken) == expected
@@ -531,14 +535,14 @@ async def test_openais_batches_are_found_by_their_mark(
     ],
 )
 async def test_anthropics_batches_are_found_by_size_and_time(
-    chunks: Chunks, lists: list[list[dict[str, Any]]], taken: list[str], expected: tuple[str | None, int]
+    chunks: BatchStore, lists: list[list[dict[str, Any]]], taken: list[str], expected: tuple[str | None, int]
 ) -> None:
     """They keep no mark: the newest that has as many requests, was made then, and is no other's."""
     assert await found(chunks, ANTHROPIC, *lists, taken=taken) == expected
 
 
 @both
-async def test_pages_follow_one_another(chunks: Chunks, protocol: Protocol) -> None:
+async def test_pages_follow_one_another(chunks: BatchStore, protocol: Protocol) -> None:
     """Each page is asked for from behind the last batch of the page before; failed calls are repeated."""
     make = gpt if protocol is OPENAI else claude
     first, second = pages([make("a"), make("b/1")], [make("c")])
@@ -550,7 +554,7 @@ async def test_pages_follow_one_another(chunks: Chunks, protocol: Protocol) -> N
 
 
 @both
-async def test_a_list_that_does_not_get_on_ends(chunks: Chunks, protocol: Protocol) -> None:
+async def test_a_list_that_does_not_get_on_ends(chunks: BatchStore, protocol: Protocol) -> None:
     """A server that gives the same page again and again, and says that more follow, is not asked for ever."""
     make = gpt if protocol is OPENAI else claude
     same = ok({"data": [make("a"), make("b")], "has_more": True})
@@ -560,7 +564,7 @@ async def test_a_list_that_does_not_get_on_ends(chunks: Chunks, protocol: Protoc
     assert len(api.calls) == 2
 
 
-async def test_a_time_that_is_none_is_passed_over(chunks: Chunks) -> None:
+async def test_a_time_that_is_none_is_passed_over(chunks: BatchStore) -> None:
     """Go's zero time, as gateways write it for what they do not know, is no time."""
     unknown = batch(ANTHROPIC, "a", created_at="0001-01-01T00:00:00Z", request_counts={"processing": 3})
     api = Api(ANTHROPIC, pages([unknown], [claude("b")]))
@@ -576,7 +580,7 @@ async def test_a_time_that_is_none_is_passed_over(chunks: Chunks) -> None:
     "status",
     [404, 405, 501],
 )
-async def test_who_has_no_list_has_no_batch(chunks: Chunks, protocol: Protocol, status: int) -> None:
+async def test_who_has_no_list_has_no_batch(chunks: BatchStore, protocol: Protocol, status: int) -> None:
     """A server without the call that lists batches has made none."""
     api = Api(protocol, [refusal(status)])
 
@@ -586,7 +590,7 @@ async def test_who_has_no_list_has_no_batch(chunks: Chunks, protocol: Protocol, 
 
 @both
 @pytest.mark.parametrize("status", [400, 401, 403])
-async def test_a_list_that_is_refused_tells_nothing(chunks: Chunks, protocol: Protocol, status: int) -> None:
+async def test_a_list_that_is_refused_tells_nothing(chunks: BatchStore, protocol: Protocol, status: int) -> None:
     """That we may not look is no word on whether there is a batch."""
     with pytest.raises(ProviderError):
         await Api(protocol, [refusal(status)]).courier.find(written(chunks, protocol), set())
@@ -610,17 +614,17 @@ class Files:
     piece: int = 1_000
     starts: list[int] = field(default_factory=list)
 
-    async def download(self, call: Call, write: Any, start: int) -> Answer:
+    async def download(self, call: HttpRequest, write: Any, start: int) -> HttpResponse:
         self.starts.append(start)
         begin = start if self.has_ranges else 0
         if begin and begin >= len(self.data):
-            return Answer(status=416)
+            return HttpResponse(status=416)
         end = self.cuts[len(self.starts) - 1] if len(self.starts) <= len(self.cuts) else len(self.data)
         for place in range(begin, end, self.piece):
             await write(place, self.data[place : min(place + self.piece, end)])
         if len(self.starts) <= len(self.cuts):
             raise lost("connection_error")
-        return Answer(status=206 if begin else 200)
+        return HttpResponse(status=206 if begin else 200)
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])
@@ -687,7 +691,7 @@ async def test_a_file_that_became_shorter_leaves_nothing_of_the_longer(tmp_path:
     """Where all is sent once more, what was taken before goes."""
     server = Files(RESULTS, [60], has_ranges=False)
 
-    async def download(call: Call, write: Any, start: int) -> Answer:
+    async def download(call: HttpRequest, write: Any, start: int) -> HttpResponse:
         server.data = RESULTS if not server.starts else RESULTS[:28]
         return await server.download(call, write, start)
 
@@ -715,7 +719,7 @@ async def test_half_a_line_is_completed(tmp_path: Path, rest: bytes) -> None:
     """Where the end comes later, the file is whole."""
     server = Files(b'{"a":1}\n' + rest)
 
-    async def download(call: Call, write: Any, start: int) -> Answer:
+    async def download(call: HttpRequest, write: Any, start: int) -> HttpResponse:
         if len(server.starts) == 3:
             server.data = RESULTS[:28] + b'{"b":"x\xc3\xa9"}\n'
         return await server.download(call, write, start)
@@ -742,7 +746,7 @@ async def test_the_key_is_masked(tmp_path: Path) -> None:
     second, third = data.index(b'{"b"'), data.index(b'{"c"')
     server = Files(data, [second + 20, third + 3], piece=10)
 
-    await courier(OPENAI, download=server.download, mask=masking(KEY)).fetch("f", tmp_path / "r")
+    await courier(OPENAI, download=server.download, mask=redactor(KEY)).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == b'{"a":"[key]"}\n{"b":"[key][key]"}\n{"c":1}\n'
     assert server.starts == [0, second, third]
@@ -791,19 +795,19 @@ async def test_a_download_cut_around_a_line_that_is_too_long(tmp_path: Path, pie
 @pytest.mark.parametrize(
     ("status", "reach", "calls"),
     [
-        pytest.param(404, Reach.MODEL, 1, id="404"),
-        pytest.param(401, Reach.RUN, 1, id="401"),
-        pytest.param(400, Reach.REQUEST, 1, id="400"),
-        pytest.param(302, Reach.RUN, 1, id="redirect"),
+        pytest.param(404, ErrorScope.MODEL, 1, id="404"),
+        pytest.param(401, ErrorScope.RUN, 1, id="401"),
+        pytest.param(400, ErrorScope.REQUEST, 1, id="400"),
+        pytest.param(302, ErrorScope.RUN, 1, id="redirect"),
     ],
 )
 async def test_a_download_that_is_refused(
-    tmp_path: Path, protocol: Protocol, status: int, reach: Reach, calls: int
+    tmp_path: Path, protocol: Protocol, status: int, reach: ErrorScope, calls: int
 ) -> None:
     """What is no file, and will not be one, is the provider's error at once; nothing is followed elsewhere."""
     starts: list[int] = []
 
-    async def download(call: Call, write: Any, start: int) -> Answer:
+    async def download(call: HttpRequest, write: Any, start: int) -> HttpResponse:
         starts.append(start)
         return refusal(status)
 
@@ -819,7 +823,7 @@ async def test_a_download_waits_out_a_refusal(tmp_path: Path, status: int) -> No
     server = Files(RESULTS, [30])
     calls: list[float] = []
 
-    async def download(call: Call, write: Any, start: int) -> Answer:
+    async def download(call: HttpRequest, write: Any, start: int) -> HttpResponse:
         calls.append(round(anyio.current_time() - begun, 3))
         return refusal(status, retry_after="9") if len(calls) == 2 else await server.download(call, write, start)
 
@@ -836,7 +840,7 @@ async def test_a_download_that_gets_on_is_not_given_up(tmp_path: Path) -> None:
     data = b'{"a":1}\n' * 50
     server = Files(data, [8 * n + 3 for n in range(1, 50)])
 
-    async def download(call: Call, write: Any, start: int) -> Answer:
+    async def download(call: HttpRequest, write: Any, start: int) -> HttpResponse:
         await anyio.sleep(10)
         return await server.download(call, write, start)
 
@@ -852,8 +856,8 @@ async def test_a_download_that_gets_on_is_not_given_up(tmp_path: Path) -> None:
     "step",
     [
         *[pytest.param(refusal(status), id=str(status)) for status in (429, 500, 503, 529)],
-        pytest.param(Answer(status=416), id="416"),
-        pytest.param(Answer(status=204), id="204"),
+        pytest.param(HttpResponse(status=416), id="416"),
+        pytest.param(HttpResponse(status=204), id="204"),
         *[
             pytest.param(each, id=each.type)
             for each in (lost("timeout"), lost("connection_error"), lost("invalid_http"))
@@ -864,7 +868,7 @@ async def test_a_download_that_gets_on_is_not_given_up(tmp_path: Path) -> None:
 async def test_patience_ends_for_downloads(tmp_path: Path, step: Step) -> None:
     """A file that does not come, whatever keeps it away, is given up when patience ends; a later command goes on."""
 
-    async def download(call: Call, write: Any, start: int) -> Answer:
+    async def download(call: HttpRequest, write: Any, start: int) -> HttpResponse:
         if isinstance(step, TransportError):
             raise step
         return step
@@ -965,7 +969,7 @@ async def test_a_link_in_the_place_of_a_download_is_not_followed(tmp_path: Path)
 
 
 @both
-async def test_a_chunk_whose_requests_are_gone_is_not_uploaded(chunks: Chunks, protocol: Protocol) -> None:
+async def test_a_chunk_whose_requests_are_gone_is_not_uploaded(chunks: BatchStore, protocol: Protocol) -> None:
     """Requests that cannot be read, or are damaged, end the run by our error; nothing else is sent for them."""
     for damage in (Path.unlink, lambda path: path.write_bytes(b"x\n{}\n")):
         chunk = written(chunks, protocol)
@@ -996,10 +1000,10 @@ async def test_a_chunk_whose_requests_are_gone_is_not_uploaded(chunks: Chunks, p
 )
 async def test_the_key_goes_from_bytes_and_answers(key: str | None, data: bytes, expected: bytes) -> None:
     """Downloads and answers of batch APIs do not hold the key."""
-    answer = Answer(status=200, headers={"a": data.decode(), "b": "c"}, body=data)
+    answer = HttpResponse(status=200, headers={"a": data.decode(), "b": "c"}, body=data)
 
-    assert masking(key)(data) == expected
-    assert without(answer, key) == Answer(status=200, headers={"a": expected.decode(), "b": "c"}, body=expected)
+    assert redactor(key)(data) == expected
+    assert redact(answer, key) == HttpResponse(status=200, headers={"a": expected.decode(), "b": "c"}, body=expected)
 
 
 @both

@@ -18,8 +18,7 @@ import pytest
 import pipeline
 from pipeline.accounting.pricing import Prices
 from pipeline.accounting.verify import verify
-from pipeline.core import config as configuration
-from pipeline.core import http as transport
+from pipeline.core import config, http
 from pipeline.core.config import Config
 from pipeline.core.errors import StorageError, UsageError
 from pipeline.core.types import Usage
@@ -41,12 +40,12 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, **simulation: Any) -> None:
         self.app = build_app(Simulation(**simulation))
         self.directory = directory
-        self.settings = configuration.simulated(Config(), "http://127.0.0.1:1").with_(
+        self.settings = config.simulated(Config(), "http://127.0.0.1:1").with_(
             "sending", timeout=30.0, share_limits=False
         )
         self.said: list[str] = []
-        client = transport.Client
-        monkeypatch.setattr(transport, "Client", lambda sending: client(sending, httpx.ASGITransport(app=self.app)))
+        client = http.Client
+        monkeypatch.setattr(http, "Client", lambda sending: client(sending, httpx.ASGITransport(app=self.app)))
 
     @property
     def truth(self) -> dict[str, Any]:

@@ -14,18 +14,17 @@ import orjson
 import pytest
 
 from pipeline import providers
-from pipeline.accounting.ledger import Ledger, Run
-from pipeline.core import config as configuration
+from pipeline.accounting.ledger import Ledger, RunRow
+from pipeline.core import config, http
 from pipeline.core import files as disk
-from pipeline.core import http as transport
 from pipeline.core.config import Config
 from pipeline.core.errors import ProviderError, TryLaterError, UsageError
 from pipeline.core.types import Protocol, Request
-from pipeline.dispatch.batch import manage as overseeing
+from pipeline.dispatch.batch import manage
 from pipeline.dispatch.batch import store as chunks
 from pipeline.dispatch.batch.client import batch_client
 from pipeline.dispatch.batch.manage import Listed
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member, Step
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step
 from pipeline.simulator import Options, Server, serving
 
 ROOT = Path(__file__).parents[3]
@@ -58,7 +57,7 @@ class Desk:
 
     @property
     def settings(self) -> Config:
-        return configuration.simulated(Config(), self.server.url)
+        return config.simulated(Config(), self.server.url)
 
     def run(self, name: str, *, is_recorded: bool = True) -> Path:
         """Return the results file of a run, known to the ledger or not."""
@@ -67,13 +66,14 @@ class Desk:
         if is_recorded:
             with Ledger.open(self.ledger) as book:
                 book.record(
-                    Run(run_id=self.runs[-1], started_at=TIME.format(0), status="completed", results_file=str(path)), []
+                    RunRow(run_id=self.runs[-1], started_at=TIME.format(0), status="completed", results_file=str(path)),
+                    [],
                 )
         return path
 
-    def chunk(self, results_file: Path, protocol: Protocol = OPENAI, *, at: int = 0, **changes: Any) -> Chunk:
+    def chunk(self, results_file: Path, protocol: Protocol = OPENAI, *, at: int = 0, **changes: Any) -> BatchRecord:
         """Write a chunk of two requests beside a results file."""
-        codec, store = providers.batch_codec(protocol), Chunks(results_file)
+        codec, store = providers.batch_codec(protocol), BatchStore(results_file)
         store.open()
         spool = store.spool()
         for name in ("r1", "r2"):
@@ -87,21 +87,21 @@ class Desk:
                 model=MODELS[protocol],
                 body=orjson.dumps(fields),
             )
-            named = Member(request=request, name=codec.name(spool.nonce, name, "0" * 32))
+            named = BatchItem(request=request, name=codec.name(spool.nonce, name, "0" * 32))
             size = len(codec.entry(named.name, request.body)) + (len(codec.separator) if spool.requests else 0)
             spool.add_entry(named, size)
         model = MODELS[protocol] if codec.is_for_one_model else ""
-        blank = Chunk(run="run-0", provider=protocol.value, model=model, at=TIME.format(at))
+        blank = BatchRecord(run="run-0", provider=protocol.value, model=model, at=TIME.format(at))
         chunk = replace(spool.seal(spool.take(), blank), **changes)
         store.note(chunk)
         store.release()
         return chunk
 
-    async def made(self, results_file: Path, protocol: Protocol) -> Chunk:
+    async def made(self, results_file: Path, protocol: Protocol) -> BatchRecord:
         """Write a chunk and make its batch."""
-        chunk, store = self.chunk(results_file, protocol), Chunks(results_file)
+        chunk, store = self.chunk(results_file, protocol), BatchStore(results_file)
         store.open()
-        async with transport.Client(self.settings.sending) as client:
+        async with http.Client(self.settings.sending) as client:
             courier = batch_client(self.settings, client, _say_nothing, protocol.value)
             chunk = replace(chunk, file_id=await courier.upload(store, chunk))
             batch = await courier.create(store, chunk, _begin)
@@ -111,7 +111,7 @@ class Desk:
         return chunk
 
     def listed(self, *files: Path) -> list[Listed]:
-        return overseeing.listed(self.ledger, self.settings, [str(file) for file in files])
+        return manage.listed(self.ledger, self.settings, [str(file) for file in files])
 
     def state(self) -> dict[str, bytes]:
         """Return all files but the ledger."""
@@ -175,7 +175,7 @@ def test_what_is_not_listed(desk: Desk) -> None:
     desk.run("a.jsonl")
     path = desk.run("a.jsonl")
     with Ledger.open(desk.ledger) as book:
-        book.record(Run(run_id="stream", started_at=TIME.format(0), status="completed"), [])
+        book.record(RunRow(run_id="stream", started_at=TIME.format(0), status="completed"), [])
     desk.chunk(path, batch_id="batch_1")
     desk.chunk(path, batch_id="batch_2", simulated=True)
 
@@ -190,12 +190,12 @@ def test_batches_are_chosen_by_their_ids(desk: Desk) -> None:
     made = desk.chunk(path, at=2, batch_id="batch_2")
     found = desk.listed()
 
-    chosen = overseeing.chosen(found, ["batch_2", waiting.nonce])
+    chosen = manage.chosen(found, ["batch_2", waiting.nonce])
 
     assert [each.chunk.batch_id for each in chosen] == ["batch_2", None]
     for unknown in ("batch_9", made.nonce):
         with pytest.raises(UsageError, match=unknown) as caught:
-            overseeing.chosen(found, ["batch_1", unknown])
+            manage.chosen(found, ["batch_1", unknown])
         assert "pipeline batches" in str(caught.value.hint)
 
 
@@ -210,7 +210,7 @@ async def test_providers_are_asked(desk: Desk, protocol: Protocol) -> None:
     desk.chunk(path, protocol, at=1)
     before = desk.state()
 
-    told = await overseeing.status(desk.settings, desk.listed())
+    told = await manage.status(desk.settings, desk.listed())
 
     assert [each.chunk.batch_id for each in told] == [made.batch_id, None]
     assert told[0].chunk.status in ("validating", "in_progress")
@@ -224,7 +224,7 @@ async def test_a_batch_that_has_ended_is_told_with_its_counts(tmp_path: Path) ->
         desk = Desk(tmp_path, server)
         await desk.made(desk.run("a.jsonl"), ANTHROPIC)
 
-        (told,) = await overseeing.status(desk.settings, desk.listed())
+        (told,) = await manage.status(desk.settings, desk.listed())
 
     assert (told.as_dict()["status"], told.as_dict()["succeeded"], told.as_dict()["failed"]) == ("ended", 2, 0)
     assert told.as_dict()["collected"] is False
@@ -236,7 +236,7 @@ async def test_a_batch_that_its_provider_does_not_know_is_an_error(desk: Desk, p
     desk.chunk(desk.run("a.jsonl"), protocol, batch_id="batch_9", step=Step.CREATED)
 
     with pytest.raises(ProviderError) as caught:
-        await overseeing.status(desk.settings, desk.listed())
+        await manage.status(desk.settings, desk.listed())
     assert caught.value.status == 404
 
 
@@ -247,7 +247,7 @@ async def test_a_provider_that_cannot_be_asked(desk: Desk, provider: str, messag
     """A provider that is not configured any more, or has no key, is the user's to put right."""
     desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=Step.CREATED, provider=provider)
 
-    for ask in (overseeing.status, overseeing.cancel):
+    for ask in (manage.status, manage.cancel):
         with pytest.raises(UsageError, match=message):
             await ask(Config(), desk.listed())
 
@@ -261,13 +261,13 @@ async def test_batches_are_cancelled(desk: Desk, protocol: Protocol) -> None:
     made = await desk.made(desk.run("a.jsonl"), protocol)
     before = desk.state()
 
-    (told,) = await overseeing.cancel(desk.settings, desk.listed())
+    (told,) = await manage.cancel(desk.settings, desk.listed())
 
     assert told.chunk.status in ("canceling", "cancelling")
     assert (told.chunk.batch_id, told.chunk.is_open) == (made.batch_id, True)
     assert desk.state() == before
     assert desk.server.statistics()["batches"]["calls"]["cancel"] == 1
-    (asked,) = await overseeing.status(desk.settings, desk.listed())
+    (asked,) = await manage.status(desk.settings, desk.listed())
     assert asked.chunk.status == told.chunk.status
 
 
@@ -278,7 +278,7 @@ async def test_what_the_provider_does_not_know_is_not_given_up_unasked(desk: Des
     before = desk.state()
 
     with pytest.raises(ProviderError) as caught:
-        await overseeing.cancel(desk.settings, desk.listed())
+        await manage.cancel(desk.settings, desk.listed())
 
     assert caught.value.status == 404
     assert desk.state() == before
@@ -297,7 +297,7 @@ async def test_what_is_uncertain_is_not_cancelled(desk: Desk, changes: dict[str,
     before = desk.state()
 
     with pytest.raises(UsageError, match=chunk.name) as caught:
-        await overseeing.cancel(desk.settings, desk.listed())
+        await manage.cancel(desk.settings, desk.listed())
 
     assert "--forget" in str(caught.value.hint)
     assert desk.state() == before
@@ -308,7 +308,7 @@ async def test_a_chunk_without_a_batch_is_given_up(desk: Desk) -> None:
     """Nobody needs to be asked: there is no batch."""
     waiting = desk.chunk(desk.run("a.jsonl"))
 
-    (told,) = await overseeing.cancel(desk.settings, overseeing.chosen(desk.listed(), [waiting.nonce]))
+    (told,) = await manage.cancel(desk.settings, manage.chosen(desk.listed(), [waiting.nonce]))
 
     assert told.chunk.step is Step.DROPPED
     assert [each.chunk.step for each in desk.listed()] == []
@@ -325,9 +325,9 @@ async def test_what_a_run_is_at_is_not_given_up(desk: Desk) -> None:
     before = desk.state()
     try:
         with pytest.raises(TryLaterError, match="another run"):
-            await overseeing.cancel(desk.settings, desk.listed())
+            await manage.cancel(desk.settings, desk.listed())
         with pytest.raises(TryLaterError, match="another run"):
-            overseeing.give_up(desk.listed()[0])
+            manage.give_up(desk.listed()[0])
     finally:
         disk.close(fd)
 
@@ -342,15 +342,15 @@ async def test_a_batch_that_was_made_meanwhile_is_not_given_up(desk: Desk) -> No
     _note(path, replace(waiting, step=Step.CREATED, batch_id="batch_1"))
 
     with pytest.raises(UsageError, match="meanwhile"):
-        await overseeing.cancel(desk.settings, found)
+        await manage.cancel(desk.settings, found)
 
     (now,) = desk.listed()
     assert (now.chunk.batch_id, now.chunk.step) == ("batch_1", Step.CREATED)
 
 
-def _note(results_file: Path, chunk: Chunk) -> None:
+def _note(results_file: Path, chunk: BatchRecord) -> None:
     """Note a step of a chunk, as a run does."""
-    store = Chunks(results_file)
+    store = BatchStore(results_file)
     store.open()
     store.note(chunk)
     store.release()
@@ -375,7 +375,7 @@ async def test_what_is_to_be_forgotten_is_given_up(desk: Desk, protocol: Protoco
     gone = desk.chunk(path, protocol, **changes)
     other = desk.chunk(path, protocol, at=1, batch_id="batch_8", step=Step.CREATED)
 
-    told = overseeing.give_up(overseeing.chosen(desk.listed(), [gone.name])[0])
+    told = manage.give_up(manage.chosen(desk.listed(), [gone.name])[0])
 
     assert (told.chunk.nonce, told.chunk.step, told.chunk.is_open) == (gone.nonce, Step.DROPPED, False)
     assert {each.nonce: each.step for each in chunks.read(desk.directory / "a.batches")} == {
@@ -404,7 +404,7 @@ def test_what_a_run_has_gone_on_with_is_not_given_up(desk: Desk, changes: dict[s
     _note(path, now)
 
     with pytest.raises(UsageError, match="meanwhile"):
-        overseeing.give_up(found)
+        manage.give_up(found)
 
     assert chunks.read(desk.directory / "a.batches") == [now]
 
@@ -414,7 +414,7 @@ def test_what_is_over_cannot_be_given_up(desk: Desk) -> None:
     desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=Step.COLLECTED)
 
     with pytest.raises(UsageError, match="collected already"):
-        overseeing.give_up(desk.listed()[0])
+        manage.give_up(desk.listed()[0])
 
 
 @pytest.mark.parametrize("step", [Step.COLLECTED, Step.DROPPED])
@@ -423,7 +423,7 @@ async def test_what_is_over_cannot_be_cancelled(desk: Desk, step: Step) -> None:
     desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=step)
 
     with pytest.raises(UsageError, match=f"batch_1 is {step.value} already"):
-        await overseeing.cancel(desk.settings, desk.listed())
+        await manage.cancel(desk.settings, desk.listed())
     assert desk.server.statistics()["batches"]["calls"].get("cancel", 0) == 0
 
 
@@ -432,7 +432,7 @@ async def test_a_refusal_gives_nothing_up(desk: Desk) -> None:
     desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=Step.CREATED)
     before = desk.state()
     with serving(Options(keys=frozenset({"another"}))) as strict, pytest.raises(ProviderError) as caught:
-        await overseeing.cancel(configuration.simulated(Config(), strict.url), desk.listed())
+        await manage.cancel(config.simulated(Config(), strict.url), desk.listed())
 
     assert caught.value.status == 401
     assert desk.state() == before

@@ -14,12 +14,12 @@ from pipeline import providers
 from pipeline.accounting.pricing import BATCH, LIVE, LanePricing, Prices
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config, Sending
-from pipeline.core.errors import ProviderError, Reach
-from pipeline.core.types import Answer, Attempt, Call, Cost, Protocol, Request
-from pipeline.dispatch.batch.client import Courier, Way
-from pipeline.dispatch.batch.collector import Harvest, Judged, NotOursError
-from pipeline.dispatch.batch.outcome import Judge, Verdict
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member
+from pipeline.core.errors import ErrorScope, ProviderError
+from pipeline.core.types import Attempt, Cost, HttpRequest, HttpResponse, Protocol, Request
+from pipeline.dispatch.batch.client import BatchClient, BatchConnection
+from pipeline.dispatch.batch.collector import CollectedItem, ResultCollector, WrongBatchError
+from pipeline.dispatch.batch.outcome import ItemOutcome, OutcomeClassifier
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore
 from pipeline.dispatch.retry import Policy
 from pipeline.providers.batch import Batch, Ending, Problem
 
@@ -32,7 +32,7 @@ COST = 1_000 * 50 + 100 * 250
 """Nano-dollars of 1,000 tokens in and 100 out at half of $0.10 and $0.50 a million: what both models cost."""
 
 
-def member(custom_id: str = "r1", protocol: Protocol = OPENAI, **fields: Any) -> Member:
+def member(custom_id: str = "r1", protocol: Protocol = OPENAI, **fields: Any) -> BatchItem:
     request = Request(
         custom_id=custom_id,
         digest=f"digest of {custom_id}",
@@ -44,19 +44,21 @@ def member(custom_id: str = "r1", protocol: Protocol = OPENAI, **fields: Any) ->
         estimated_input_tokens=10,
         metadata={"n": 2**70},
     )
-    return Member(request=request, **{"name": custom_id} | fields)
+    return BatchItem(request=request, **{"name": custom_id} | fields)
 
 
-def chunk_of(protocol: Protocol, **fields: Any) -> Chunk:
+def chunk_of(protocol: Protocol, **fields: Any) -> BatchRecord:
     basis: dict[str, Any] = {"requests": 1, "content": 1, "sha256": "", "input_tokens": 1, "at": NOW}
     basis |= {"nonce": "0a1b2c3d4e5f", "run": "run-1", "provider": protocol.value, "model": "", "batch_id": "b1"}
-    return Chunk(**basis | fields)
+    return BatchRecord(**basis | fields)
 
 
-def judge(protocol: Protocol, chunk: Chunk | None = None, *, lane: str = BATCH, max_attempts: int = 3) -> Judge:
+def judge(
+    protocol: Protocol, chunk: BatchRecord | None = None, *, lane: str = BATCH, max_attempts: int = 3
+) -> OutcomeClassifier:
     clock = Clock()
     pricing = LanePricing(PRICES, clock, lane)
-    return Judge(chunk or chunk_of(protocol), providers.codec(protocol), pricing, clock, max_attempts)
+    return OutcomeClassifier(chunk or chunk_of(protocol), providers.codec(protocol), pricing, clock, max_attempts)
 
 
 def reply(protocol: Protocol, **changes: Any) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def unanswered(protocol: Protocol, name: str, ending: Ending) -> dict[str, Any]:
     return {"custom_id": name, "result": {"type": ending.replace("cancelled", "canceled")}}
 
 
-def judged(protocol: Protocol, told: dict[str, Any], asked: Member | None = None, **how: Any) -> Verdict:
+def judged(protocol: Protocol, told: dict[str, Any], asked: BatchItem | None = None, **how: Any) -> ItemOutcome:
     """Return the verdict on a request of which a line tells."""
     outcome = providers.batch_codec(protocol).outcome(orjson.dumps(told))
     return judge(protocol, **how).judge(asked or member(protocol=protocol), outcome)
@@ -260,15 +262,17 @@ async def test_a_request_that_failed_goes_again(protocol: Protocol, status: int,
 @pytest.mark.parametrize(
     ("protocol", "told", "reach"),
     [
-        pytest.param(OPENAI, line(OPENAI, "r1", 401, "x"), Reach.RUN, id="401"),
-        pytest.param(OPENAI, line(OPENAI, "r1", 404, "x"), Reach.MODEL, id="404"),
-        pytest.param(OPENAI, line(OPENAI, "r1", 429, "insufficient_quota"), Reach.RUN, id="no quota"),
-        pytest.param(ANTHROPIC, line(ANTHROPIC, "r1", 401, "authentication_error"), Reach.RUN, id="anthropic 401"),
-        pytest.param(ANTHROPIC, line(ANTHROPIC, "r1", 402, "billing_error"), Reach.RUN, id="anthropic 402"),
-        pytest.param(ANTHROPIC, line(ANTHROPIC, "r1", 404, "not_found_error"), Reach.MODEL, id="anthropic 404"),
+        pytest.param(OPENAI, line(OPENAI, "r1", 401, "x"), ErrorScope.RUN, id="401"),
+        pytest.param(OPENAI, line(OPENAI, "r1", 404, "x"), ErrorScope.MODEL, id="404"),
+        pytest.param(OPENAI, line(OPENAI, "r1", 429, "insufficient_quota"), ErrorScope.RUN, id="no quota"),
+        pytest.param(ANTHROPIC, line(ANTHROPIC, "r1", 401, "authentication_error"), ErrorScope.RUN, id="anthropic 401"),
+        pytest.param(ANTHROPIC, line(ANTHROPIC, "r1", 402, "billing_error"), ErrorScope.RUN, id="anthropic 402"),
+        pytest.param(ANTHROPIC, line(ANTHROPIC, "r1", 404, "not_found_error"), ErrorScope.MODEL, id="anthropic 404"),
     ],
 )
-async def test_an_error_that_reaches_further_ends_more(protocol: Protocol, told: dict[str, Any], reach: Reach) -> None:
+async def test_an_error_that_reaches_further_ends_more(
+    protocol: Protocol, told: dict[str, Any], reach: ErrorScope
+) -> None:
     """It is no result of the request, which stays pending, and ends its model or the run."""
     verdict = judged(protocol, told)
 
@@ -392,7 +396,7 @@ async def test_a_request_of_a_refused_batch_fails_by_what_was_said() -> None:
 class Field:
     """A chunk on the disk, and the files of results that its provider has."""
 
-    chunks: Chunks
+    chunks: BatchStore
     protocol: Protocol
     names: Sequence[str]
     is_confirmed: bool = True
@@ -406,7 +410,7 @@ class Field:
         for name in self.names:
             named = codec.name(spool.nonce, name, "0" * 32)
             spool.add_entry(replace(member(name, self.protocol), name=named), 1)
-        chunk = spool.seal(spool.take(), Chunk(run="r", provider=self.protocol.value, model="", at=NOW))
+        chunk = spool.seal(spool.take(), BatchRecord(run="r", provider=self.protocol.value, model="", at=NOW))
         self.chunk = replace(chunk, batch_id="b1", is_confirmed=self.is_confirmed)
 
     def name(self, custom_id: str) -> str:
@@ -416,20 +420,20 @@ class Field:
     def answers(self, *custom_ids: str) -> list[dict[str, Any]]:
         return [line(self.protocol, self.name(custom_id)) for custom_id in custom_ids]
 
-    async def download(self, call: Call, write: Callable[[int, bytes], Any], start: int) -> Answer:
+    async def download(self, call: HttpRequest, write: Callable[[int, bytes], Any], start: int) -> HttpResponse:
         name = call.url.rpartition("/v1/")[2]
         self.fetched.append(name)
         await write(0, self.files[name])
-        return Answer(status=200)
+        return HttpResponse(status=200)
 
-    def harvest(self) -> Harvest:
-        async def ask(*_: Any) -> Answer:
+    def harvest(self) -> ResultCollector:
+        async def ask(*_: Any) -> HttpResponse:
             raise AssertionError("nobody asks for anything but files")
 
-        courier = Courier(
+        courier = BatchClient(
             codec=providers.codec(self.protocol),
             batches=providers.batch_codec(self.protocol),
-            way=Way(
+            way=BatchConnection(
                 endpoint=Config().providers[self.protocol],
                 headers=(),
                 ask=ask,
@@ -440,7 +444,7 @@ class Field:
             patience=1.0,
             max_line_bytes=10**6,
         )
-        return Harvest(
+        return ResultCollector(
             self.chunks,
             self.chunk,
             courier,
@@ -450,7 +454,7 @@ class Field:
 
     async def gather(
         self, *files: Iterable[Any], ending: Ending | None = None, problems: Sequence[Problem] = ()
-    ) -> dict[str, list[Judged]]:
+    ) -> dict[str, list[CollectedItem]]:
         """Bring in files, given as lists of lines; return what was judged of each request."""
         paths = [f"files/f{number}/content" for number in range(len(files))]
         if self.protocol is ANTHROPIC:
@@ -467,33 +471,33 @@ def _raw(value: Any) -> bytes:
     return value if isinstance(value, bytes) else orjson.dumps(value)
 
 
-def _by_id(groups: list[Sequence[Judged]]) -> dict[str, list[Judged]]:
-    found: dict[str, list[Judged]] = {}
+def _by_id(groups: list[Sequence[CollectedItem]]) -> dict[str, list[CollectedItem]]:
+    found: dict[str, list[CollectedItem]] = {}
     for each in (each for group in groups for each in group):
         found.setdefault(each.member.request.custom_id, []).append(each)
     return found
 
 
-def kinds(judged: dict[str, list[Judged]]) -> dict[str, list[str]]:
+def kinds(judged: dict[str, list[CollectedItem]]) -> dict[str, list[str]]:
     """Return in a word what became of each request, as often as it was judged."""
     return {custom_id: [_kind(each.verdict) for each in found] for custom_id, found in judged.items()}
 
 
-def _kind(verdict: Verdict) -> str:
+def _kind(verdict: ItemOutcome) -> str:
     if verdict.result:
         return "reply" if verdict.result.success else "failure"
     return "error" if verdict.error else f"again: {verdict.attempt.type}" if verdict.attempt else "again"
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> Iterator[Chunks]:
-    opened = Chunks(tmp_path / "answers.jsonl")
+def chunks(tmp_path: Path) -> Iterator[BatchStore]:
+    opened = BatchStore(tmp_path / "answers.jsonl")
     yield opened
     opened.release()
 
 
 @both
-async def test_every_request_is_judged_once(chunks: Chunks, protocol: Protocol) -> None:
+async def test_every_request_is_judged_once(chunks: BatchStore, protocol: Protocol) -> None:
     """In whatever order results come, over more than one group, each has its own request and no other."""
     names = [f"r{n}" for n in range(700)]
     harvest = Field(chunks, protocol, names)
@@ -511,7 +515,7 @@ async def test_every_request_is_judged_once(chunks: Chunks, protocol: Protocol) 
     [(None, "batch_missing"), ("expired", "batch_expired"), ("cancelled", "batch_cancelled")],
 )
 async def test_what_nothing_tells_of_is_judged_by_the_end_of_the_batch(
-    chunks: Chunks, protocol: Protocol, ending: Ending | None, kind: str
+    chunks: BatchStore, protocol: Protocol, ending: Ending | None, kind: str
 ) -> None:
     """Requests without a result are not forgotten."""
     harvest = Field(chunks, protocol, ["r1", "r2", "r3"])
@@ -522,7 +526,7 @@ async def test_what_nothing_tells_of_is_judged_by_the_end_of_the_batch(
 
 
 @both
-async def test_what_a_failed_batch_does_not_tell_of_has_failed(chunks: Chunks, protocol: Protocol) -> None:
+async def test_what_a_failed_batch_does_not_tell_of_has_failed(chunks: BatchStore, protocol: Protocol) -> None:
     """A batch that failed after it had answered some keeps these; the others go again, and were not billed."""
     harvest = Field(chunks, protocol, ["r1", "r2"])
 
@@ -533,7 +537,7 @@ async def test_what_a_failed_batch_does_not_tell_of_has_failed(chunks: Chunks, p
 
 
 @both
-async def test_the_first_word_on_a_request_counts(chunks: Chunks, protocol: Protocol) -> None:
+async def test_the_first_word_on_a_request_counts(chunks: BatchStore, protocol: Protocol) -> None:
     """A result that is there twice, in one file or in two, is one: it is neither counted nor paid twice."""
     harvest = Field(chunks, protocol, ["r1", "r2"])
     twice = line(protocol, harvest.name("r1"), 400, "invalid_request_error")
@@ -545,7 +549,7 @@ async def test_the_first_word_on_a_request_counts(chunks: Chunks, protocol: Prot
 
 
 @both
-async def test_files_count_in_their_order(chunks: Chunks, protocol: Protocol) -> None:
+async def test_files_count_in_their_order(chunks: BatchStore, protocol: Protocol) -> None:
     """Answers come before errors: who has both was answered."""
     harvest = Field(chunks, protocol, ["r1", "r2"])
     errors = [line(protocol, harvest.name(name), 400, "invalid_request_error") for name in ("r1", "r2")]
@@ -557,7 +561,7 @@ async def test_files_count_in_their_order(chunks: Chunks, protocol: Protocol) ->
 
 
 @both
-async def test_results_that_nobody_asked_for_are_counted(chunks: Chunks, protocol: Protocol) -> None:
+async def test_results_that_nobody_asked_for_are_counted(chunks: BatchStore, protocol: Protocol) -> None:
     """Strangers and what is no line of results harm nothing, and are told."""
     harvest = Field(chunks, protocol, ["r1"])
     strangers = [line(protocol, "r9"), line(protocol, harvest.name("r9")), b"no JSON", b"{}", b"\xff\x00", b"[]"]
@@ -569,7 +573,7 @@ async def test_results_that_nobody_asked_for_are_counted(chunks: Chunks, protoco
 
 
 @both
-async def test_a_batch_without_files(chunks: Chunks, protocol: Protocol) -> None:
+async def test_a_batch_without_files(chunks: BatchStore, protocol: Protocol) -> None:
     """Where nothing was answered there is no file, and every request is judged all the same."""
     harvest = Field(chunks, protocol, ["r1", "r2"])
 
@@ -579,7 +583,7 @@ async def test_a_batch_without_files(chunks: Chunks, protocol: Protocol) -> None
 
 
 @both
-async def test_what_was_recorded_before_is_known(chunks: Chunks, protocol: Protocol) -> None:
+async def test_what_was_recorded_before_is_known(chunks: BatchStore, protocol: Protocol) -> None:
     """After a crash amid the collecting, results that are there already are told apart; their cost is counted anew."""
     harvest = Field(chunks, protocol, ["r1", "r2", "r3"], known=frozenset({"r2", "r3"}))
 
@@ -589,19 +593,19 @@ async def test_what_was_recorded_before_is_known(chunks: Chunks, protocol: Proto
     assert found["r2"][0].verdict.nanos == COST
 
 
-async def test_another_batch_was_taken_for_ours(chunks: Chunks) -> None:
+async def test_another_batch_was_taken_for_ours(chunks: BatchStore) -> None:
     """A batch found by size and time is told by its first result, before any verdict."""
     harvest = Field(chunks, ANTHROPIC, ["r1", "r2"], is_confirmed=False)
     others = [line(ANTHROPIC, "ffffffffffff-r1"), line(ANTHROPIC, "ffffffffffff-r2")]
 
-    with pytest.raises(NotOursError):
+    with pytest.raises(WrongBatchError):
         await harvest.gather(others)
-    with pytest.raises(NotOursError):
+    with pytest.raises(WrongBatchError):
         await harvest.gather([])
     assert kinds(await harvest.gather(harvest.answers("r2", "r1"))) == {"r1": ["reply"], "r2": ["reply"]}
 
 
-async def test_results_of_a_batch_that_is_ours_for_sure(chunks: Chunks) -> None:
+async def test_results_of_a_batch_that_is_ours_for_sure(chunks: BatchStore) -> None:
     """Where the making was confirmed, strange results are strangers, and nothing is looked for again."""
     harvest = Field(chunks, ANTHROPIC, ["r1"])
 
@@ -611,7 +615,7 @@ async def test_results_of_a_batch_that_is_ours_for_sure(chunks: Chunks) -> None:
 
 
 @both
-async def test_a_batch_that_is_abandoned(chunks: Chunks, protocol: Protocol) -> None:
+async def test_a_batch_that_is_abandoned(chunks: BatchStore, protocol: Protocol) -> None:
     """All of it goes elsewhere, at the risk of being paid twice, which is told."""
     harvest = Field(chunks, protocol, [f"r{n}" for n in range(300)])
 
@@ -621,7 +625,7 @@ async def test_a_batch_that_is_abandoned(chunks: Chunks, protocol: Protocol) -> 
     assert {each.verdict.attempt and each.verdict.attempt.is_unknown for (each,) in found.values()} == {True}
 
 
-def _error(reach: Reach, code: str) -> ProviderError:
+def _error(reach: ErrorScope, code: str) -> ProviderError:
     error = providers.batch_codec(OPENAI).failure(Problem(code=code, message="no"))
     error.reach = reach
     return error
@@ -630,17 +634,17 @@ def _error(reach: Reach, code: str) -> ProviderError:
 @pytest.mark.parametrize(
     ("named", "whole", "expected"),
     [
-        pytest.param({2: Reach.REQUEST}, None, ["again", "failure", "again"], id="a line"),
-        pytest.param({}, Reach.ATTEMPT, ["again", "again", "again"], id="came too early"),
-        pytest.param({}, Reach.REQUEST, ["error", "error", "error"], id="all of it"),
-        pytest.param({}, Reach.RUN, ["error", "error", "error"], id="the run"),
-        pytest.param({3: Reach.REQUEST}, Reach.REQUEST, ["error", "error", "failure"], id="both"),
-        pytest.param({9: Reach.REQUEST}, None, ["again", "again", "again"], id="a line that is not there"),
+        pytest.param({2: ErrorScope.REQUEST}, None, ["again", "failure", "again"], id="a line"),
+        pytest.param({}, ErrorScope.ATTEMPT, ["again", "again", "again"], id="came too early"),
+        pytest.param({}, ErrorScope.REQUEST, ["error", "error", "error"], id="all of it"),
+        pytest.param({}, ErrorScope.RUN, ["error", "error", "error"], id="the run"),
+        pytest.param({3: ErrorScope.REQUEST}, ErrorScope.REQUEST, ["error", "error", "failure"], id="both"),
+        pytest.param({9: ErrorScope.REQUEST}, None, ["again", "again", "again"], id="a line that is not there"),
         pytest.param({}, None, ["again", "again", "again"], id="nothing said"),
     ],
 )
 async def test_a_batch_that_was_refused(
-    chunks: Chunks, named: dict[int, Reach], whole: Reach | None, expected: list[str]
+    chunks: BatchStore, named: dict[int, ErrorScope], whole: ErrorScope | None, expected: list[str]
 ) -> None:
     """Lines that the provider names fail, counted from 1; the others go again as they were, unless nothing can pass."""
     harvest = Field(chunks, OPENAI, ["r1", "r2", "r3"])
@@ -653,4 +657,4 @@ async def test_a_batch_that_was_refused(
     for (each,) in found.values():
         assert each.verdict.nanos == 0
         assert each.verdict.again in (None, each.member)
-        assert each.verdict.error is None or each.verdict.error.reach in (Reach.MODEL, Reach.RUN)
+        assert each.verdict.error is None or each.verdict.error.reach in (ErrorScope.MODEL, ErrorScope.RUN)

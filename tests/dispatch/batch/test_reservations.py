@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from pipeline.accounting.budget import Budget
 from pipeline.core.errors import BudgetReachedError, UsageError
 from pipeline.core.types import Cost, Request, Usage
-from pipeline.dispatch.batch.reservations import Reserves
+from pipeline.dispatch.batch.reservations import BatchReservations
 
 CAP = 1_000
 NONCES = st.sampled_from(["a", "b", "c"])
@@ -59,7 +59,7 @@ def left(budget: Budget) -> int:
     return low
 
 
-def filled(reserves: Reserves, nonce: str, *worsts: int) -> None:
+def filled(reserves: BatchReservations, nonce: str, *worsts: int) -> None:
     for worst in worsts:
         assert reserves.try_reserve(request(worst)) == worst
         reserves.assign(nonce, worst)
@@ -74,7 +74,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.budget = Budget(CAP)
-        self.reserves = Reserves(self.budget, Bounds())
+        self.reserves = BatchReservations(self.budget, Bounds())
         self.open: dict[str, list[int]] = defaultdict(list)
         self.spent = self.held = 0
         self.most = CAP
@@ -159,7 +159,7 @@ TestLife = Life.TestCase
 def test_what_a_request_cost_is_spent(spent: int | None, expected: int) -> None:
     """The rest of what was set aside for it is free at once; what is unknown may all be spent."""
     budget = Budget(100)
-    reserves = Reserves(budget, Bounds())
+    reserves = BatchReservations(budget, Bounds())
     filled(reserves, "a", 30, 20)
 
     reserves.settle("a", request(30), spent)
@@ -172,7 +172,7 @@ def test_what_a_request_cost_is_spent(spent: int | None, expected: int) -> None:
 def test_what_cost_more_than_the_worst_case_is_spent() -> None:
     """A price that was wrong does not make the account wrong: what was paid counts."""
     budget = Budget(100)
-    reserves = Reserves(budget, Bounds())
+    reserves = BatchReservations(budget, Bounds())
     filled(reserves, "a", 30)
 
     reserves.settle("a", request(30), 95)
@@ -184,7 +184,7 @@ def test_what_cost_more_than_the_worst_case_is_spent() -> None:
 def test_a_chunk_is_settled_from_its_own() -> None:
     """Closing and holding touch no other chunk, and do nothing the second time."""
     budget = Budget(100)
-    reserves = Reserves(budget, Bounds())
+    reserves = BatchReservations(budget, Bounds())
     filled(reserves, "a", 10)
     filled(reserves, "b", 20)
     filled(reserves, "c", 40)
@@ -212,7 +212,7 @@ def test_a_chunk_is_settled_from_its_own() -> None:
 def test_what_an_earlier_run_sent_is_set_aside(worsts: Sequence[int | None], rest: int) -> None:
     """It is bought already, so it counts whether it fits or not; its end gives it back."""
     budget = Budget(100)
-    reserves = Reserves(budget, Bounds())
+    reserves = BatchReservations(budget, Bounds())
 
     reserves.take_over("a", [request(worst) for worst in worsts])
 
@@ -226,13 +226,13 @@ def test_a_price_that_nobody_knows_is_not_reserved() -> None:
     """With a budget nothing is sent whose price is unknown, and nothing is set aside for it."""
     budget = Budget(100)
     with pytest.raises(UsageError, match="no price"):
-        Reserves(budget, Bounds()).try_reserve(request(None))
+        BatchReservations(budget, Bounds()).try_reserve(request(None))
     assert left(budget) == 100
 
 
 def test_without_a_budget_nothing_is_done() -> None:
     """No price is asked for, and everything fits."""
-    reserves = Reserves(None, Bounds())
+    reserves = BatchReservations(None, Bounds())
 
     assert reserves.try_reserve(request(None)) == 0
     reserves.assign("a", 0)
@@ -248,7 +248,7 @@ def test_without_a_budget_nothing_is_done() -> None:
 async def test_who_waits_is_woken_by_the_end_of_a_chunk(end: str, is_reserved: bool) -> None:
     """What is given back goes to the one who waits; what is held comes never, so he is told and not left waiting."""
     budget = Budget(100)
-    reserves = Reserves(budget, Bounds())
+    reserves = BatchReservations(budget, Bounds())
     filled(reserves, "a", 80)
     outcome: list[bool] = []
 
@@ -279,7 +279,7 @@ async def test_who_waits_is_woken_by_the_end_of_a_chunk(end: str, is_reserved: b
 async def test_all_who_wait_are_heard() -> None:
     """One chunk's end may be enough for several; who still does not fit goes on waiting, and then is told."""
     budget = Budget(100)
-    reserves = Reserves(budget, Bounds())
+    reserves = BatchReservations(budget, Bounds())
     filled(reserves, "a", 90)
     filled(reserves, "b", 10)
     outcomes: dict[int, bool] = {}
@@ -310,7 +310,7 @@ async def test_all_who_wait_are_heard() -> None:
 async def test_who_is_cancelled_waits_no_more() -> None:
     """A wait that is cut short sets nothing aside and is not counted."""
     budget = Budget(100)
-    reserves = Reserves(budget, Bounds())
+    reserves = BatchReservations(budget, Bounds())
     filled(reserves, "a", 100)
 
     with anyio.move_on_after(0.01):

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from pipeline import providers
 from pipeline.core.errors import StorageError, UsageError
 from pipeline.core.types import Attempt, Protocol, Request, Usage
-from pipeline.dispatch.batch import store as storing
-from pipeline.dispatch.batch.store import Chunk, Chunks, Member, Step
+from pipeline.dispatch.batch import store
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step
 
 NOW = "2026-11-22T02:40:07Z"
 CODECS = [providers.batch_codec(protocol) for protocol in Protocol]
@@ -49,9 +49,9 @@ FAILED = Attempt(
 BARE = Attempt(at=NOW, type="batch_expired", message="", latency_s=0.0)
 
 
-def member(custom_id: str = "r1", body: bytes = b'{"a":1}', **fields: Any) -> Member:
+def member(custom_id: str = "r1", body: bytes = b'{"a":1}', **fields: Any) -> BatchItem:
     request = {name: fields.pop(name) for name in ("metadata", "max_output_tokens") if name in fields}
-    return Member(
+    return BatchItem(
         request=Request(
             custom_id=custom_id,
             digest="d" * 32,
@@ -67,12 +67,12 @@ def member(custom_id: str = "r1", body: bytes = b'{"a":1}', **fields: Any) -> Me
     )
 
 
-def blank(**fields: Any) -> Chunk:
+def blank(**fields: Any) -> BatchRecord:
     """Return a chunk that nothing was put into."""
-    return Chunk(**{"run": "run-1", "provider": "openai", "model": "gpt-6-luna", "at": NOW} | fields)
+    return BatchRecord(**{"run": "run-1", "provider": "openai", "model": "gpt-6-luna", "at": NOW} | fields)
 
 
-def written(chunks: Chunks, *members: Member, note: bool = True, **fields: Any) -> Chunk:
+def written(chunks: BatchStore, *members: BatchItem, note: bool = True, **fields: Any) -> BatchRecord:
     """Write a chunk, each request by a call of its own, and let the journal know it."""
     spool = chunks.spool()
     for each in members[:-1]:
@@ -85,7 +85,7 @@ def written(chunks: Chunks, *members: Member, note: bool = True, **fields: Any) 
     return chunk
 
 
-def chunk(**fields: Any) -> Chunk:
+def chunk(**fields: Any) -> BatchRecord:
     """Return a chunk without a file."""
     basis: dict[str, Any] = {
         "nonce": "0a1b2c3d4e5f",
@@ -99,24 +99,24 @@ def chunk(**fields: Any) -> Chunk:
         "input_tokens": 20,
         "at": NOW,
     }
-    return Chunk(**basis | fields)
+    return BatchRecord(**basis | fields)
 
 
-def members_of(chunks: Chunks, chunk: Chunk) -> list[Member]:
+def members_of(chunks: BatchStore, chunk: BatchRecord) -> list[BatchItem]:
     return [each for _, each in chunks.members(chunk)]
 
 
-def reopened(chunks: Chunks) -> Chunks:
+def reopened(chunks: BatchStore) -> BatchStore:
     """Return what a later run finds."""
     chunks.release()
-    again = Chunks(chunks.directory.with_name("answers.jsonl"))
+    again = BatchStore(chunks.directory.with_name("answers.jsonl"))
     again.open()
     return again
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> Iterator[Chunks]:
-    opened = Chunks(tmp_path / "answers.jsonl")
+def chunks(tmp_path: Path) -> Iterator[BatchStore]:
+    opened = BatchStore(tmp_path / "answers.jsonl")
     opened.open()
     yield opened
     opened.release()
@@ -142,7 +142,7 @@ def chunks(tmp_path: Path) -> Iterator[Chunks]:
         pytest.param(member(max_output_tokens=10**9), id="bound"),
     ],
 )
-def test_a_request_is_read_back_equal(chunks: Chunks, each: Member) -> None:
+def test_a_request_is_read_back_equal(chunks: BatchStore, each: BatchItem) -> None:
     """Body, metadata and earlier attempts come out as they went in, whatever they hold; neighbours, too."""
     others = [member("first"), each, member("last")]
 
@@ -151,7 +151,7 @@ def test_a_request_is_read_back_equal(chunks: Chunks, each: Member) -> None:
     assert members_of(chunks, whole) == others
     places = [place for place, _ in chunks.members(whole)]
     with chunks.reader(whole) as file:
-        assert [storing.member_at(file, place) for place in reversed(places)] == others[::-1]
+        assert [store.item_at(file, place) for place in reversed(places)] == others[::-1]
 
 
 values = st.recursive(
@@ -166,12 +166,12 @@ def test_any_metadata_id_and_message_are_read_back(metadata: Any, custom_id: str
     """No value of JSON and no text is changed by its way through the file."""
     each = member(custom_id, metadata=metadata, attempts=(replace(FAILED, message=message),))
     with TemporaryDirectory() as directory:
-        chunks = Chunks(Path(directory) / "answers.jsonl")
+        chunks = BatchStore(Path(directory) / "answers.jsonl")
 
         assert members_of(chunks, written(chunks, each, note=False)) == [each]
 
 
-def test_a_chunk_tells_what_its_file_and_its_upload_are(chunks: Chunks) -> None:
+def test_a_chunk_tells_what_its_file_and_its_upload_are(chunks: BatchStore) -> None:
     """Size and checksum are those of the file, `content` is what was told of each request; tokens are a sum."""
     members = [member(f"r{n}", b"{}" + b" " * n) for n in range(10)]
     whole = written(chunks, *members, model="m", deadline=NOW, simulated=True, retries_failed=True)
@@ -184,7 +184,7 @@ def test_a_chunk_tells_what_its_file_and_its_upload_are(chunks: Chunks) -> None:
     assert (whole.step, whole.batch_id) == (Step.WRITTEN, None)
 
 
-def test_what_is_uploaded_is_all_of_it_in_blocks(chunks: Chunks) -> None:
+def test_what_is_uploaded_is_all_of_it_in_blocks(chunks: BatchStore) -> None:
     """Entries follow one another with the separator between them, in blocks, however many there are."""
     members = [member(f"r{n}", b'{"x":"%b"}' % (b"y" * 300_000)) for n in range(10)]
     whole = written(chunks, *members)
@@ -195,7 +195,7 @@ def test_what_is_uploaded_is_all_of_it_in_blocks(chunks: Chunks) -> None:
         assert max(map(len, blocks)) < 1_500_000
 
 
-def test_what_is_left_over_is_read_back(chunks: Chunks) -> None:
+def test_what_is_left_over_is_read_back(chunks: BatchStore) -> None:
     """What goes again is kept in the same form, without a chunk of its own, and deleted after use."""
     whole = written(chunks, member("a"), member("b"))
     rest = chunks.leftovers(whole)
@@ -211,7 +211,7 @@ def test_what_is_left_over_is_read_back(chunks: Chunks) -> None:
     assert {path.name for path in chunks.directory.iterdir()} == {"journal.jsonl", f"{whole.nonce}.jsonl"}
 
 
-def test_what_an_earlier_collecting_left_over_does_not_stay(chunks: Chunks) -> None:
+def test_what_an_earlier_collecting_left_over_does_not_stay(chunks: BatchStore) -> None:
     """A chunk that is collected anew, as the first time was cut short, leaves over what it leaves over now."""
     whole = written(chunks, member("a"), member("b"))
     cut = chunks.leftovers(whole)
@@ -225,7 +225,7 @@ def test_what_an_earlier_collecting_left_over_does_not_stay(chunks: Chunks) -> N
     assert list(rest.read()) == [member("b")]
 
 
-def test_lines_that_were_taken_are_written_in_their_order(chunks: Chunks) -> None:
+def test_lines_that_were_taken_are_written_in_their_order(chunks: BatchStore) -> None:
     """What is added while a thread writes is part of the next writing."""
     spool = chunks.spool()
     spool.add_entry(member("a"), 1)
@@ -245,7 +245,7 @@ def test_lines_that_were_taken_are_written_in_their_order(chunks: Chunks) -> Non
 # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_last_line_of_a_chunk_counts(chunks: Chunks) -> None:
+def test_the_last_line_of_a_chunk_counts(chunks: BatchStore) -> None:
     """Whoever reads the journal later knows how far each chunk has come, in the order in which they were begun."""
     first, second = written(chunks, member("a")), written(chunks, member("b"))
     chunks.note(replace(second, step=Step.UPLOADED, file_id="file-1"))
@@ -263,13 +263,13 @@ def test_the_last_line_of_a_chunk_counts(chunks: Chunks) -> None:
     assert [(each.run, each.sha256, each.content) for each in again.all] == [
         (each.run, each.sha256, each.content) for each in (first, second)
     ]
-    assert again.all == again.still_open == tuple(storing.read(chunks.directory))
+    assert again.all == again.still_open == tuple(store.read(chunks.directory))
     assert members_of(again, again.all[1]) == [member("b")]
     assert (again.all[0].creating_at, again.all[1].creating_at) == (None, None)
 
 
 @pytest.mark.parametrize("step", list(Step))
-def test_which_chunks_are_open(chunks: Chunks, step: Step) -> None:
+def test_which_chunks_are_open(chunks: BatchStore, step: Step) -> None:
     """Only what was collected or dropped is over, at once and for a later run."""
     chunks.note(chunk(step=step))
 
@@ -281,7 +281,7 @@ def test_which_chunks_are_open(chunks: Chunks, step: Step) -> None:
 
 
 @pytest.mark.parametrize("step", [Step.COLLECTED, Step.DROPPED])
-def test_a_closed_chunk_leaves_a_line_and_no_requests(chunks: Chunks, step: Step) -> None:
+def test_a_closed_chunk_leaves_a_line_and_no_requests(chunks: BatchStore, step: Step) -> None:
     """Prompts do not stay on the disk longer than they are needed; that there was a batch stays known."""
     whole, other = written(chunks, member("a")), written(chunks, member("b"))
     chunks.download_path(whole).write_bytes(b"x")
@@ -295,7 +295,7 @@ def test_a_closed_chunk_leaves_a_line_and_no_requests(chunks: Chunks, step: Step
     chunks.close_chunk(whole, step)
 
 
-def test_a_later_run_notes_on(chunks: Chunks) -> None:
+def test_a_later_run_notes_on(chunks: BatchStore) -> None:
     """The first note of a run writes the journal anew, one line for each chunk; nothing is forgotten."""
     first = written(chunks, member("a"))
     for number in range(20):
@@ -308,7 +308,7 @@ def test_a_later_run_notes_on(chunks: Chunks) -> None:
     assert [(each.nonce, each.status) for each in reopened(again).all] == [(first.nonce, "s19"), (second.nonce, None)]
 
 
-def test_a_chunk_as_the_journal_has_it_now(chunks: Chunks) -> None:
+def test_a_chunk_as_the_journal_has_it_now(chunks: BatchStore) -> None:
     """Who holds an older state learns the newer one; of a chunk that was never noted it is the state that he has."""
     whole, other = written(chunks, member("a")), written(chunks, member("b"), note=False)
     chunks.note(replace(whole, step=Step.CREATED, batch_id="batch_1"))
@@ -326,7 +326,7 @@ def test_a_chunk_as_the_journal_has_it_now(chunks: Chunks) -> None:
         pytest.param({"succeeded": 0, "failed": 2, "cost_nano": 2**63, "unpriced": 1, "file_id": "é\n"}, id="counts"),
     ],
 )
-def test_a_chunk_is_read_back_equal(chunks: Chunks, fields: dict[str, Any]) -> None:
+def test_a_chunk_is_read_back_equal(chunks: BatchStore, fields: dict[str, Any]) -> None:
     """A later run knows of a chunk all that this one did."""
     noted = chunk(step=Step.CREATED, **fields)
     chunks.note(noted)
@@ -341,7 +341,7 @@ def test_a_journal_cut_anywhere_tells_the_step_before(tmp_path: Path) -> None:
     """A crash that cuts the last line leaves the chunk one step back, never one ahead, never lost."""
     directory = tmp_path / "answers.batches"
     directory.mkdir()
-    chunks = Chunks(tmp_path / "answers.jsonl")
+    chunks = BatchStore(tmp_path / "answers.jsonl")
     chunks.note(chunk(step=Step.UPLOADED, file_id="file-é"))
     whole = (directory / "journal.jsonl").read_bytes()
     chunks.note(chunk(step=Step.CREATING, file_id="file-é"))
@@ -350,7 +350,7 @@ def test_a_journal_cut_anywhere_tells_the_step_before(tmp_path: Path) -> None:
 
     for end in range(len(longer) + 1):
         (directory / "journal.jsonl").write_bytes(longer[:end])
-        steps = [each.step for each in storing.read(directory)]
+        steps = [each.step for each in store.read(directory)]
         last = Step.CREATING if end >= len(longer) - 1 else Step.UPLOADED
         assert steps == ([last] if end >= len(whole) - 1 else []), end
 
@@ -367,34 +367,34 @@ WHOLE_LINE = b'{"step":"written","run":"r","provider":"openai","model":"m","at":
         WHOLE_LINE.replace(b"{", b'{"not_ours":5,') % b'"0a1b2c3d4e5f"',
     ],
 )
-def test_a_damaged_line_tells_nothing(chunks: Chunks, line: bytes) -> None:
+def test_a_damaged_line_tells_nothing(chunks: BatchStore, line: bytes) -> None:
     """Whatever stands in the journal, reading it neither fails nor forgets the other lines."""
     chunks.note(chunk(step=Step.CREATED, batch_id="batch_1"))
     path = chunks.directory / "journal.jsonl"
     path.write_bytes(line + b"\n" + path.read_bytes() + line + b"\n" + line)
 
-    assert [each.batch_id for each in storing.read(chunks.directory)] == ["batch_1"]
+    assert [each.batch_id for each in store.read(chunks.directory)] == ["batch_1"]
 
 
-def test_a_line_with_a_good_name_is_a_chunk(chunks: Chunks) -> None:
+def test_a_line_with_a_good_name_is_a_chunk(chunks: BatchStore) -> None:
     """The damaged lines above are damaged by their names only: with ours it is read."""
     chunks.note(chunk())
     path = chunks.directory / "journal.jsonl"
     path.write_bytes(WHOLE_LINE % b'"ffffffffffff"')
 
-    assert [each.nonce for each in storing.read(chunks.directory)] == ["ffffffffffff"]
+    assert [each.nonce for each in store.read(chunks.directory)] == ["ffffffffffff"]
 
 
-def test_fields_of_a_newer_version_are_passed_over(chunks: Chunks) -> None:
+def test_fields_of_a_newer_version_are_passed_over(chunks: BatchStore) -> None:
     """A journal that a newer version wrote is read."""
     chunks.note(chunk(batch_id="batch_1"))
     path = chunks.directory / "journal.jsonl"
     path.write_bytes(path.read_bytes().replace(b'{"run"', b'{"new":{"a":1},"run"'))
 
-    assert [each.batch_id for each in storing.read(chunks.directory)] == ["batch_1"]
+    assert [each.batch_id for each in store.read(chunks.directory)] == ["batch_1"]
 
 
-def test_orphans_are_deleted(chunks: Chunks) -> None:
+def test_orphans_are_deleted(chunks: BatchStore) -> None:
     """What belongs to chunks that the journal does not know, or that are over, goes when a run begins; nothing else."""
     known = written(chunks, member("a"))
     unknown = written(chunks, member("b"), note=False)
@@ -420,7 +420,7 @@ def test_orphans_are_deleted(chunks: Chunks) -> None:
 @pytest.mark.parametrize("kind", ["a file", "a directory", "a link", "a name like ours", "another's answers"])
 def test_a_directory_of_somebody_elses_is_not_touched(tmp_path: Path, kind: str) -> None:
     """Where anything lies that is not ours, nothing is deleted or written; that it is not ours is told."""
-    chunks = Chunks(tmp_path / "answers.jsonl")
+    chunks = BatchStore(tmp_path / "answers.jsonl")
     orphan = "0a1b2c3d4e5f.jsonl"
     (tmp_path / "answers.batches").mkdir(mode=0o755)
     (tmp_path / "answers.batches" / orphan).write_bytes(b"x")
@@ -444,7 +444,7 @@ def test_a_directory_of_somebody_elses_is_not_touched(tmp_path: Path, kind: str)
     assert stat.S_IMODE(chunks.directory.stat().st_mode) == 0o755
 
 
-def test_a_batch_beside_a_strangers_file_is_not_forgotten(chunks: Chunks) -> None:
+def test_a_batch_beside_a_strangers_file_is_not_forgotten(chunks: BatchStore) -> None:
     """A file that somebody's file manager left among ours hides no batch: it is known, or the run ends by our error."""
     whole = written(chunks, member("a"))
     chunks.note(replace(whole, step=Step.CREATED, batch_id="batch_1"))
@@ -456,7 +456,7 @@ def test_a_batch_beside_a_strangers_file_is_not_forgotten(chunks: Chunks) -> Non
 
 def test_a_directory_named_as_a_chunk_is_not_touched(tmp_path: Path) -> None:
     """What has one of our names and is a directory is somebody else's, too."""
-    chunks = Chunks(tmp_path / "answers.jsonl")
+    chunks = BatchStore(tmp_path / "answers.jsonl")
     (tmp_path / "answers.batches" / "0a1b2c3d4e5f.jsonl").mkdir(parents=True)
 
     chunks.open()
@@ -468,7 +468,7 @@ def test_a_directory_named_as_a_chunk_is_not_touched(tmp_path: Path) -> None:
 
 def test_a_link_in_the_place_of_the_directory_is_not_followed(tmp_path: Path) -> None:
     """Prompts go to no other place, and nothing is deleted there."""
-    chunks = Chunks(tmp_path / "answers.jsonl")
+    chunks = BatchStore(tmp_path / "answers.jsonl")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "0a1b2c3d4e5f.jsonl").write_bytes(b"x")
     (tmp_path / "answers.batches").symlink_to(tmp_path / "elsewhere")
@@ -482,7 +482,7 @@ def test_a_link_in_the_place_of_the_directory_is_not_followed(tmp_path: Path) ->
 
 def test_opening_makes_nothing(tmp_path: Path) -> None:
     """A run that makes no batch leaves no directory."""
-    chunks = Chunks(tmp_path / "answers.jsonl")
+    chunks = BatchStore(tmp_path / "answers.jsonl")
     chunks.open()
     chunks.release()
 
@@ -498,7 +498,7 @@ def test_reading_where_nothing_is(tmp_path: Path, kind: str) -> None:
     elif kind == "a file":
         directory.write_bytes(b"")
 
-    assert storing.read(directory) == []
+    assert store.read(directory) == []
 
 
 # ── the disk ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -506,7 +506,7 @@ def test_reading_where_nothing_is(tmp_path: Path, kind: str) -> None:
 
 def test_nobody_else_can_read_it(tmp_path: Path) -> None:
     """Prompts are their owner's only, whatever the umask."""
-    chunks = Chunks(tmp_path / "answers.jsonl")
+    chunks = BatchStore(tmp_path / "answers.jsonl")
     old = os.umask(0)
     try:
         written(chunks, member("a"))
@@ -527,14 +527,14 @@ def test_it_lies_beside_the_results_themselves(tmp_path: Path) -> None:
     (tmp_path / "real" / "answers.jsonl").write_bytes(b"")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real" / "answers.jsonl")
 
-    assert Chunks(tmp_path / "link.jsonl").directory == tmp_path / "real" / "answers.batches"
-    assert Chunks(tmp_path / "x.out").directory == tmp_path / "x.out.batches"
+    assert BatchStore(tmp_path / "link.jsonl").directory == tmp_path / "real" / "answers.batches"
+    assert BatchStore(tmp_path / "x.out").directory == tmp_path / "x.out.batches"
 
 
 def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path) -> None:
     """Where the directory cannot be made, the run ends with its own error, before anything is sent."""
     (tmp_path / "answers.batches").write_bytes(b"mine")
-    chunks = Chunks(tmp_path / "answers.jsonl")
+    chunks = BatchStore(tmp_path / "answers.jsonl")
 
     chunks.open()
     for work in (chunks.spool, lambda: chunks.note(chunk())):
@@ -545,7 +545,7 @@ def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
     """Where there is no place for the directory, the run ends with our error, too."""
-    chunks = Chunks(tmp_path / "absent" / "answers.jsonl")
+    chunks = BatchStore(tmp_path / "absent" / "answers.jsonl")
 
     with pytest.raises(StorageError, match=r"answers\.batches"):
         chunks.spool()
@@ -564,7 +564,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_a_storage_error(chunks: Chunks) -> None:
+def test_a_full_disk_is_a_storage_error(chunks: BatchStore) -> None:
     """Requests that cannot be written, all at once or later, end the run by our error."""
     spool = chunks.spool()
     spool.add_entry(member("a"), 1)
@@ -579,7 +579,7 @@ def test_a_full_disk_is_a_storage_error(chunks: Chunks) -> None:
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
-def test_a_step_that_cannot_be_noted_is_a_storage_error(chunks: Chunks, is_begun: bool) -> None:
+def test_a_step_that_cannot_be_noted_is_a_storage_error(chunks: BatchStore, is_begun: bool) -> None:
     """Where the journal takes nothing, the first step or a later one, the run ends; what it held stays readable."""
     if is_begun:
         chunks.note(chunk())
@@ -587,7 +587,7 @@ def test_a_step_that_cannot_be_noted_is_a_storage_error(chunks: Chunks, is_begun
     with full_disk(), pytest.raises(StorageError, match="journal"):
         chunks.note(chunk(step=Step.CREATING))
 
-    assert [each.step for each in storing.read(chunks.directory)] == [Step.WRITTEN] * is_begun
+    assert [each.step for each in store.read(chunks.directory)] == [Step.WRITTEN] * is_begun
 
 
 @pytest.mark.parametrize(
@@ -600,7 +600,9 @@ def test_a_step_that_cannot_be_noted_is_a_storage_error(chunks: Chunks, is_begun
         pytest.param(None, None, id="gone"),
     ],
 )
-def test_a_chunk_that_is_damaged_is_a_storage_error(chunks: Chunks, content: bytes | None, place: int | None) -> None:
+def test_a_chunk_that_is_damaged_is_a_storage_error(
+    chunks: BatchStore, content: bytes | None, place: int | None
+) -> None:
     """Requests that are not what was written are not taken for it; whoever reads them is told where."""
     whole = written(chunks, member("a"), member("b"))
     assert not chunks.is_damaged(whole)
@@ -616,7 +618,7 @@ def test_a_chunk_that_is_damaged_is_a_storage_error(chunks: Chunks, content: byt
             list(chunks.content(whole, separator=b",", entry=lambda name, body: body))
 
 
-def test_any_changed_byte_is_damage(chunks: Chunks) -> None:
+def test_any_changed_byte_is_damage(chunks: BatchStore) -> None:
     """Whatever bit is turned or byte is cut off: the file is not what was written, and is never read as anything else
     than requests or damage."""
     whole = written(chunks, member("a", attempts=(FAILED,)), member("b"))
@@ -630,7 +632,7 @@ def test_any_changed_byte_is_damage(chunks: Chunks) -> None:
                 list(chunks.members(whole))
 
 
-def test_a_link_in_the_place_of_a_chunk_is_not_followed(chunks: Chunks, tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_a_chunk_is_not_followed(chunks: BatchStore, tmp_path: Path) -> None:
     """Requests go into a file of our own, nowhere else."""
     spool = chunks.spool()
     spool.add_entry(member("a"), 1)
@@ -641,13 +643,13 @@ def test_a_link_in_the_place_of_a_chunk_is_not_followed(chunks: Chunks, tmp_path
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_journal_that_cannot_be_read_is_a_storage_error(chunks: Chunks) -> None:
+def test_a_journal_that_cannot_be_read_is_a_storage_error(chunks: BatchStore) -> None:
     """Not knowing which batches there are is no reason to make them again."""
     chunks.spool()
     (chunks.directory / "journal.jsonl").mkdir()
 
     with pytest.raises(StorageError, match="journal"):
-        storing.read(chunks.directory)
+        store.read(chunks.directory)
 
 
 # ── what is told of it ────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,17 +7,17 @@ import pytest
 
 from pipeline.core.config import Limits
 from pipeline.core.types import Limit
-from pipeline.dispatch.live.concurrency import Window
-from pipeline.dispatch.live.rate_limiter import Gate
-from pipeline.dispatch.live.token_bucket import Charge
+from pipeline.dispatch.live.concurrency import ConcurrencyLimit
+from pipeline.dispatch.live.rate_limiter import RateLimiter
+from pipeline.dispatch.live.token_bucket import TokenCost
 from tests.virtual import virtual_time
 
 pytestmark = virtual_time
 
-SMALL: Charge = {"requests": 1, "input_tokens": 10, "output_tokens": 5}
+SMALL: TokenCost = {"requests": 1, "input_tokens": 10, "output_tokens": 5}
 
 
-async def _times(gate: Gate, costs: list[Charge]) -> list[float]:
+async def _times(gate: RateLimiter, costs: list[TokenCost]) -> list[float]:
     """Pass calls one after the other; return when each was let through, in seconds."""
     start = anyio.current_time()
     times = []
@@ -30,7 +30,7 @@ async def _times(gate: Gate, costs: list[Charge]) -> list[float]:
 
 async def test_without_limits_nothing_waits() -> None:
     """A gate without caps is free, and a hundred calls pass at once."""
-    gate = Gate(Limits())
+    gate = RateLimiter(Limits())
 
     times = await _times(gate, [SMALL] * 100)
 
@@ -40,17 +40,17 @@ async def test_without_limits_nothing_waits() -> None:
 
 async def test_requests_are_spread_over_the_minute() -> None:
     """60 requests per minute are one a second from the first on: no burst of a minute's worth."""
-    assert await _times(Gate(Limits(rpm=60)), [SMALL] * 5) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert await _times(RateLimiter(Limits(rpm=60)), [SMALL] * 5) == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 async def test_a_second_of_allowance_may_pass_at_once() -> None:
     """300 requests per minute are five at once, then one every 0.2 s."""
-    assert await _times(Gate(Limits(rpm=300)), [SMALL] * 8) == [0.0] * 5 + [0.2, 0.4, 0.6]
+    assert await _times(RateLimiter(Limits(rpm=300)), [SMALL] * 8) == [0.0] * 5 + [0.2, 0.4, 0.6]
 
 
 async def test_a_minute_never_exceeds_its_limit_by_more_than_a_second_of_it() -> None:
     """In the first minute 300 a minute let at most 305 through, where a full bucket would let 600."""
-    times = await _times(Gate(Limits(rpm=300)), [SMALL] * 400)
+    times = await _times(RateLimiter(Limits(rpm=300)), [SMALL] * 400)
 
     assert sum(time <= 60.0 for time in times) <= 305
 
@@ -62,21 +62,21 @@ async def test_a_minute_never_exceeds_its_limit_by_more_than_a_second_of_it() ->
         pytest.param(Limits(output_tpm=6_000), {"requests": 1, "input_tokens": 0, "output_tokens": 250}, id="output"),
     ],
 )
-async def test_a_large_request_passes_in_steps(caps: Limits, cost: Charge) -> None:
+async def test_a_large_request_passes_in_steps(caps: Limits, cost: TokenCost) -> None:
     """A request larger than a second's worth of tokens waits for all of them and then passes."""
-    assert await _times(Gate(caps), [cost, cost]) == [1.5, 4.0]
+    assert await _times(RateLimiter(caps), [cost, cost]) == [1.5, 4.0]
 
 
 async def test_the_tightest_limit_decides() -> None:
     """Of several limits each is kept, so the tightest sets the pace."""
-    gate = Gate(Limits(rpm=600, input_tpm=600))
+    gate = RateLimiter(Limits(rpm=600, input_tpm=600))
 
     assert await _times(gate, [SMALL] * 4) == [0.0, 1.0, 2.0, 3.0]
 
 
 async def test_a_cooldown_closes_for_exactly_its_time() -> None:
     """A cooldown holds everybody for its time and not longer; a shorter one does not shorten it."""
-    gate = Gate(Limits())
+    gate = RateLimiter(Limits())
     gate.close_for(7.5)
     gate.close_for(2.0)
 
@@ -88,7 +88,7 @@ async def test_a_cooldown_closes_for_exactly_its_time() -> None:
 
 async def test_a_cooldown_that_begins_while_waiting_holds_who_waits() -> None:
     """Who waits for a limit when a cooldown begins waits for the cooldown too: it is looked at last."""
-    gate = Gate(Limits(rpm=60))
+    gate = RateLimiter(Limits(rpm=60))
     await gate.wait_turn(SMALL)
 
     async with anyio.create_task_group() as tasks:
@@ -98,14 +98,14 @@ async def test_a_cooldown_that_begins_while_waiting_holds_who_waits() -> None:
     assert times == [10.5]
 
 
-async def _close_later(gate: Gate, after: float, seconds: float) -> None:
+async def _close_later(gate: RateLimiter, after: float, seconds: float) -> None:
     await anyio.sleep(after)
     gate.close_for(seconds)
 
 
 async def test_a_rate_that_was_found_and_does_not_bind_does_not_grow_for_ever() -> None:
     """One stray refusal and then hours at a slower pace leave the found rate near what is really sent."""
-    gate = Gate(Limits())
+    gate = RateLimiter(Limits())
     for _ in range(9):
         await gate.wait_turn(SMALL)
         await anyio.sleep(0.1)
@@ -123,8 +123,8 @@ async def test_a_rate_that_was_found_and_does_not_bind_does_not_grow_for_ever() 
 
 async def test_refusals_without_end_only_lead_to_long_pauses() -> None:
     """The thousandth refusal in a row costs ten seconds, not an overflow."""
-    gate = Gate(Limits())
-    window = Window(100)
+    gate = RateLimiter(Limits())
+    window = ConcurrencyLimit(100)
 
     pauses = []
     for _ in range(3_000):
@@ -138,8 +138,8 @@ async def test_refusals_without_end_only_lead_to_long_pauses() -> None:
 
 async def test_a_limit_that_shrinks_below_what_is_waited_for_does_not_block() -> None:
     """Who waits for more than a shrunken bucket holds gets it in parts."""
-    gate = Gate(Limits())
-    large: Charge = {"requests": 1, "input_tokens": 20_000, "output_tokens": 0}
+    gate = RateLimiter(Limits())
+    large: TokenCost = {"requests": 1, "input_tokens": 20_000, "output_tokens": 0}
     gate.learn([Limit(kind="input_tokens", per_minute=30_000, remaining=0)])
 
     async with anyio.create_task_group() as tasks:
@@ -148,6 +148,6 @@ async def test_a_limit_that_shrinks_below_what_is_waited_for_does_not_block() ->
             await gate.wait_turn(large)
 
 
-async def _learn_later(gate: Gate, after: float, limit: Limit) -> None:
+async def _learn_later(gate: RateLimiter, after: float, limit: Limit) -> None:
     await anyio.sleep(after)
     gate.learn([limit])

@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.accounting.budget import Budget
 from pipeline.core.config import Limits, Sending
-from pipeline.core.errors import BudgetReachedError, OpenAIAPIError, Reach, TransportError, TryLaterError
-from pipeline.core.types import Answer, Request, Result
+from pipeline.core.errors import BudgetReachedError, ErrorScope, OpenAIAPIError, TransportError, TryLaterError
+from pipeline.core.types import HttpResponse, Request, Result
 from pipeline.dispatch.live.concurrency import FIRST_WAVE
 from tests.scripted import Script, World, refusal, reply, request
 from tests.virtual import virtual_time
@@ -20,7 +20,7 @@ from tests.virtual import virtual_time
 pytestmark = virtual_time
 
 
-def _then_reply(*answers: Answer | TransportError) -> Script:
+def _then_reply(*answers: HttpResponse | TransportError) -> Script:
     """Answer with each of these once, then properly."""
     return lambda n: answers[n - 1] if n <= len(answers) else reply()
 
@@ -123,12 +123,14 @@ async def test_a_bad_request_fails_alone_and_at_once() -> None:
 @pytest.mark.parametrize(
     ("answer", "reach"),
     [
-        pytest.param(refusal(401, code="invalid_api_key"), Reach.RUN, id="wrong key"),
-        pytest.param(refusal(429, type="insufficient_quota", code="insufficient_quota"), Reach.RUN, id="no credit"),
-        pytest.param(refusal(404, code="model_not_found"), Reach.MODEL, id="unknown model"),
+        pytest.param(refusal(401, code="invalid_api_key"), ErrorScope.RUN, id="wrong key"),
+        pytest.param(
+            refusal(429, type="insufficient_quota", code="insufficient_quota"), ErrorScope.RUN, id="no credit"
+        ),
+        pytest.param(refusal(404, code="model_not_found"), ErrorScope.MODEL, id="unknown model"),
     ],
 )
-async def test_what_cannot_succeed_stops_after_the_first_wave(answer: Answer, reach: Reach) -> None:
+async def test_what_cannot_succeed_stops_after_the_first_wave(answer: HttpResponse, reach: ErrorScope) -> None:
     """A wrong key, an empty account or an unknown model costs a handful of calls; the rest stays pending."""
     world = World(default=lambda n: answer)
 
@@ -274,7 +276,7 @@ async def test_a_lane_cleared_before_its_worker_comes_ends_the_run() -> None:
 async def test_every_request_is_accounted_for_whatever_happens(seed: int) -> None:
     """Random outcomes, models, limits, concurrency and stops: the run ends, and nothing is lost or counted twice."""
     chance = random.Random(seed)
-    outcomes: list[Answer | TransportError] = [
+    outcomes: list[HttpResponse | TransportError] = [
         *[reply()] * 8,
         refusal(429, retry_after="3"),
         refusal(429),
@@ -412,7 +414,7 @@ async def test_a_refused_call_costs_nothing() -> None:
 async def test_an_answer_that_cannot_be_used_is_paid_for() -> None:
     """A 200 without an answer in it, but with a usage, is billed: its tokens and cost stand with the attempt."""
     body = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
-    world = World(scripts={"a": _then_reply(Answer(status=200, headers={}, body=orjson.dumps(body)))})
+    world = World(scripts={"a": _then_reply(HttpResponse(status=200, headers={}, body=orjson.dumps(body)))})
 
     (result,) = await world.run(request("a"))
 

@@ -13,24 +13,24 @@ from hypothesis import strategies as st
 from pipeline.core.clock import Clock
 from pipeline.core.config import Limits
 from pipeline.core.types import Limit
-from pipeline.dispatch.live.rate_limiter import Gate, Need
-from pipeline.dispatch.live.shared_limits import Host, Lease, Leases, Sharing, quota_name, share_of
+from pipeline.dispatch.live.rate_limiter import Demand, RateLimiter
+from pipeline.dispatch.live.shared_limits import Lease, LeaseTable, QuotaSync, SqliteBroker, quota_name, share_of
 from pipeline.simulator import Options, build_app
 from tests.pace import MODELS, Run
 from tests.virtual import virtual_time
 
 CALL = {"requests": 1.0}
-IDLE = Need(used=0.0, is_hungry=False, closed_until=0.0)
-HUNGRY = Need(used=0.5, is_hungry=True, closed_until=0.0)
+IDLE = Demand(used=0.0, is_hungry=False, closed_until=0.0)
+HUNGRY = Demand(used=0.5, is_hungry=True, closed_until=0.0)
 virtual = [*virtual_time, pytest.mark.usefixtures("no_threads")]
-needs = st.builds(Need, used=st.floats(0, 1), is_hungry=st.booleans(), closed_until=st.just(0.0))
+needs = st.builds(Demand, used=st.floats(0, 1), is_hungry=st.booleans(), closed_until=st.just(0.0))
 
 
 # ── shares ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=3), needs, min_size=1, max_size=8))
-def test_shares_are_never_more_than_all(held: dict[str, Need]) -> None:
+def test_shares_are_never_more_than_all(held: dict[str, Demand]) -> None:
     """Whatever the runs need, each has something, and all have no more than all there is."""
     shares = {name: share_of(name, held) for name in held}
 
@@ -39,7 +39,7 @@ def test_shares_are_never_more_than_all(held: dict[str, Need]) -> None:
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=3), needs, min_size=1, max_size=8))
-def test_nothing_is_left_over_where_somebody_waits(held: dict[str, Need]) -> None:
+def test_nothing_is_left_over_where_somebody_waits(held: dict[str, Demand]) -> None:
     """As soon as one run waits for the limit, all of it is given out."""
     held = {**held, "who waits": HUNGRY}
 
@@ -48,7 +48,7 @@ def test_nothing_is_left_over_where_somebody_waits(held: dict[str, Need]) -> Non
 
 def test_who_waits_gets_what_others_leave() -> None:
     """A run that uses little keeps that and some room to grow; those that wait have the rest in equal parts."""
-    held = {"small": Need(used=0.1, is_hungry=False, closed_until=0.0), "a": HUNGRY, "b": HUNGRY}
+    held = {"small": Demand(used=0.1, is_hungry=False, closed_until=0.0), "a": HUNGRY, "b": HUNGRY}
 
     assert share_of("small", held) == pytest.approx(0.17)
     assert share_of("a", held) == share_of("b", held) == pytest.approx(0.415)
@@ -60,7 +60,7 @@ def test_who_waits_gets_what_others_leave() -> None:
 
 def test_a_lease_is_given_back_by_not_renewing_it(tmp_path: Path) -> None:
     """Who holds one has a part; a run that was killed has none a second later; one that ends has none at once."""
-    one, other = (Leases(tmp_path / "limits.sqlite", name) for name in ("one", "other"))
+    one, other = (LeaseTable(tmp_path / "limits.sqlite", name) for name in ("one", "other"))
 
     assert one.renew({"q": HUNGRY}, 100.0)["q"].share == 1.0
     assert other.renew({"q": HUNGRY}, 100.1)["q"].share == 0.5
@@ -73,8 +73,8 @@ def test_a_lease_is_given_back_by_not_renewing_it(tmp_path: Path) -> None:
 
 def test_quotas_are_apart_and_a_cooldown_is_everybodys(tmp_path: Path) -> None:
     """Another model or key shares nothing; of one quota all learn until when it is closed."""
-    one, other = (Leases(tmp_path / "limits.sqlite", name) for name in ("one", "other"))
-    closed = Need(used=0.0, is_hungry=True, closed_until=130.0)
+    one, other = (LeaseTable(tmp_path / "limits.sqlite", name) for name in ("one", "other"))
+    closed = Demand(used=0.0, is_hungry=True, closed_until=130.0)
 
     one.renew({"q": closed, "r": HUNGRY}, 100.0)
 
@@ -84,7 +84,7 @@ def test_quotas_are_apart_and_a_cooldown_is_everybodys(tmp_path: Path) -> None:
 
 def test_leases_from_before_a_reboot_count_for_nothing(tmp_path: Path) -> None:
     """The clock begins anew with the machine: a lease that ends far from now is one of another time."""
-    one, other = (Leases(tmp_path / "limits.sqlite", name) for name in ("one", "other"))
+    one, other = (LeaseTable(tmp_path / "limits.sqlite", name) for name in ("one", "other"))
     one.renew({"q": HUNGRY}, 1_000_000.0)
 
     assert other.renew({"q": HUNGRY}, 5.0)["q"].share == 1.0
@@ -94,7 +94,7 @@ def test_the_file_is_its_owners_and_tells_no_key(tmp_path: Path) -> None:
     """The name of a quota does not hold the key, and nobody else can read the file."""
     key = "sk-canary-0123456789abcdef"
     name = quota_name("https://api.openai.com/v1/chat/completions", key, "gpt-6-luna")
-    Leases(tmp_path / "limits.sqlite", "one").renew({name: HUNGRY}, 1.0)
+    LeaseTable(tmp_path / "limits.sqlite", "one").renew({name: HUNGRY}, 1.0)
 
     assert key.encode() not in (tmp_path / "limits.sqlite").read_bytes()
     assert stat.S_IMODE((tmp_path / "limits.sqlite").stat().st_mode) == 0o600
@@ -106,12 +106,12 @@ async def test_without_the_file_each_goes_by_itself(tmp_path: Path) -> None:
     """A file that cannot be used is told once, and costs no run its work."""
     (tmp_path / "limits.sqlite").write_text("this is no data base, and longer than a header would be" * 20)
     said: list[str] = []
-    gate = Gate(Limits())
+    gate = RateLimiter(Limits())
     gate.take_share(0.5, 0.0)
-    leases = Leases(tmp_path / "limits.sqlite", "one")
+    leases = LeaseTable(tmp_path / "limits.sqlite", "one")
 
     with anyio.fail_after(10):
-        await Sharing(Host(leases), Clock(), gates=lambda: {"q": gate}, say=said.append).keep()
+        await QuotaSync(SqliteBroker(leases), Clock(), gates=lambda: {"q": gate}, say=said.append).keep()
 
     assert (len(said), gate.share) == (1, 1.0)
     assert "not shared" in said[0]
@@ -122,7 +122,7 @@ async def test_without_the_file_each_goes_by_itself(tmp_path: Path) -> None:
 
 async def test_a_gate_keeps_to_its_share() -> None:
     """What the provider tells is cut to the share, how full it is stays, and a larger share opens it again."""
-    gate = Gate(Limits())
+    gate = RateLimiter(Limits())
     gate.learn([Limit(kind="requests", per_minute=100, remaining=40)])
 
     gate.take_share(0.25, 0.0)
@@ -138,7 +138,7 @@ async def test_a_gate_keeps_to_its_share() -> None:
 
 async def test_what_fits_the_limit_fits_a_share_of_it() -> None:
     """A request larger than the share waits longer; it is not refused, as alone it would pass."""
-    gate = Gate(Limits(input_tpm=600))
+    gate = RateLimiter(Limits(input_tpm=600))
     gate.learn([Limit(kind="tokens", per_minute=1_000, remaining=1_000)])
     gate.take_share(0.1, 0.0)
 
@@ -158,7 +158,7 @@ class TestFourRuns:
         """Four runs before one bucket: 95 % of it is used at least, and half a percent refused at most."""
         options = Options(rpm=1_000, latency=1.5)
         app = build_app(options)
-        runs = [Run(provider, options, app=app, leases=Leases(tmp_path / "l", str(n))) for n in range(4)]
+        runs = [Run(provider, options, app=app, leases=LeaseTable(tmp_path / "l", str(n))) for n in range(4)]
 
         async with anyio.create_task_group() as tasks:
             for run in runs:
@@ -176,10 +176,10 @@ class TestFourRuns:
         self, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A run that is gone without a word leaves its part to the others."""
-        monkeypatch.setattr(Leases, "give_back", lambda self: None)
+        monkeypatch.setattr(LeaseTable, "give_back", lambda self: None)
         options = Options(rpm=1_000, latency=1.5)
         app = build_app(options)
-        runs = [Run(provider, options, app=app, leases=Leases(tmp_path / "l", str(n))) for n in range(4)]
+        runs = [Run(provider, options, app=app, leases=LeaseTable(tmp_path / "l", str(n))) for n in range(4)]
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(runs[0].go, 90.0)

@@ -9,20 +9,20 @@ from typing import Any, TypeVar
 import anyio
 
 from pipeline.accounting.pricing import Prices
-from pipeline.accounting.run_ledger import Books
+from pipeline.accounting.run_ledger import RunLedger
 from pipeline.core import environment
 from pipeline.core.config import Config
 from pipeline.core.errors import PipelineError, TryLaterError
-from pipeline.core.types import Claims
-from pipeline.dispatch.live.rate_limiter import Need
+from pipeline.core.types import IdRange
+from pipeline.dispatch.live.rate_limiter import Demand
 from pipeline.dispatch.live.shared_limits import Lease
-from pipeline.inputs.sources import Span
+from pipeline.inputs.sources import ByteRange
 from pipeline.results.staging import Name
 from pipeline.runner.base import Watch
 from pipeline.runner.cluster.driver import Driver, WorkerLostError
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.quota import Quota
-from pipeline.runner.cluster.worker import Greeting, Outcome, Snapshot, Task, Worker
+from pipeline.runner.cluster.worker import Greeting, ShardOutcome, Snapshot, Task, Worker
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Summary
 
@@ -112,10 +112,10 @@ class FakeWorker:
             raise WorkerLostError("no such module")
         return self._pool.version_of(await self._living(self._worker.greet(place, token)))
 
-    async def scan(self, spans: Sequence[Span], before: Claims) -> Scan:
+    async def scan(self, spans: Sequence[ByteRange], before: IdRange) -> Scan:
         return await self._living(self._worker.scan(spans, before))
 
-    async def work(self, task: Task) -> Outcome:
+    async def work(self, task: Task) -> ShardOutcome:
         self._pool.tasks.append(task)
         lines = self._pool.lines_before_death(task)
         until = (Path(task.output), lines)
@@ -189,7 +189,7 @@ class _Lessor:
         self._quota = quota
         self._holder = holder
 
-    async def renew(self, needs: Mapping[str, Need], now: float) -> Mapping[str, Lease]:
+    async def renew(self, needs: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
         return self._quota.renew(self._holder, needs, now)
 
     async def give_back(self) -> None:
@@ -208,7 +208,7 @@ async def drive(
     **options: Any,
 ) -> Summary:
     """Have a job done by the pool."""
-    books = Books(environment.ledger_path(settings))
+    books = RunLedger(environment.ledger_path(settings))
     names = [str(source) for source in sources]
     driver = Driver(names, output, settings, Options(**options), Prices(settings), books, say)
     return await driver.lead(pool, watch, handle_signals=handle_signals)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline.cli import main as cli
-from pipeline.runner.cluster import ray as ray_pool
+from pipeline.cli import main
+from pipeline.runner.cluster import ray
 
 LINE = '{"custom_id": "q-1", "model": "gpt-6-luna", "messages": [{"role": "user", "content": "hi"}]}\n'
 
@@ -25,7 +25,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _run(*words: str) -> Result:
-    return CliRunner().invoke(cli.main, ["run", "in.jsonl", "-o", "out.jsonl", *words])
+    return CliRunner().invoke(main.main, ["run", "in.jsonl", "-o", "out.jsonl", *words])
 
 
 def _ray(**parts: Any) -> Any:
@@ -131,4 +131,4 @@ def test_a_pipe_is_refused() -> None:
 )
 def test_the_door_of_a_cluster(address: str, place: tuple[str, int] | None) -> None:
     """Where a cluster listens, as Ray reads addresses."""
-    assert ray_pool.place_of(address) == place
+    assert ray.place_of(address) == place

@@ -18,8 +18,7 @@ from anyio import to_thread
 import pipeline
 from pipeline.accounting.verify import verify
 from pipeline.core import config as configuration
-from pipeline.core import environment
-from pipeline.core import object_store as stores
+from pipeline.core import environment, object_store
 from pipeline.core.config import Config
 from pipeline.core.errors import TryLaterError, UsageError
 from pipeline.results import staging
@@ -349,7 +348,7 @@ async def test_progress_is_that_of_all(tmp_path: Path) -> None:
 async def test_input_and_results_at_a_store(bucket: Bucket, tmp_path: Path) -> None:
     """Parts of an object, done by workers into a folder at the store; one is lost, and its machine's spool with it."""
     source, output = f"{bucket.url}in.jsonl", f"{bucket.url}answers/"
-    await to_thread.run_sync(stores.put, source, _write(tmp_path / "in.jsonl", _lines(12)).read_bytes())
+    await to_thread.run_sync(object_store.put, source, _write(tmp_path / "in.jsonl", _lines(12)).read_bytes())
 
     with _world(latency=0.7) as (config, server):
         config = config.with_("sending", concurrency=8)
@@ -361,26 +360,26 @@ async def test_input_and_results_at_a_store(bucket: Bucket, tmp_path: Path) -> N
     ids = [
         orjson.loads(line)["custom_id"]
         for part in await to_thread.run_sync(parts_at, output)
-        for line in (await to_thread.run_sync(stores.read, part.url))[0].splitlines()
+        for line in (await to_thread.run_sync(object_store.read, part.url))[0].splitlines()
     ]
     assert sorted(ids) == sorted(f"q-{n}" for n in range(12))
     assert (summary.exit_code, summary.results_file) == (0, output)
     assert (again.exit_code, again.reused) == (0, 12)
     assert len(pool.started) == 3
     assert answered - 12 <= summary.attempts.unknown
-    names = [found.url.removeprefix(output) for found in await to_thread.run_sync(stores.listed_deep, output)]
+    names = [found.url.removeprefix(output) for found in await to_thread.run_sync(object_store.listed_deep, output)]
     assert not [name for name in names if name.startswith("work/")]
 
 
 async def test_what_a_killed_driver_left_at_a_store_is_taken_in(bucket: Bucket, tmp_path: Path) -> None:
     """What was uploaded of parts is not sent again."""
     source, output = f"{bucket.url}in.jsonl", f"{bucket.url}answers/"
-    await to_thread.run_sync(stores.put, source, _write(tmp_path / "in.jsonl", _lines(10)).read_bytes())
+    await to_thread.run_sync(object_store.put, source, _write(tmp_path / "in.jsonl", _lines(10)).read_bytes())
 
     with _world() as (config, server):
         await drive([source], output, config, FakePool(1), limit=5)
         (part,) = await to_thread.run_sync(parts_at, output)
-        await to_thread.run_sync(stores.move, part.url, f"{output}work/part-00000-00001-x/part-00000.jsonl")
+        await to_thread.run_sync(object_store.move, part.url, f"{output}work/part-00000-00001-x/part-00000.jsonl")
         await to_thread.run_sync(shutil.rmtree, environment.spool_path(config, output))
         summary = await drive([source], output, config, FakePool(1))
         assert server.statistics()["answered"] == 10
@@ -394,7 +393,7 @@ async def test_two_clusters_do_not_write_one_folder_at_a_store(
     """Nothing is locked at a store: the second run sees that the first is alive, and leaves its parts alone."""
     monkeypatch.setattr(staging, "BEAT_SECONDS", 0.2)
     source, output = f"{bucket.url}in.jsonl", f"{bucket.url}answers/"
-    await to_thread.run_sync(stores.put, source, _write(tmp_path / "in.jsonl", _lines(12)).read_bytes())
+    await to_thread.run_sync(object_store.put, source, _write(tmp_path / "in.jsonl", _lines(12)).read_bytes())
 
     with _world(latency=0.5) as (config, server):
         config = config.with_("sending", concurrency=2)

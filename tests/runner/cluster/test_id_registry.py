@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from pipeline.core.config import Config
 from pipeline.core.errors import TryLaterError
-from pipeline.core.types import Claims
-from pipeline.inputs import reader as read
+from pipeline.core.types import IdRange
+from pipeline.inputs import reader
 from pipeline.inputs.planner import Planner
 from pipeline.inputs.reader import Line
-from pipeline.inputs.sources import Span, cut
-from pipeline.runner.cluster.id_registry import NONE, Register, Scan
+from pipeline.inputs.sources import ByteRange, cut
+from pipeline.runner.cluster.id_registry import NONE, IdRegistry, Scan
 from pipeline.runner.cluster.worker import Worker
 from pipeline.runner.options import Options
 
@@ -35,7 +35,7 @@ def _bytes(item: tuple[str | None, str] | str) -> bytes:
     return json.dumps(value | ({"custom_id": custom_id} if custom_id else {})).encode()
 
 
-def _planned(lines: list[bytes], before: Claims) -> tuple[list[tuple[str, str]], Claims]:
+def _planned(lines: list[bytes], before: IdRange) -> tuple[list[tuple[str, str]], IdRange]:
     planner = Planner(Config())
     planner.claim(before)
     items = [planner.plan(Line(source="q.jsonl", number=1, data=data)) for data in lines]
@@ -47,11 +47,11 @@ def test_parts_are_planned_as_one(items: list[tuple[str | None, str] | str], cut
     """Equal lines are counted over all parts, and an id that was used in one is used in all."""
     lines = [_bytes(item) for item in items]
     edges = sorted({0, len(lines), *(cut for cut in cuts if cut < len(lines))})
-    register = Register()
+    register = IdRegistry()
     found: list[tuple[str, str]] = []
 
     for start, end in pairwise(edges):
-        before: Claims | None = NONE
+        before: IdRange | None = NONE
         for _ in range(len(lines) + 2):
             assert before is not None
             names, claims = _planned(lines[start:end], before)
@@ -84,8 +84,10 @@ def test_spans_are_the_input_cut_at_line_ends(
     assert b"".join(content[span.start : span.end] for span in spans) == content
     assert all(content[: span.end].endswith(b"\n") or span.end == len(content) for span in spans)
     counts = accumulate((content[span.start : span.end].count(b"\n") for span in spans), initial=1)
-    numbered = [Span(source=s.source, start=s.start, end=s.end, number=n) for s, n in zip(spans, counts, strict=False)]
-    assert [line for span in numbered for line in read.lines(span, 100)] == list(read.lines(str(path), 100))
+    numbered = [
+        ByteRange(source=s.source, start=s.start, end=s.end, number=n) for s, n in zip(spans, counts, strict=False)
+    ]
+    assert [line for span in numbered for line in reader.lines(span, 100)] == list(reader.lines(str(path), 100))
 
 
 def test_what_is_compressed_is_one_span(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_what_is_compressed_is_one_span(tmp_path: Path) -> None:
 
     (span,) = cut(str(path), 1_000)
 
-    assert sum(1 for _ in read.lines(span, 100)) == 100_000
+    assert sum(1 for _ in reader.lines(span, 100)) == 100_000
 
 
 async def test_a_changed_input_is_not_planned(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_mixture(tmp_path: Path) -> N
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"".join(b'{"n":%07d}\n' % n for n in range(100_000)))
     (span,) = cut(str(path), 10**9)
-    lines = read.lines(span, 100)
+    lines = reader.lines(span, 100)
     first = next(lines)
 
     path.write_bytes(b'{"other":1}\n' * 100_000)

@@ -13,7 +13,7 @@ import pytest
 
 import pipeline
 from pipeline.accounting.verify import verify
-from pipeline.core import files as disk
+from pipeline.core import files
 from pipeline.core.errors import StorageError, TryLaterError
 from pipeline.runner.base import Progress
 from pipeline.runner.cluster import driver
@@ -160,10 +160,10 @@ async def test_a_model_that_is_given_up_is_given_up_by_all(tmp_path: Path) -> No
 async def test_a_part_that_cannot_be_stored_ends_with_5(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What was answered is kept, counted and paid; the code is that of a full disk."""
     source = _write(tmp_path / "in.jsonl", _lines())
-    append = disk.Appender.append
+    append = files.Appender.append
     written = 0
 
-    def failing(self: disk.Appender, data: bytes) -> None:
+    def failing(self: files.Appender, data: bytes) -> None:
         nonlocal written
         if ".parts" in str(self._path) and b'"success"' in data:
             written += 1
@@ -171,7 +171,7 @@ async def test_a_part_that_cannot_be_stored_ends_with_5(monkeypatch: pytest.Monk
                 raise StorageError("cannot write: No space left on device")
         append(self, data)
 
-    monkeypatch.setattr(disk.Appender, "append", failing)
+    monkeypatch.setattr(files.Appender, "append", failing)
     with _world() as (config, _):
         config = config.with_("sending", concurrency=4).with_("budget", per_run=Decimal("1"))
         summary = await drive([source], tmp_path / "out.jsonl", config, FakePool(2))

@@ -9,9 +9,9 @@ import anyio
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.errors import TryLaterError
-from pipeline.results.writer import Recorder
+from pipeline.results.writer import ResultWriter
 from pipeline.runner.cluster.scheduler import Scheduler, Shard
-from pipeline.runner.feed import Intake
+from pipeline.runner.feed import InputFeed
 from pipeline.runner.options import Options
 
 
@@ -19,8 +19,8 @@ async def test_an_input_that_changes_while_it_is_cut_is_not_read_to_its_end(tmp_
     """Of two who ask for the next part at once one is told; for the other there is nothing, and it is not the end."""
     source = tmp_path / "in.jsonl"
     source.write_bytes(b'{"a": 1}\n' * 20)
-    recorder = Recorder(tmp_path / "out.jsonl", run_id="run-x", on_done=lambda results: None)
-    intake = Intake([str(source)], Config(), Options(), recorder, Clock())
+    recorder = ResultWriter(tmp_path / "out.jsonl", run_id="run-x", on_done=lambda results: None)
+    intake = InputFeed([str(source)], Config(), Options(), recorder, Clock())
     scheduler = Scheduler([str(source)], intake, limit=None)
     scheduler.begin(20, ahead=10)
     told: list[TryLaterError] = []

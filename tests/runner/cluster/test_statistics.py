@@ -7,7 +7,7 @@ from dataclasses import replace
 from pipeline.core.types import Allowance
 from pipeline.dispatch.live.model_queue import Statistics as Lane
 from pipeline.dispatch.live.sender import Statistics
-from pipeline.runner.cluster import statistics as merging
+from pipeline.runner.cluster import statistics
 
 LANE = Lane(
     provider="openai",
@@ -34,7 +34,7 @@ def test_shares_of_a_limit_are_shown_as_the_whole() -> None:
         cooldown_s=4.0,
         allowances=(Allowance(kind="requests", per_minute=300.0, used=1.0, source="told"),),
     )
-    total = merging.statistics({"attempts": 10, "dropped": 1}, [SENDER, replace(SENDER, lanes=[other])])
+    total = statistics.statistics({"attempts": 10, "dropped": 1}, [SENDER, replace(SENDER, lanes=[other])])
 
     (lane,) = total.lanes
     assert (total.attempts, total.billed, total.dropped, total.in_flight) == (20, 8, 1, 6)
@@ -47,4 +47,4 @@ def test_models_stay_apart() -> None:
     """What is one provider's model is not another's."""
     other = replace(LANE, provider="vllm")
 
-    assert len(merging.statistics({}, [SENDER, replace(SENDER, lanes=[other])]).lanes) == 2
+    assert len(statistics.statistics({}, [SENDER, replace(SENDER, lanes=[other])]).lanes) == 2
