@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.types import Allowance, Request, Usage
 from pipeline.inputs import reader
 from pipeline.inputs.planner import Invalid, Planner
+from pipeline.inputs.retired_models import RetiredModels
 from pipeline.inputs.sources import STDIN
 from pipeline.results import codec, writer
 from pipeline.results.writer import Done
@@ -173,6 +174,7 @@ class Estimate:
     total: Figures
     rows: Sequence[Row]
     price_source: str
+    retired_models: Sequence[str] = ()
 
     @property
     def exit_code(self) -> int:
@@ -189,7 +191,10 @@ class Estimate:
         if not self.rows:
             return []
         total = self.total
-        notes = ["input is estimated from its size (text: within some 25 %); caches, searches and retries are left out"]
+        notes = [
+            *self.retired_models,
+            "input is estimated from its size (text: within some 25 %); caches, searches and retries are left out",
+        ]
         if any(row.figures.is_bounded for row in self.rows):
             notes.append("at most: every answer as long as its max_tokens allows, input of the dearest kind it may be")
         if count := total.output_expected.missing:
@@ -242,10 +247,18 @@ def estimate(
     sources = reader.sources(inputs)
     earlier = _Earlier.read(path) if path and path.is_file() else _Earlier()
 
+    retired = RetiredModels(settings, model=model, today=at.astimezone(UTC).date())
+    notices: list[str] = []
+
     def items() -> Iterator[Request | Invalid]:
         planner = Planner(settings, provider=provider, model=model)
         for source in sources:
-            yield from map(planner.plan, reader.lines(source, settings.input.max_line_bytes))
+            for line in reader.lines(source, settings.input.max_line_bytes):
+                item = planner.plan(line)
+                notice = None if isinstance(item, Invalid) else retired.notice(line, item)
+                if notice:
+                    notices.append(notice)
+                yield item
 
     answers = earlier.answers(items()) if earlier.usages and STDIN not in sources else {}
     prices = Prices(settings)
@@ -272,6 +285,7 @@ def estimate(
         total=total,
         rows=sorted(rows, key=lambda row: (-row.figures.live.expected.known, -row.figures.requests, row.model)),
         price_source=prices.source,
+        retired_models=notices,
     )
 
 

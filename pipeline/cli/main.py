@@ -658,12 +658,15 @@ def _check(
         screen.tell("failure", problem) if as_json else print(text.escape(problem))
 
     report = check.check(inputs, settings, provider=provider, model=model, on_problem=tell)
+    for warning in report.warnings:
+        screen.tell("warning", warning)
     if as_json:
         _print_json([report.as_dict()])
     else:
         for name, count in report.by_model.items():
             screen.tell("message", f"{count:,} × {name}")
-        screen.tell("message", f"{report.lines:,} lines, {report.invalid:,} invalid")
+        warnings = f", {len(report.warnings):,} warning(s)" if report.warnings else ""
+        screen.tell("message", f"{report.lines:,} lines, {report.invalid:,} invalid{warnings}")
     return int(report.invalid > 0)
 
 

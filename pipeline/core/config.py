@@ -127,7 +127,7 @@ class Endpoint(Section):
             raise ValueError("base_url must not hold a user, password, query or fragment; use headers or api_key_env")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"base_url {self.base_url!r} is not an http(s) address")
-        if parts.scheme == "http" and not _is_loopback(parts.hostname) and not self.allow_plain_http:
+        if parts.scheme == "http" and not is_loopback(parts.hostname) and not self.allow_plain_http:
             raise ValueError(
                 f"base_url {self.base_url!r} would send key and conversations unencrypted; "
                 "use https, or set allow_plain_http: true for a network that you trust"
@@ -274,7 +274,7 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
         "base_url": "https://api.anthropic.com",
         "path": "/v1/messages",
         "api_key_env": "ANTHROPIC_API_KEY",
-        "model": "claude-3-5-sonnet-20241022",
+        "model": "claude-haiku-5-5",
         "models": ["claude-*"],
         "version": "2023-06-01",
         "max_tokens": 4096,
@@ -284,7 +284,7 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
         "base_url": "https://api.openai.com/v1",
         "path": "/chat/completions",
         "api_key_env": "OPENAI_API_KEY",
-        "model": "gpt-4o",
+        "model": "gpt-6-luna",
         "models": ["gpt-*", "chatgpt-*", "o[0-9]*", "ft:*"],
         "max_tokens_field": "auto",
         "store": False,
@@ -295,7 +295,7 @@ _SIMULATED_KEY_ENV = "(simulated)"  # no variable can be called so
 
 
 class Config(Section):
-    """The whole configuration; the defaults are the documented ones of config.yaml, but for the models' names."""
+    """The whole configuration; the defaults are those that config.yaml documents."""
 
     providers: dict[str, Endpoint] = Field(default_factory=dict, validate_default=True)
     provider: str = "anthropic"
@@ -363,7 +363,7 @@ class Config(Section):
         if url is None:
             return None
         parts = urlsplit(url)
-        is_private = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+        is_private = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
         has_more = "@" in parts.netloc or parts.query or parts.fragment or not url.isprintable() or " " in url
         if not parts.hostname or parts.port == 0 or not is_private or has_more:
             raise ValueError(
@@ -418,7 +418,7 @@ def protocol(endpoint: Endpoint) -> Protocol:
     return Protocol(endpoint.protocol)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Tell this machine's own addresses from names that only begin like one (`localhost.example.com`)."""
     try:
         return host == "localhost" or ip_address(host).is_loopback

@@ -19,7 +19,6 @@ import anyio
 import orjson
 from anyio import to_thread
 
-from pipeline import providers
 from pipeline.accounting import ledger
 from pipeline.accounting.budget import Budget, budget_of
 from pipeline.accounting.pricing import LanePricing, Prices
@@ -105,7 +104,7 @@ class RunBase(ABC):
         self.sources = [str(source) for source in sources]
         self.place = output
         self.recorder = self._recorder(output)
-        self.intake = InputFeed(sources, self.settings, options, self.recorder, self.clock)
+        self.intake = InputFeed(sources, self.settings, options, self.recorder, self.clock, say)
         self.warnings = self._preview()
         self.run_totals = Totals()
         self.all_totals = Totals()
@@ -204,8 +203,7 @@ class RunBase(ABC):
         if self.budget:
             for request in found.values():
                 self.pricing.worst_case(request)
-        notices = (_retirement(self.settings, name, model) for name, model in found)
-        return tuple(notice for notice in notices if notice)
+        return tuple(self.intake.retired)
 
     def _open(self) -> None:
         """Take the output and learn what it holds; note in the ledger that this run goes on."""
@@ -476,11 +474,6 @@ def _stopped(summary: Summary, trouble: PipelineError) -> Summary:
 
 def _as_json(summary: Summary) -> bytes:
     return orjson.dumps(summary.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-
-
-def _retirement(settings: Config, provider: str, model: str) -> str | None:
-    notice = providers.retirement(config.protocol(settings.providers[provider]), model)
-    return f"{provider}/{model}: {notice}" if notice else None
 
 
 def _explain(reason: PipelineError) -> str:

@@ -20,6 +20,7 @@ from pipeline.core.types import IdRange, Request, Result
 from pipeline.inputs import planner, reader
 from pipeline.inputs.planner import Invalid
 from pipeline.inputs.reader import Batch, Line
+from pipeline.inputs.retired_models import RetiredModels
 from pipeline.inputs.sources import ByteRange, can_be_read_again
 from pipeline.results import writer
 from pipeline.results.resume_index import InputRange, PendingRanges
@@ -38,7 +39,8 @@ class InputFeed:
     """The inputs of one run.
 
     `lines` counts what was read, `reused` the lines among them with a result of an earlier run, `reused_failed` those
-    of them that failed; `is_all_read` is true once the end was reached.
+    of them that failed; `is_all_read` is true once the end was reached. `retired` holds a warning for each retired
+    model in the preview.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class InputFeed:
         options: Options,
         recorder: ResultWriter,
         clock: Clock,
+        say: Callable[[str], None],
     ) -> None:
         if options.dedupe and not all(map(_is_file, sources)):
             raise UsageError("--dedupe wants files: a pipe can be read only once")
@@ -55,12 +58,15 @@ class InputFeed:
         self.reused = 0
         self.reused_failed = 0
         self.is_all_read = False
+        self.retired: list[str] = []
         self._sources = sources
         self._settings = settings
         self._options = options
         self._recorder = recorder
         self._clock = clock
+        self._say = say
         self._planner = wiring.planner(settings, options)
+        self._retired = RetiredModels(settings, model=options.model, today=clock.moment().date())
         self._basis = self._planner.basis()
         self._awaited = PendingRanges()
         self._done = Done()
@@ -83,6 +89,9 @@ class InputFeed:
             if isinstance(item, Request):
                 found.setdefault((item.provider, item.model), item)
                 self._previewed.append(writer.key(item.custom_id, item.digest))
+                notice = self._retired.notice(line, item)
+                if notice:
+                    self.retired.append(notice)
         return found
 
     def learn(self, done: Done) -> None:
@@ -249,6 +258,9 @@ class InputFeed:
                 invalid.append(planner.invalid_result(item, self._clock))
             elif self._originals is None or self._originals.add(item.digest):
                 wanted.append(item)
+                notice = self._retired.notice(line, item)
+                if notice:  # its first use is beyond the preview; nothing was sent for it yet
+                    self._say(notice)
             else:
                 copied += 1
         else:

@@ -165,6 +165,24 @@ def test_an_estimate_is_told_and_nothing_is_sent(server: Server, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_and_estimate_report_a_retired_model(tmp_path: Path) -> None:
+    """`check` warns and still exits with 0; `estimate` notes it; both name the line and the successor."""
+    line = {"model": "claude-3-5-sonnet-20241022", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    (tmp_path / "in.jsonl").write_bytes(orjson.dumps(line) + b"\n")
+
+    checked = _call(["check", "in.jsonl"], tmp_path)
+    as_json = _call(["check", "in.jsonl", "--json"], tmp_path)
+    estimated = _call(["estimate", "in.jsonl", "--json"], tmp_path)
+
+    (warning,) = orjson.loads(as_json.stdout)["warnings"]
+    assert warning.startswith("in.jsonl:1: model 'claude-3-5-sonnet-20241022' ")
+    assert "use claude-sonnet-5-5 instead" in warning
+    assert (checked.returncode, as_json.returncode, estimated.returncode) == (0, 0, 0)
+    assert b"was retired on 2025-10-28" in checked.stderr
+    assert b"1 lines, 0 invalid, 1 warning(s)" in checked.stderr
+    assert warning in orjson.loads(estimated.stdout)["notes"]
+
+
 def test_a_sample_is_paid_for_once(tmp_path: Path) -> None:
     """`--sample N` sends N lines into the results of the run: that sends the rest, and minutes come from its limits."""
     body = b'{"custom_id":"q-%d","model":"gpt-6-luna","max_tokens":300,"messages":[{"role":"user","content":"%d"}]}\n'

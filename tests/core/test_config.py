@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import providers
 from pipeline.core import config, config_file, environment
 from pipeline.core.config import Config, Endpoint
 from pipeline.core.errors import ConfigError, UsageError
@@ -93,11 +94,13 @@ def test_the_shipped_file_mentions_every_setting() -> None:
     assert written == expected
 
 
-def test_the_fallback_models_are_those_of_the_seeds() -> None:
-    """Without a file the default models are the ones that the seeds name."""
-    models = {name: each.model for name, each in Config().providers.items()}
+def test_the_built_in_models_are_those_of_the_shipped_file() -> None:
+    """Without a file the default models are current, as in config.yaml: the first command works in any folder."""
+    shipped = yaml.safe_load(SHIPPED.read_text())["providers"]
 
-    assert models == {"anthropic": "claude-3-5-sonnet-20241022", "openai": "gpt-4o"}
+    for name, endpoint in Config().providers.items():
+        assert endpoint.model == shipped[name]["model"]
+        assert providers.retirement(name, endpoint, endpoint.model or "") is None
 
 
 def test_the_samples_are_valid() -> None:

@@ -202,13 +202,13 @@ def test_a_digest_changes_with_the_salt() -> None:
 @pytest.mark.parametrize(
     ("value", "provider", "model", "expected"),
     [
-        pytest.param(CHAT, None, None, ("anthropic", "claude-3-5-sonnet-20241022"), id="nothing said"),
+        pytest.param(CHAT, None, None, ("anthropic", "claude-haiku-5-5"), id="nothing said"),
         pytest.param({**CHAT, "model": "gpt-x"}, None, None, ("openai", "gpt-x"), id="told by the model"),
         pytest.param(
             {**CHAT, "model": "meta/llama"}, None, None, ("vllm", "meta/llama"), id="told by the user's pattern"
         ),
         pytest.param({**CHAT, "model": "unknown"}, None, None, ("anthropic", "unknown"), id="unknown model"),
-        pytest.param({**CHAT, "provider": "openai"}, None, None, ("openai", "gpt-4o"), id="line's provider"),
+        pytest.param({**CHAT, "provider": "openai"}, None, None, ("openai", "gpt-6-luna"), id="line's provider"),
         pytest.param(
             {**CHAT, "provider": "vllm", "model": "gpt-x"},
             None,
@@ -220,10 +220,10 @@ def test_a_digest_changes_with_the_salt() -> None:
             {**CHAT, "provider": "openai"},
             "anthropic",
             None,
-            ("openai", "gpt-4o"),
+            ("openai", "gpt-6-luna"),
             id="line's provider over --provider",
         ),
-        pytest.param(CHAT, "openai", None, ("openai", "gpt-4o"), id="--provider"),
+        pytest.param(CHAT, "openai", None, ("openai", "gpt-6-luna"), id="--provider"),
         pytest.param(CHAT, None, "gpt-x", ("openai", "gpt-x"), id="--model"),
         pytest.param(
             {**CHAT, "model": "claude-x"}, None, "gpt-x", ("anthropic", "claude-x"), id="line's model over --model"
@@ -352,7 +352,7 @@ def test_a_native_line_gets_the_defaults() -> None:
     request = planned(Planner(settings), {"custom_id": "a", "provider": "anthropic", "metadata": {"k": 2**70}, **CHAT})
 
     assert jsonl.loads(request.body) == {
-        "model": "claude-3-5-sonnet-20241022",
+        "model": "claude-haiku-5-5",
         "messages": [USER],
         "temperature": 0.5,
         "max_tokens": 4096,

@@ -1210,32 +1210,6 @@ def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
 # ── names of models ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("protocol", "model", "day"),
-    [
-        pytest.param(ANTHROPIC, "claude-3-5-sonnet-20241022", "2025-10-28", id="the seed's default"),
-        pytest.param(ANTHROPIC, "claude-3-opus-20240229", "2026-01-05", id="opus 3"),
-        pytest.param(ANTHROPIC, "claude-3-haiku-20240307", "2026-04-20", id="haiku 3"),
-        pytest.param(ANTHROPIC, "claude-sonnet-4-5-20250929", "2026-11-30", id="sonnet 4.5"),
-        pytest.param(ANTHROPIC, "claude-haiku-5-5", None, id="haiku 5.5"),
-        pytest.param(ANTHROPIC, "claude-opus-4-5", None, id="opus 4.5 is not opus 4"),
-        pytest.param(OPENAI, "gpt-4o", "2027-01-14", id="gpt-4o"),
-        pytest.param(OPENAI, "gpt-4o-mini-2024-07-18", "2027-01-14", id="dated"),
-        pytest.param(OPENAI, "gpt-4o-2024-05-13", "2026-10-23", id="the longest row wins"),
-        pytest.param(OPENAI, "gpt-4.1-nano", "2026-10-23", id="nano before its family"),
-        pytest.param(OPENAI, "gpt-5-mini", "2026-12-11", id="family"),
-        pytest.param(OPENAI, "gpt-5.6-sol", None, id="gpt-5.6 is not gpt-5"),
-        pytest.param(OPENAI, "claude-3-opus-20240229", None, id="another protocol"),
-    ],
-)
-def test_retirement(protocol: Protocol, model: str, day: str | None) -> None:
-    """A model whose last day is known is warned about, dated names and families included."""
-    warning = providers.retirement(protocol, model)
-
-    assert (warning is not None) is (day is not None)
-    assert (day or "") in (warning or "")
-
-
 def test_provider_of_a_model() -> None:
     """The model's name tells the provider; a user's own endpoint comes before the built-in ones."""
     own = {"vllm": {"protocol": "openai", "base_url": "https://llm.example/v1", "models": ["gpt-oss-*"]}}

@@ -26,6 +26,7 @@ from pipeline.accounting.verify import verify
 from pipeline.core import config as configuration
 from pipeline.core.config import Config
 from pipeline.core.errors import OpenAIAPIError, TryLaterError, UsageError
+from pipeline.runner.feed import PREVIEW_LINES
 from pipeline.runner.options import Options
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, answer_token, serving
@@ -667,19 +668,26 @@ async def test_a_ledger_that_fails_on_the_way_ends_no_run(tmp_path: Path) -> Non
     assert "ledger" in said[0]
 
 
-async def test_a_retired_model_is_told_before_it_is_asked(tmp_path: Path) -> None:
-    """Who would not pay for a refusal hears of it in time."""
-    source = _write(tmp_path / "in.jsonl", [{**_line("a", "anthropic"), "model": "claude-3-opus-20240229"}])
-    said: list[tuple[str, int]] = []
+@pytest.mark.parametrize("before", [0, PREVIEW_LINES + 10], ids=["in the first lines", "beyond the preview"])
+@pytest.mark.parametrize("lane", ["live", "batch"])
+async def test_a_retired_model_is_reported_before_it_is_asked(lane: str, before: int, tmp_path: Path) -> None:
+    """The user hears of a retired model and its successor once, before the first request for it is sent."""
+    old = {**_line("old", "anthropic"), "model": "claude-3-opus-20240229"}
+    source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(before)] + [old, {**old, "custom_id": "b"}])
+    heard: list[tuple[str, int]] = []
 
-    with _world() as (config, server):
+    with _world(latency=0.0, batch_seconds=0.1) as (config, server):
+        config = config.replace(lane=lane).with_("batches", poll_interval=0.05)
 
         def hear(message: str) -> None:
-            said.append((message, server.statistics()["received"]))
+            heard.append((message, server.statistics()["by_model"].get("claude-3-opus-20240229", 0)))
 
         await pipeline.run_batch([source], output=tmp_path / "out.jsonl", config=config, say=hear)
 
-    assert [calls for message, calls in said if "claude-3-opus-20240229" in message] == [0]
+    ((message, calls),) = [each for each in heard if "was retired on 2026-01-05" in each[0]]
+    assert message.startswith(f"{source}:{before + 1}: ")
+    assert "claude-opus-5-5" in message
+    assert calls == 0
 
 
 @pytest.mark.parametrize(

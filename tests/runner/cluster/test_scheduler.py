@@ -20,7 +20,7 @@ async def test_an_input_that_changes_while_it_is_cut_is_not_read_to_its_end(tmp_
     source = tmp_path / "in.jsonl"
     source.write_bytes(b'{"a": 1}\n' * 20)
     recorder = ResultWriter(tmp_path / "out.jsonl", run_id="run-x", on_done=lambda results: None)
-    intake = InputFeed([str(source)], Config(), Options(), recorder, Clock())
+    intake = InputFeed([str(source)], Config(), Options(), recorder, Clock(), lambda message: None)
     scheduler = Scheduler([str(source)], intake, limit=None)
     scheduler.begin(20, ahead=10)
     told: list[TryLaterError] = []
