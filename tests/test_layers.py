@@ -47,7 +47,7 @@ OWNERS = {
     "rich": {"cli", "accounting.report"},
     "sqlite3": {"accounting.ledger", "dispatch.live.shared_limits"},
     "click": {"cli"},
-    "genai_prices": {"accounting.pricing"},
+    "genai_prices": {"accounting.pricing", "accounting.rates"},
     "obstore": {"core.object_store"},
     "starlette": {"simulator"},
     "uvicorn": {"simulator"},

@@ -1,9 +1,9 @@
-"""Budget: what may still be spent. The worst case of each call is reserved before it is made, its real cost settled
-after, so whatever is in flight, the cap holds.
+"""The budget of a run. Each call reserves its worst-case cost before it is sent and settles its real cost afterwards.
 
-A call that does not fit waits until others are settled for less than they had reserved; when nothing is reserved any
-more and it still does not fit, the money is spent. A call whose outcome is unknown keeps its reserve: it may be billed.
-So does what is in a batch that nobody waits for any more: it is `held`.
+Calls in flight are covered by their reservations, so the cap holds at every moment. A call that does not fit waits
+until other calls settle for less than they reserved. If nothing is reserved and the call still does not fit, the budget
+is reached. A call with an unknown outcome keeps its reservation, because it may be billed. So does a batch that this
+run no longer waits for: its amount is `held`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from pipeline.core.errors import BudgetReachedError
 
 
 class Budget:
-    """A cap in nano-dollars (1e-9 USD); where it is not final more may be granted, and `awaited` is for what."""
+    """A spending cap. All amounts are nano-dollars (1e-9 USD).
+
+    A cap that is not final may be raised by `grant`; `awaited` is then the amount that a waiting call needs.
+    """
 
     def __init__(self, cap: int, *, is_final: bool = True) -> None:
         self.cap = cap
@@ -32,11 +35,11 @@ class Budget:
 
     @property
     def used(self) -> int:
-        """What is spent, and what is held for batches that a later run collects."""
+        """The amount spent, plus the amount held for batches that a later run collects."""
         return self.spent + self.held
 
     async def reserve(self, amount: int) -> None:
-        """Set an amount aside, as soon as it fits; raises `BudgetReachedError` when it never will."""
+        """Reserve an amount as soon as it fits. Raise `BudgetReachedError` if it can never fit."""
         while not self.try_reserve(amount):
             self.awaited = amount
             if not self._reserved and self.is_final:
@@ -45,41 +48,45 @@ class Budget:
             self.awaited = 0
 
     def reached(self, amount: int) -> BudgetReachedError:
-        """Return the error that says that this amount is not there any more."""
+        """Return the error for a call whose worst case is more than the rest of the budget."""
         return BudgetReachedError(
-            f"the budget is reached: {money.text(self.used)} of {money.text(self.cap)} are spent or held for batches, "
+            f"the budget is reached: {money.text(self.used)} of {money.text(self.cap)} is spent or held for batches, "
             f"and the next call may cost {money.text(amount)}; raise --max-cost, or budget in the configuration",
             amount=amount,
         )
 
     @property
     def room(self) -> int:
-        """What is neither used nor set aside."""
+        """The amount that is neither used nor reserved."""
         return self.cap - self.used - self._reserved
 
     def grant(self, amount: int | None) -> None:
-        """Raise the cap; None: no more will be granted."""
-        self.cap += amount or 0
-        self.is_final = amount is None
+        """Raise the cap by an amount. None makes the cap final."""
+        if amount is None:
+            self.is_final = True
+        else:
+            self.is_final = False
+            self.cap += amount
         self._announce()
 
     def try_reserve(self, amount: int) -> bool:
-        """Set an amount aside if it fits now; return whether it does."""
-        fits = amount <= self.room
-        self._reserved += amount if fits else 0
-        return fits
+        """Reserve an amount if it fits now. Return True if it did."""
+        if amount > self.room:
+            return False
+        self._reserved += amount
+        return True
 
     def take(self, amount: int) -> None:
-        """Set aside what is bought already, whether it fits or not."""
+        """Reserve an amount that is already committed, even if it does not fit."""
         self._reserved += amount
 
     def hold(self, reserved: int) -> None:
-        """Keep what was set aside, though nobody will settle it in this run."""
+        """Turn a reservation that this run will not settle into a held amount."""
         self.held += reserved
         self.settle(reserved, 0)
 
     def settle(self, reserved: int, spent: int) -> None:
-        """Give back what was set aside for a call, and take what it cost."""
+        """Release a call's reservation and add what the call cost."""
         self._reserved -= reserved
         self.spent += spent
         self._announce()
@@ -90,11 +97,14 @@ class Budget:
 
 
 def budget_of(settings: Config, *, spent_today: int = 0, spent_this_month: int = 0) -> Budget | None:
-    """Make the budget of a run, in nano-dollars: the tightest of the caps, less what other runs spent; None if none."""
+    """Return the budget of a run: the tightest cap, less what other runs have spent. None if no cap is set.
+
+    `spent_today` and `spent_this_month` are nano-dollars; the caps in the settings are dollars.
+    """
     caps = settings.budget
-    rooms = [
-        int(cap * money.NANO) - spent
-        for cap, spent in ((caps.per_run, 0), (caps.per_day, spent_today), (caps.per_month, spent_this_month))
-        if cap is not None
-    ]
-    return Budget(max(0, min(rooms))) if rooms else None
+    capped = ((caps.per_run, 0), (caps.per_day, spent_today), (caps.per_month, spent_this_month))
+    rooms = [int(cap * money.NANO) - spent for cap, spent in capped if cap is not None]
+    if not rooms:
+        return None
+    # Other runs may have spent more than a cap that was lowered since.
+    return Budget(max(0, min(rooms)))

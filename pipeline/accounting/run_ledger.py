@@ -1,4 +1,4 @@
-"""The ledger as one run sees it: opened before the first call, brought up to date now and then, closed at the end."""
+"""A run's row in the ledger: opened before the first call, updated every half minute, closed at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECONDS = 30.0
 
 
 class RunLedger:
-    """Keeps a run's account in the ledger; `accounts` is what the run adds up to so far."""
+    """Keeps one run's row and entries in the ledger. `accounts` holds the sums so far."""
 
     def __init__(self, path: Path, *, seconds: float = _SECONDS) -> None:
         self.accounts = UsageAggregator()
@@ -30,19 +30,20 @@ class RunLedger:
         self._seconds = seconds
 
     def open(self, run: RunRow) -> None:
-        """Note that a run goes on, so that it is known even if it is killed. Raises `StorageError`."""
+        """Record that a run has begun, so that the ledger knows of it even if it is killed. Raises `StorageError`."""
         self._record(run, ())
 
     def spent(self, now: datetime) -> tuple[int, int]:
-        """Return what real runs cost today and this month (UTC), in nano-dollars."""
+        """Return what real runs cost today and this month (UTC), in nano-dollars. Simulated runs do not count."""
         today = now.replace(hour=0, minute=0, second=0, microsecond=0)
         with Ledger.open(self._path) as ledger:
             return ledger.spent(today), ledger.spent(today.replace(day=1))
 
     async def keep(self, describe: Callable[[], RunRow], say: Callable[[str], None]) -> None:
-        """Bring the account up to date every half minute: a kill costs no more of it, and runs that begin later know.
+        """Update the ledger every half minute, until cancelled.
 
-        What cannot be written now is said and no reason to stop: the end of the run tells it all again.
+        So a killed run loses at most half a minute of its account, and runs that start meanwhile see what this one has
+        spent. An update that fails is reported and not fatal: the next one, or `close`, records everything again.
         """
         while True:
             await anyio.sleep(self._seconds)
@@ -52,12 +53,15 @@ class RunLedger:
                 say(exc.message)
 
     def close(self, run: RunRow, unknown: Sequence[LoggedCall], results: Path) -> None:
-        """Record a run as it ended, and what its results file holds of earlier runs that were killed."""
+        """Record how a run ended.
+
+        Runs of the same results file that still count as running were killed: their entries are rebuilt from it.
+        """
         self._record(run, self.accounts.entries(unknown))
         name = run.results_file or str(results)
         with Ledger.open(self._path) as ledger:
-            killed = ledger.runs(include_simulated=True, status=RUNNING, results_file=name)
-            killed = [replace(each, status=KILLED) for each in killed]
+            abandoned = ledger.runs(include_simulated=True, status=RUNNING, results_file=name)
+            killed = [replace(each, status=KILLED) for each in abandoned]
             for each in killed:
                 ledger.record(each, ())
             if killed:
@@ -69,20 +73,20 @@ class RunLedger:
 
 
 class NullRunLedger:
-    """For a part of a run: whoever joins the parts keeps the books."""
+    """Records nothing. Workers of a cluster use it: the driver records the whole run."""
 
     def __init__(self) -> None:
         self.accounts = UsageAggregator()
 
     def open(self, run: RunRow) -> None:
-        """Note nothing."""
+        """Record nothing."""
 
     def spent(self, now: datetime) -> tuple[int, int]:
-        """Return nothing: who deals out the money knows."""
+        """Return zero: the driver, which grants the budget, knows what was spent."""
         return 0, 0
 
     async def keep(self, describe: Callable[[], RunRow], say: Callable[[str], None]) -> None:
-        """Note nothing."""
+        """Record nothing."""
 
     def close(self, run: RunRow, unknown: Sequence[LoggedCall], results: Path) -> None:
-        """Note nothing."""
+        """Record nothing."""

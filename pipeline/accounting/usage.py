@@ -1,7 +1,7 @@
-"""Results -> the entries of the ledger: what each adds up to by day, provider, model and lane. Pure.
+"""Add results up into ledger entries, by day, provider, model and lane. Pure.
 
-The same for results that were just written and for lines that are read back, so that a ledger made again from the
-result files says what the runs themselves said.
+A run that writes results and `report --rebuild`, which reads them back, use the same sums. So a rebuilt ledger agrees
+with what the runs recorded.
 """
 
 from __future__ import annotations
@@ -18,33 +18,36 @@ _TOKENS = tuple(name for name in Entry.__slots__ if name.endswith("_tokens"))
 
 
 class UsageAggregator:
-    """The entries of one run, while it goes on."""
+    """Sums of one run in progress."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str, str, str], Counter[str]] = defaultdict(Counter)
 
     def add(self, record: StoredResult | Result, day: str) -> None:
-        """Count a result of a day (UTC, `2026-11-26`); an invalid line cost nothing."""
+        """Count a result under a day (UTC, as `2026-11-26`). Invalid lines are left out: they cost nothing."""
         if record.is_invalid:
             return
         sums = self._sums[day, record.provider or "", record.model or "", record.lane]
         sums["requests"] += 1
-        sums["succeeded" if record.success else "failed"] += 1
         sums["attempts"] += record.attempts
         if record.success:
+            sums["succeeded"] += 1
             sums["cost_nano"] += record.cost.nanos or 0
             sums["unpriced"] += record.cost.nanos is None
             sums["saved_nano"] += record.cost.saved
-        if usage := record.usage:
-            _add_tokens(sums, usage)
+        else:
+            sums["failed"] += 1
+        if record.usage:
+            _add_tokens(sums, record.usage)
         if record.failed_attempts:
             _add_failures(sums, record)
 
     def entries(self, unknown: Sequence[LoggedCall] = ()) -> list[Entry]:
-        """Return the entries; `unknown` are calls that may be billed and that no result tells of."""
+        """Return the entries so far. `unknown` are logged calls without a result: they may be billed."""
         sums = {key: Counter(counts) for key, counts in self._sums.items()}
-        for sent in unknown:
-            counts = sums.setdefault((sent.at[:10], sent.provider, sent.model, "live"), Counter())
+        for call in unknown:
+            day = call.at[:10]
+            counts = sums.setdefault((day, call.provider, call.model, "live"), Counter())
             counts.update(attempts=1, unknown=1)
         return [
             Entry(day=day, provider=provider, model=model, lane=lane, **counts)
@@ -65,5 +68,6 @@ def _add_failures(sums: Counter[str], record: StoredResult | Result) -> None:
 
 def _add_tokens(sums: Counter[str], usage: Usage) -> None:
     for name in _TOKENS:
-        if tokens := getattr(usage, name):  # most are 0 most of the time
+        tokens = getattr(usage, name)
+        if tokens:  # most kinds are 0 in most answers, and this runs for each result
             sums[name] += tokens
