@@ -139,6 +139,7 @@ def test_each_new_file_is_answered_once(folder: Folder, server: Server) -> None:
     assert (folder.path / "pipeline.log").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_a_run_leaves_to_another_what_that_one_is_at(folder: Folder, server: Server) -> None:
     """Run while the first file is held by a run that stands still: the others are answered, exit 75, no mail; the
     held run then finds them done, exit 0. Every line was billed once."""
@@ -394,7 +395,9 @@ def test_the_switch_is_told_of_a_run_that_was_stopped(folder: Folder, server: Se
     assert pinged == ["/check/start", "/check/143"]
 
 
-@pytest.mark.parametrize("mood", ["failing", "redirecting", "closing", "silent", "absent"])
+@pytest.mark.parametrize(
+    "mood", ["failing", "redirecting", "closing", pytest.param("silent", marks=pytest.mark.slow), "absent"]
+)
 def test_a_broken_switch_harms_nothing(mood: Any, folder: Folder) -> None:
     """Whatever the switch does, the run ends as without it; that it was not reached is told, its address is not."""
     (folder.inbox / "a.jsonl").write_bytes(_questions("a", 3))

@@ -318,6 +318,7 @@ def test_files_are_readable_by_the_owner_only(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
 
+@pytest.mark.slow
 def test_terminated_runs_can_be_repeated(server: Server, tmp_path: Path) -> None:
     """SIGTERM in the middle: exit 143 and the command to go on; repeated, nothing done is sent again."""
     body = b'{"custom_id":"q-%d","model":"gpt-6-luna","messages":[{"role":"user","content":"%d"}]}\n'

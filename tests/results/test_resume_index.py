@@ -507,6 +507,7 @@ async def run(folder: Path, content: list[bytes], config: Config, *, with_index:
     return await pipeline.run_batch([source], output=output, config=config, options=Options(**options))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(edits(), st.booleans(), st.booleans())
 async def test_runs_are_the_same_with_and_without_an_index(

@@ -225,6 +225,7 @@ async def test_an_unknown_model_is_given_up_alone(provider: str, tmp_path: Path)
     assert (summary.exit_code, summary.run.succeeded, summary.pending) == (3, 50, 50)
 
 
+@pytest.mark.slow
 @both_providers
 async def test_faults_are_overcome(provider: str, tmp_path: Path) -> None:
     """Rejections, outages, broken and cut answers lose no line; each failed attempt is told in its result."""

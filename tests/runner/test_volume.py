@@ -78,6 +78,7 @@ def test_ten_thousand_lines_at_five_hundred_in_flight(url: str, tmp_path: Path) 
         assert totals["tokens"][field] == sum(model[f"{field}_tokens"] for model in truth["by_model"].values())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(url: str, tmp_path: Path) -> None:
     """Ten times the lines (45 MB more of input) cost less than 25 MB more of memory."""
     small, large = tmp_path / "small.jsonl", tmp_path / "large.jsonl"

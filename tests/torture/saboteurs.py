@@ -380,7 +380,9 @@ def _passes(tests: Sequence[str], saboteur: Saboteur | None = None) -> bool:
                 shutil.copy(ROOT / name, root / name)
         if saboteur:
             saboteur.strike(root)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        # A slow test may catch a defect too. One test needs one process.
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not long", "-n", "0"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
         environ = os.environ | {"PYTHONPATH": str(root)}
         done = subprocess.run(
             command, cwd=root, env=environ, capture_output=True, text=True, timeout=_HANG_SECONDS, check=False

@@ -48,7 +48,7 @@ class Form:
     writes_json: bool = False
 
 
-_PYTEST = ("pytest", "-q", "--no-header", "-p", "no:cacheprovider")
+_PYTEST = ("pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not long", "-n", "0")
 FORMS = (
     Form(
         name="kill",

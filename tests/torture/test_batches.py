@@ -49,6 +49,7 @@ def _prove(trials: Mapping[str, Trial], folder: Path, *, kills: int = 0) -> None
     assert sum(verdict.kills for verdict in verdicts.values()) >= kills
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """What calls did for two chunks and nobody heard of is found again: uploads, batches, ends, results, cancelling."""
     trials = steps(["hang", "hang"])
@@ -57,12 +58,14 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
     _prove(trials, tmp_path, kills=len(trials))
 
 
+@pytest.mark.slow
 @needs("strace", "tracing")
 def test_a_kill_at_any_system_call_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Whatever part of a step was recorded when a run was killed, the next run continues from it."""
     _prove(system_calls({("write", JOURNAL): 4, ("fdatasync", RESULTS): 1}, step=3), tmp_path, kills=4)
 
 
+@pytest.mark.slow
 def test_kills_at_random_times_lose_and_double_nothing(tmp_path: Path) -> None:
     """Six times SIGKILL among 600 requests in several chunks, and one run to the end; the same where calls fail in all
     ways, done and not done, and some answers never come.
@@ -73,6 +76,7 @@ def test_kills_at_random_times_lose_and_double_nothing(tmp_path: Path) -> None:
     _prove(trials, tmp_path, kills=6)
 
 
+@pytest.mark.slow
 def test_lost_answers_need_nobody_to_repeat_the_command(tmp_path: Path) -> None:
     """Uploads and makings that were done or not, and that nobody confirms: the run ends well by itself. So do two jobs
     with one key whose batches have the same size.
@@ -84,6 +88,7 @@ def test_lost_answers_need_nobody_to_repeat_the_command(tmp_path: Path) -> None:
     _prove(trials, tmp_path)
 
 
+@pytest.mark.slow
 def test_cut_downloads_are_gone_on_with(tmp_path: Path) -> None:
     """Results that are cut at every tenth, again and again, bring every answer once and no half line."""
     _prove(cuts(CUTS, CUTS[::-1], CUTS_AND_KILLS), tmp_path, kills=4)
@@ -96,7 +101,7 @@ def _all_are_looked_at(job: BatchJob, counts: Counts) -> bool:
 @pytest.mark.parametrize(
     ("number", "exit_code", "polls", "seconds"),
     [
-        pytest.param(signal.SIGINT, 130, ["ok", "ok"], 3.0, id="SIGINT between two looks"),
+        pytest.param(signal.SIGINT, 130, ["ok", "ok"], 3.0, id="SIGINT between two looks", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, ["hang", "hang"], 0.5, id="SIGTERM amid a look"),
     ],
 )

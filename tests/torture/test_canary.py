@@ -106,7 +106,13 @@ def object_artefacts(folder: Path, faults: Sequence[Fault], key: str) -> Iterato
         errors += [cause for cause in (error.__cause__, error.__context__) if cause]
 
 
-@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(KEYS["of a provider"], id="of a provider"),
+        pytest.param(KEYS["without a mark"], id="without a mark", marks=pytest.mark.slow),
+    ],
+)
 def test_the_key_is_nowhere(tmp_path: Path, key: str) -> None:
     """No file, no output, no error and no repr holds twelve characters of the key, whatever a server echoes."""
     artefacts: dict[str, bytes] = {}

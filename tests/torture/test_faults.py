@@ -79,6 +79,7 @@ def test_a_fault_ends_as_its_row_says(quick: Trial, fault: Fault, protocol: str)
         assert {attempt["type"] for attempt in attempts(result)} <= fault.types
 
 
+@pytest.mark.slow
 @one_run
 @pytest.mark.parametrize(("fault", "protocol"), LATE, ids=trial.ids(LATE))
 def test_a_deadline_ends_what_never_ends(late: Trial, fault: Fault, protocol: str) -> None:
@@ -90,6 +91,7 @@ def test_a_deadline_ends_what_never_ends(late: Trial, fault: Fault, protocol: st
         assert {(attempt["type"], attempt["may_be_billed"]) for attempt in attempts(result)} <= {("timeout", True)}
 
 
+@pytest.mark.slow
 @one_run
 def test_no_call_outlives_its_deadline(late: Trial) -> None:
     """By the server's clock, no call lasts longer than the timeout."""
@@ -99,7 +101,7 @@ def test_no_call_outlives_its_deadline(late: Trial) -> None:
 
 
 @one_run
-@pytest.mark.parametrize("name", ["quick", "late"])
+@pytest.mark.parametrize("name", ["quick", pytest.param("late", marks=pytest.mark.slow)])
 def test_the_books_agree(name: str, request: pytest.FixtureRequest) -> None:
     """Lines, texts, tokens and calls are what the server's journal says: nothing lost, swapped, invented or hidden."""
     done: Trial = request.getfixturevalue(name)
@@ -122,6 +124,7 @@ def test_what_may_be_billed_is_counted(quick: Trial) -> None:
     assert quick.summary.attempts.unknown + with_usage >= quick.verdict.repeated_paid_calls
 
 
+@pytest.mark.slow
 @one_run
 def test_a_poison_costs_no_more_than_its_attempts(quick: Trial, late: Trial) -> None:
     """A record that fails for ever ends as a line error after `max_attempts` calls, by the server's count too."""
@@ -134,6 +137,7 @@ def test_a_poison_costs_no_more_than_its_attempts(quick: Trial, late: Trial) -> 
         assert 1 <= done.calls_for(record) <= MAX_ATTEMPTS
 
 
+@pytest.mark.slow
 @one_run
 def test_every_fault_was_met(quick: Trial, late: Trial) -> None:
     """The server's journal shows every fault of the table with both protocols: none is in it for show."""

@@ -535,6 +535,7 @@ def test_a_long_line_costs_no_memory(pack: Callable[[bytes], bytes]) -> None:
     assert found.peak_kb - without.peak_kb < 64 * 1024
 
 
+@pytest.mark.slow
 @needs_proc
 def test_memory_does_not_follow_the_lines() -> None:
     """Of each line only a fingerprint of its id is kept: 150,000 more cost some 3 MB. (The long form:

@@ -24,9 +24,9 @@ def test_every_defect_can_still_be_planted(saboteur: Saboteur) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("results are not synced", marks=needs("strace", "tracing")),
-        pytest.param("intents are not synced", marks=needs("strace", "tracing")),
-        "a torn tail is not repaired",
+        pytest.param("results are not synced", marks=[pytest.mark.slow, needs("strace", "tracing")]),
+        pytest.param("intents are not synced", marks=[pytest.mark.slow, needs("strace", "tracing")]),
+        pytest.param("a torn tail is not repaired", marks=pytest.mark.slow),
         "retry-after is ignored",
     ],
 )
@@ -35,6 +35,7 @@ def test_a_planted_defect_is_caught(name: str) -> None:
     assert is_caught(BY_NAME[name])
 
 
+@pytest.mark.slow
 @needs("mkfs.ext4", "loop devices")
 def test_the_power_cut_can_fail() -> None:
     """Without syncing, cutting the power undoes what was reported: the test above it has teeth.

@@ -48,7 +48,9 @@ def test_cron_gets_a_finished_job_and_a_readable_log(job: Job) -> None:
 
 
 @needs("faketime")
-@pytest.mark.parametrize("jumps", ["-1h", "+1d", "+1y"])
+@pytest.mark.parametrize(
+    "jumps", ["-1h", pytest.param("+1d", marks=pytest.mark.slow), pytest.param("+1y", marks=pytest.mark.slow)]
+)
 def test_the_wall_clock_may_jump(jumps: str, job: Job) -> None:
     """A clock that is set back an hour or on a day or a year in the middle of a run changes nothing."""
     clock = job.folder / "clock"

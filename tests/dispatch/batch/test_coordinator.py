@@ -98,7 +98,9 @@ def line(number: int, provider: str, text: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("count", [12_000, pytest.param(120_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(12_000, marks=pytest.mark.slow), pytest.param(120_000, marks=pytest.mark.long)]
+)
 async def test_very_many_requests_of_both_providers(
     count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -154,6 +156,7 @@ async def test_what_expired_goes_with_the_next_batch(
     assert {attempt["type"] for result in again for attempt in result["failed_attempts"]} == {"batch_expired"}
 
 
+@pytest.mark.slow
 @both_providers
 async def test_what_expired_goes_live_in_the_lane_auto(
     provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

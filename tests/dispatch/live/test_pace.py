@@ -28,6 +28,7 @@ class Batch(Run):
         self.sender.close()
 
 
+@pytest.mark.slow
 @both_providers
 async def test_a_limit_that_is_told_is_used_to_the_full(provider: str) -> None:
     """Learned from headers alone: 98 % of what ten minutes allow, at most one refusal in a thousand."""
@@ -39,6 +40,7 @@ async def test_a_limit_that_is_told_is_used_to_the_full(provider: str) -> None:
     assert pace.refused_share <= 0.001
 
 
+@pytest.mark.slow
 @both_providers
 async def test_a_cap_of_the_users_is_used_to_the_full_and_never_exceeded(provider: str) -> None:
     """A cap below the provider's limit: 98 % of it after the first minute, never above it, nothing refused."""
@@ -53,8 +55,12 @@ async def test_a_cap_of_the_users_is_used_to_the_full_and_never_exceeded(provide
 @pytest.mark.parametrize(
     ("provider", "limits", "kind", "allowed"),
     [
-        pytest.param("anthropic", {"input_tpm": 200_000}, "input_tokens", 2_200_000, id="anthropic input"),
-        pytest.param("anthropic", {"output_tpm": 50_000}, "output_tokens", 550_000, id="anthropic output"),
+        pytest.param(
+            "anthropic", {"input_tpm": 200_000}, "input_tokens", 2_200_000, id="anthropic input", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "anthropic", {"output_tpm": 50_000}, "output_tokens", 550_000, id="anthropic output", marks=pytest.mark.slow
+        ),
         pytest.param("openai", {"input_tpm": 200_000}, "input_tokens", 2_200_000, id="openai tokens"),
     ],
 )
@@ -79,6 +85,7 @@ async def test_openai_charges_the_answers_bound() -> None:
     assert run.counts["rejected"] == 0
 
 
+@pytest.mark.slow
 @both_providers
 @pytest.mark.parametrize(
     ("told", "settles"),
@@ -98,6 +105,7 @@ async def test_a_limit_that_changes_is_followed(provider: str, told: dict[str, A
     assert pace.refused_share <= 0.02
 
 
+@pytest.mark.slow
 @both_providers
 @pytest.mark.parametrize(
     "told", [pytest.param({"rate_headers": False}, id="hint only"), pytest.param(SILENT, id="nothing")]

@@ -103,6 +103,7 @@ async def _close_later(gate: RateLimiter, after: float, seconds: float) -> None:
     gate.close_for(seconds)
 
 
+@pytest.mark.slow
 async def test_a_rate_that_was_found_and_does_not_bind_does_not_grow_for_ever() -> None:
     """One stray refusal and then hours at a slower pace leave the found rate near what is really sent."""
     gate = RateLimiter(Limits())

@@ -150,6 +150,7 @@ async def test_what_fits_the_limit_fits_a_share_of_it() -> None:
 # ── together ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", list(MODELS))
 class TestFourRuns:
     pytestmark = virtual

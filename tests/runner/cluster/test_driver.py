@@ -215,7 +215,7 @@ async def test_a_wrong_key_ends_it_for_all(tmp_path: Path) -> None:
     assert summary.ends_all
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 2.0])
+@pytest.mark.parametrize("share", [0.05, pytest.param(0.2, marks=pytest.mark.slow), 2.0])
 async def test_a_cap_is_one_of_all_workers(tmp_path: Path, share: float) -> None:
     """Money is dealt out in parts: together they never spend more, and little of it is left unused."""
     source = _write(tmp_path / "in.jsonl", _lines())

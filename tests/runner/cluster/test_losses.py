@@ -129,6 +129,7 @@ async def test_a_second_signal_undoes_and_doubles_nothing(tmp_path: Path, moment
     assert verify(output, [str(source)], config).exit_code == 0
 
 
+@pytest.mark.slow
 async def test_a_cap_on_requests_holds_over_parts(tmp_path: Path) -> None:
     """Each part has few lines, and no bucket of its own: ten lines at two a second take four seconds at least."""
     sources = [_write(tmp_path / f"{n}.jsonl", [_line(1, custom_id=f"q-{n}", pad="x" * 600)]) for n in range(12)]
