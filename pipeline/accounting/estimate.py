@@ -1,9 +1,9 @@
-"""`pipeline estimate`: what a run would send now, what that costs in either lane, and how long it takes.
+"""`pipeline estimate`: what a run would send now, its cost in both lanes, and how long it takes.
 
-Input is estimated from its size. Answers to the same input, where RESULTS holds some, put that right and tell how long
-answers are; so a sample needs nothing of its own here: it is a run of the first lines. Without them the ledger tells
-how long a model's answers were so far, and without that only `max_tokens` is known: no expectation is made up.
-Left out, as nothing tells it beforehand: what caches save, web searches, calls that fail.
+Input tokens are estimated from the size of the input. If the results file has answers to the same input, they correct
+that estimate and show how long answers are. So a sample needs no code of its own here: it is a run of the first lines.
+Without such answers, the ledger has the mean length of a model's earlier answers. Without either, only `max_tokens` is
+known, and no expected cost is made up. Cache savings, web searches and failed calls cannot be known and are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from pipeline.results import codec, writer
 from pipeline.results.writer import Done
 
 LIVE = "live"
-_LEARNED_FROM = 10_000  # answers to the same input: more would tell nothing new and fill the memory
+
+# Answers to the same input to learn from. More would add nothing and fill the memory.
+_LEARNED_FROM = 10_000
 
 Model = tuple[str, str]
 """A provider and the name of a model, as lines ask for it."""
@@ -39,7 +41,7 @@ Model = tuple[str, str]
 
 @dataclass(slots=True)
 class Sum:
-    """A sum over requests: what is known of it, and for how many of them nothing is."""
+    """A sum over requests, with the number of requests whose amount is unknown."""
 
     known: int = 0
     counted: int = 0
@@ -54,18 +56,22 @@ class Sum:
 
     @property
     def amount(self) -> int | None:
-        """The sum; None where nothing is known of any request, as unknown is not zero."""
-        return self.known if self.counted or not self.missing else None
+        """The sum. None if it is unknown for every request, because unknown is not zero."""
+        if self.missing and not self.counted:
+            return None
+        return self.known
 
     @property
     def usd(self) -> float | None:
-        """The sum of nano-dollars in dollars."""
-        return None if self.amount is None else money.dollars(self.amount)
+        """A sum of nano-dollars, in dollars."""
+        if self.amount is None:
+            return None
+        return money.dollars(self.amount)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
-    """What one request costs in one lane, in nano-dollars; None where its price or its length is not known."""
+    """The cost of one request in one lane, in nano-dollars. None if its price or its length is unknown."""
 
     expected: int | None
     at_most: int | None
@@ -74,7 +80,7 @@ class Quote:
 
 @dataclass(slots=True)
 class Costs:
-    """What requests cost in one lane, in nano-dollars."""
+    """The cost of requests in one lane, in nano-dollars."""
 
     expected: Sum = field(default_factory=Sum)
     at_most: Sum = field(default_factory=Sum)
@@ -92,10 +98,10 @@ class Costs:
 
 @dataclass(slots=True)
 class Figures:
-    """What some requests use and cost.
+    """Token use and cost of requests.
 
-    `output_expected` misses the requests of which nothing tells how long their answers are, `output_at_most` those
-    that name no `max_tokens`: one of them, and there is no bound, as a part of it would bound nothing.
+    `output_expected` misses requests whose answer length is unknown; `output_at_most` misses requests without
+    `max_tokens`. A single such request leaves the total without an upper bound.
     """
 
     requests: int = 0
@@ -132,7 +138,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How many minutes a model's requests take at least in the live lane, and the limit that says so."""
+    """The minimum minutes that a model's requests take in the live lane, and the limit that decides it."""
 
     minutes: float
     limit: Allowance
@@ -146,8 +152,8 @@ class Pace:
 class Row:
     """The requests of one model. `basis` says in words where the expected output comes from.
 
-    `input_ratio` is by what the estimate of input was multiplied, None where nothing told it. `pace` is None where no
-    limit is known.
+    `input_ratio` is the factor that corrects the estimate of input tokens, None without answers to learn from. `pace`
+    is None if no limit is known.
     """
 
     provider: str
@@ -158,14 +164,22 @@ class Row:
     pace: Pace | None
 
     def as_dict(self) -> dict[str, Any]:
-        pace = self.pace.as_dict() if self.pace else {"minutes": None, "limit": None}
-        told = {"basis": self.basis, "input_ratio": self.input_ratio}
-        return {"provider": self.provider, "model": self.model} | self.figures.as_dict() | told | pace
+        pace: dict[str, Any] = {"minutes": None, "limit": None}
+        if self.pace:
+            pace = self.pace.as_dict()
+        return {
+            "provider": self.provider,
+            "model": self.model,
+            **self.figures.as_dict(),
+            "basis": self.basis,
+            "input_ratio": self.input_ratio,
+            **pace,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a run would send now. Of the `lines`, `invalid` are no requests and `done` have a result already."""
+    """What a run would send now. Of the `lines`, `invalid` are not valid requests and `done` already have a result."""
 
     lines: int
     invalid: int
@@ -182,33 +196,38 @@ class Estimate:
 
     @property
     def minutes(self) -> float | None:
-        """What the slowest model takes, as they run beside each other; None where no limit is known."""
+        """Minutes of the slowest model, because models run side by side. None if no limit is known."""
         return max((row.pace.minutes for row in self.rows if row.pace), default=None)
 
     @property
     def notes(self) -> list[str]:
-        """How it was reckoned and what is missing, in words."""
+        """Notes for the reader: how the estimate was made, and what it cannot know."""
         if not self.rows:
             return []
-        total = self.total
         notes = [
             *self.retired_models,
-            "input is estimated from its size (text: within some 25 %); caches, searches and retries are left out",
+            "input is estimated from its size (text: within about 25 %); caches, searches and retries are left out",
         ]
         if any(row.figures.is_bounded for row in self.rows):
-            notes.append("at most: every answer as long as its max_tokens allows, input of the dearest kind it may be")
-        if count := total.output_expected.missing:
             notes.append(
-                f"nothing tells how long {count:,} answer(s) will be: --sample 20 sends the first 20 lines to find out"
+                "at most: every answer as long as its max_tokens allows, input at the highest price it can have"
             )
-        if count := total.output_at_most.missing:
-            notes.append(f"{count:,} request(s) name no max_tokens, so nothing bounds their answers: --max-tokens does")
-        if count := total.live.unpriced:
-            notes.append(f"{count:,} request(s) have no known price: costs are higher than shown")
-        if count := total.batch.unpriced - total.live.unpriced:
-            notes.append(f"{count:,} request(s) have no known price in a batch")
+        unknown_length = self.total.output_expected.missing
+        if unknown_length:
+            notes.append(
+                f"the length of {unknown_length:,} answer(s) is unknown: --sample 20 sends 20 lines to learn it"
+            )
+        unbounded = self.total.output_at_most.missing
+        if unbounded:
+            notes.append(f"{unbounded:,} request(s) have no max_tokens, so their cost has no bound: set --max-tokens")
+        unpriced = self.total.live.unpriced
+        if unpriced:
+            notes.append(f"{unpriced:,} request(s) have no known price: costs are higher than shown")
+        unpriced_in_batch = self.total.batch.unpriced - unpriced
+        if unpriced_in_batch:
+            notes.append(f"{unpriced_in_batch:,} request(s) have no known price in a batch")
         if not all(row.pace for row in self.rows):
-            notes.append("minutes are told where limits are known: from --rpm and the like, or from a sample's answers")
+            notes.append("minutes are shown where limits are known: from --rpm and similar options, or from a sample")
         return notes
 
     def as_dict(self) -> dict[str, Any]:
@@ -239,13 +258,17 @@ def estimate(
     learned: Mapping[Model, Sequence[Allowance]] | None = None,
     at: datetime,
 ) -> Estimate:
-    """Reckon what a run of the inputs would send now, at the prices of a moment (with its zone).
+    """Estimate what a run of the inputs would send now, at the prices of the moment `at` (with its zone).
 
-    What the results at `path` hold is left out, and learned from; `called` is their name, where that is another.
-    `learned` are the allowances that a sample met.
+    Requests with a result at `path` are left out, and their answers are learned from. `called` is the name of the
+    results if that differs from the path. `learned` are the rate limits that a sample met.
+
+    Raises `UsageError` if the inputs or the results cannot be read.
     """
     sources = reader.sources(inputs)
-    earlier = _Earlier.read(path) if path and path.is_file() else _Earlier()
+    earlier = _Earlier()
+    if path and path.is_file():
+        earlier = _Earlier.read(path)
 
     retired = RetiredModels(settings, model=model, today=at.astimezone(UTC).date())
     notices: list[str] = []
@@ -260,7 +283,11 @@ def estimate(
                     notices.append(notice)
                 yield item
 
-    answers = earlier.answers(items()) if earlier.usages and STDIN not in sources else {}
+    # Learning reads the input once more, so stdin cannot be learned from.
+    past: Mapping[Model, _Past] = {}
+    if earlier.usages and STDIN not in sources:
+        past = earlier.answers(items())
+
     prices = Prices(settings)
     tallies: dict[Model, _Tally] = {}
     total = Figures()
@@ -269,21 +296,26 @@ def estimate(
         lines += 1
         if isinstance(item, Invalid):
             invalid += 1
-        elif earlier.done.outcome(writer.key(item.custom_id, item.digest)) is not None:
+            continue
+        if earlier.done.outcome(writer.key(item.custom_id, item.digest)) is not None:
             done += 1
-        else:
-            name = item.provider, item.model
-            if name not in tallies:
-                tallies[name] = _Tally(name, settings, answers.get(name) or _history(ledger, *name), prices, at)
-            tallies[name].add(item, total)
-    rows = [tally.row((learned or {}).get(name, ())) for name, tally in tallies.items()]
+            continue
+        name = item.provider, item.model
+        if name not in tallies:
+            tallies[name] = _Tally(name, settings, past.get(name) or _history(ledger, *name), prices, at)
+        tallies[name].add(item, total)
+
+    learned = learned or {}
+    rows = [tally.row(learned.get(name, ())) for name, tally in tallies.items()]
+    rows.sort(key=lambda row: (-row.figures.live.expected.known, -row.figures.requests, row.model))
+    results_file = str(path) if path else None
     return Estimate(
         lines=lines,
         invalid=invalid,
         done=done,
-        results_file=called or (str(path) if path else None),
+        results_file=called or results_file,
         total=total,
-        rows=sorted(rows, key=lambda row: (-row.figures.live.expected.known, -row.figures.requests, row.model)),
+        rows=rows,
         price_source=prices.source,
         retired_models=notices,
     )
@@ -299,45 +331,63 @@ class _Tally:
         self._at = at
         self._caps = _caps(settings.limits.of(*name))
         self._codec = providers.codec(config.protocol(settings.providers[name[0]]))
+        # The sums that `add` changes. `_needs` is the use of each kind of limit; `_output` starts at one half so that
+        # truncating it rounds.
         self._figures = Figures()
         self._needs: dict[str, float] = defaultdict(float)
-        self._output = 0.5  # so that cutting it off rounds
+        self._output = 0.5
 
     def add(self, request: Request, total: Figures) -> None:
-        ratio = (self._past and self._past.input_ratio) or 1.0
+        """Count a request, here and in the total."""
+        ratio = 1.0
+        if self._past and self._past.input_ratio:
+            ratio = self._past.input_ratio
         input_tokens = max(1, round(request.estimated_input_tokens * ratio))
         at_most = request.max_output_tokens
         expected = self._expected(at_most)
-        quotes = [self._quote(request, input_tokens, expected, lane) for lane in (LIVE, BATCH)]
+        live = self._quote(request, input_tokens, expected, LIVE)
+        batch = self._quote(request, input_tokens, expected, BATCH)
         for figures in (self._figures, total):
-            figures.add(input_tokens, expected, at_most, *quotes)
+            figures.add(input_tokens, expected, at_most, live, batch)
+
         likely = at_most if expected is None else expected
         for kind, amount in self._codec.charge(input_tokens, likely or 0, at_most).items():
             self._needs[kind] += amount
 
     def row(self, learned: Sequence[Allowance]) -> Row:
-        if self._past:
-            basis = str(self._past)
-        else:
-            basis = "max_tokens only" if self._figures.output_at_most.counted else "nothing tells the output"
-            if self._figures.output_at_most.missing:
-                self._needs.pop("output_tokens", None)
-        paces = [
-            Pace(minutes=self._needs[limit.kind] / limit.per_minute, limit=limit)
-            for limit in (*self._caps, *(limit for limit in learned if limit.source != "cap"))
-            if limit.kind in self._needs
-        ]
+        """Return the sums. `learned` are the rate limits that a sample met."""
         return Row(
             provider=self._name[0],
             model=self._name[1],
             figures=self._figures,
-            basis=basis,
+            basis=self._basis(),
             input_ratio=self._past.input_ratio if self._past else None,
-            pace=max(paces, key=lambda pace: pace.minutes, default=None),
+            pace=self._pace(learned),
         )
 
+    def _basis(self) -> str:
+        if self._past:
+            return str(self._past)
+        if self._figures.output_at_most.counted:
+            return "max_tokens only"
+        return "output length unknown"
+
+    def _pace(self, learned: Sequence[Allowance]) -> Pace | None:
+        """Return the slowest pace that any known limit allows."""
+        needs = dict(self._needs)
+        if self._past is None and self._figures.output_at_most.missing:
+            # Some answers have neither an expected nor a largest length, so the sum is too small.
+            needs.pop("output_tokens", None)
+        reported = [limit for limit in learned if limit.source != "cap"]
+        paces = [
+            Pace(minutes=needs[limit.kind] / limit.per_minute, limit=limit)
+            for limit in (*self._caps, *reported)
+            if limit.kind in needs
+        ]
+        return max(paces, key=lambda pace: pace.minutes, default=None)
+
     def _expected(self, at_most: int | None) -> int | None:
-        """Return whole tokens for one answer, such that over many they add up to the mean."""
+        """Return whole tokens for one answer, such that many of them add up to the mean."""
         if self._past is None:
             return None
         before = int(self._output)
@@ -352,17 +402,19 @@ class _Tally:
             lane=lane,
             at=self._at,
         )
-        usage = None if expected is None else Usage(input_tokens=input_tokens, output_tokens=expected)
-        at_most = request.max_output_tokens
-        return Quote(
-            expected=rates.cost(usage) if rates and usage else None,
-            at_most=None
-            if at_most is None
-            else self._prices.worst_case(
-                request, input_tokens=input_tokens, max_output_tokens=at_most, lane=lane, at=self._at
-            ),
-            is_priced=rates is not None,
-        )
+        expected_cost = None
+        if rates and expected is not None:
+            expected_cost = rates.cost(Usage(input_tokens=input_tokens, output_tokens=expected))
+        at_most_cost = None
+        if request.max_output_tokens is not None:
+            at_most_cost = self._prices.worst_case(
+                request,
+                input_tokens=input_tokens,
+                max_output_tokens=request.max_output_tokens,
+                lane=lane,
+                at=self._at,
+            )
+        return Quote(expected=expected_cost, at_most=at_most_cost, is_priced=rates is not None)
 
 
 def _caps(caps: Limits) -> list[Allowance]:
@@ -373,12 +425,12 @@ def _caps(caps: Limits) -> list[Allowance]:
     ]
 
 
-# ── what is known of earlier answers ──────────────────────────────────────────────────────────────────────────────
+# ── earlier answers ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Past:
-    """What a model's answers were like: how many, output tokens of each, input tokens against their estimate."""
+    """A model's earlier answers: their number, mean output tokens, and real input tokens over estimated ones."""
 
     origin: str
     answers: int
@@ -391,7 +443,7 @@ class _Past:
 
 
 def _history(ledger: Path, provider: str, model: str) -> _Past | None:
-    """Return what the ledger tells of a model; none is made where there is none."""
+    """Return what the ledger knows of a model. A missing ledger is not created."""
     if not ledger.exists():
         return None
     with Ledger.open(ledger) as book:
@@ -403,7 +455,7 @@ def _history(ledger: Path, provider: str, model: str) -> _Past | None:
 
 
 class _Earlier:
-    """What a results file holds: what is done, and what the first answers used."""
+    """The content of a results file: which requests are done, and the usage of the first answers."""
 
     def __init__(self) -> None:
         self.done = Done()
@@ -411,7 +463,7 @@ class _Earlier:
 
     @classmethod
     def read(cls, path: Path) -> _Earlier:
-        """Read a results file as far as it can be understood; a run may be writing it."""
+        """Read a results file. Skip lines that cannot be read, because a run may be writing it."""
         earlier = cls()
         try:
             with path.open("rb") as file:
@@ -427,7 +479,7 @@ class _Earlier:
         return earlier
 
     def answers(self, items: Iterator[Request | Invalid]) -> dict[Model, _Past]:
-        """Return what the answers were like, by model as their lines ask for it; reads no further than it must."""
+        """Return the earlier answers by model, as their input lines name it. Stops once all are matched."""
         met: dict[Model, _Answers] = defaultdict(_Answers)
         left = dict(self.usages)
         for item in items:
@@ -455,9 +507,12 @@ class _Answers:
         self.output_tokens += usage.output_tokens
 
     def past(self) -> _Past:
+        ratio = None
+        if self.input_tokens and self.estimated:
+            ratio = self.input_tokens / self.estimated
         return _Past(
             origin="this input",
             answers=self.count,
             output_tokens=self.output_tokens / self.count,
-            input_ratio=self.input_tokens / self.estimated if self.input_tokens and self.estimated else None,
+            input_ratio=ratio,
         )

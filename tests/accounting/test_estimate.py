@@ -160,7 +160,7 @@ def test_one_line_without_max_tokens_leaves_no_bound(tmp_path: Path) -> None:
     assert dollars(only(told)) == [0.00007, None, 0.000035, None]
     assert told.as_dict()["output_tokens"] == {"expected": 100, "at_most": None}
     assert told.as_dict()["requests_without_max_tokens"] == 1
-    assert any("1 request(s) name no max_tokens" in note for note in told.notes)
+    assert any("1 request(s) have no max_tokens" in note for note in told.notes)
 
 
 def test_what_has_no_price_costs_nobody_knows_what(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_without_limits_there_are_no_minutes(tmp_path: Path) -> None:
     unknown = look(tmp_path, [line()], Config().with_("limits", output_tpm=10))
 
     assert (unlimited.minutes, unknown.minutes) == (None, None)
-    assert any(note.startswith("minutes are told where") for note in unlimited.notes)
+    assert any(note.startswith("minutes are shown where") for note in unlimited.notes)
 
 
 # ── on the screen ─────────────────────────────────────────────────────────────────────────────────────────────────

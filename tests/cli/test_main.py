@@ -156,7 +156,7 @@ def test_an_estimate_is_told_and_nothing_is_sent(server: Server, tmp_path: Path)
     estimate = orjson.loads(as_json.stdout)
     assert (table.returncode, table.stderr, as_json.returncode, as_json.stderr) == (0, b"", 0, b"")
     assert b"31 lines: 31 to send" in table.stdout
-    assert b"nothing tells how long 31 answer(s) will be" in table.stdout
+    assert b"the length of 31 answer(s) is unknown" in table.stdout
     assert (estimate["requests"], estimate["minutes"]) == (31, 2.0)
     assert estimate["live"]["at_most"] > estimate["batch"]["at_most"] > 0
     assert bad.returncode == 1
