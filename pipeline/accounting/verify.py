@@ -1,4 +1,7 @@
-"""`pipeline verify`: proves from the files alone that nothing is missing, torn, twice or wrongly summed. Reads only."""
+"""`pipeline verify`: prove from the files alone that no result is missing, damaged, duplicated or wrongly summed.
+
+It only reads.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ _LEDGER_SUMS = ("succeeded", "failed", "input_tokens", "output_tokens", "cost_na
 
 @dataclass(slots=True)
 class VerifyReport:
-    """What was found: how much was looked at, what is wrong, what a person should know all the same.
+    """The outcome: how many results and input lines were read, the problems, and notes that are not problems.
 
-    `problems` counts every kind of problem, `shown` holds the first few of them in words.
+    `problems` counts problems by kind; `shown` describes the first of them.
     """
 
     results: int = 0
@@ -45,8 +48,10 @@ class VerifyReport:
 
     @property
     def exit_code(self) -> int:
-        """6 when results are damaged, 1 when anything else is wrong, else 0."""
-        return 6 if self.problems["damaged"] else int(self.problems.total() > 0)
+        """6 if results are damaged, 1 for any other problem, else 0."""
+        if self.problems["damaged"]:
+            return 6
+        return int(self.problems.total() > 0)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -67,13 +72,17 @@ def verify(
     ledger: Path | None = None,
     name: str | Path | None = None,
 ) -> VerifyReport:
-    """Look at a results file, its totals, what a ledger says of its runs, and whether each line of `inputs` has one.
+    """Check a results file against its totals file, against the ledger, and against the lines of `inputs`.
 
-    `name` is what the results are called: the folder at a store where the file is a copy of that.
+    `name` is what messages call the results: the URL of the object store folder if `path` is a copy of one.
+
+    Raises `UsageError` if there are no results.
     """
     name = name or path
     if not path.is_file():
-        raise UsageError(f"the results {str(name)!r} are not a file" if name == path else f"{name!r} holds no results")
+        if name == path:
+            raise UsageError(f"the results {str(name)!r} are not a file")
+        raise UsageError(f"{name!r} has no results")
     report = VerifyReport()
     totals = Totals()
     ids = _results(path, name, report, totals)
@@ -86,10 +95,10 @@ def verify(
 
 
 def _results(path: Path, name: str | Path, report: VerifyReport, totals: Totals) -> FingerprintMap:
-    """Read every result line; return how many lines each id has.
+    """Read every result line. Return the number of lines of each id.
 
-    An id stands once among the requests, but a line that could not be sent may bear any: it may well have been given
-    up because its id stands elsewhere. Such a line is told from others by its digest.
+    Each id has one result. Invalid lines are the exception: they may share an id with another line, which may be why
+    they are invalid. They are identified by their digest.
     """
     ids = FingerprintMap()
     seen = FingerprintSet()
@@ -101,10 +110,15 @@ def _results(path: Path, name: str | Path, report: VerifyReport, totals: Totals)
             continue
         report.results += 1
         totals.add(record)
-        mark = fingerprint(record.custom_id)
-        ids.put(mark, (ids.get(mark) or 0) + 1)
-        if not seen.add(fingerprint(record.custom_id, record.digest) if record.is_invalid else mark):
-            report.add("twice", f"{name}:{number}: {record.custom_id!r} has a result before; a finished run keeps one")
+        id_hash = fingerprint(record.custom_id)
+        ids.put(id_hash, (ids.get(id_hash) or 0) + 1)
+        identity = id_hash
+        if record.is_invalid:
+            identity = fingerprint(record.custom_id, record.digest)
+        if not seen.add(identity):
+            report.add(
+                "twice", f"{name}:{number}: {record.custom_id!r} has an earlier result; repeat the run to keep one"
+            )
     return ids
 
 
@@ -116,7 +130,7 @@ def _lines(path: Path, name: str | Path, report: VerifyReport) -> Iterator[tuple
                 yield number, line
         file.seek(max(0, size - 1))
         if size and file.read(1) != b"\n":
-            report.add("damaged", f"{name}: the last line has no end: the run was killed, repeat it")
+            report.add("damaged", f"{name}: the last line is incomplete: the run was killed; repeat it")
 
 
 def _totals(path: Path, of: str | Path, report: VerifyReport, totals: Totals) -> None:
@@ -124,47 +138,54 @@ def _totals(path: Path, of: str | Path, report: VerifyReport, totals: Totals) ->
     file = files.beside(path, ".usage.json")
     name = file if of == path else f"{of}usage.json"
     try:
-        told = orjson.loads(file.read_bytes())
+        recorded = orjson.loads(file.read_bytes())
     except FileNotFoundError:
-        report.add("totals", f"{name}: is not there: no run of {of} has ended yet, repeat it")
+        report.add("totals", f"{name}: missing: no run of {of} has ended yet; repeat it")
         return
     except (OSError, orjson.JSONDecodeError) as exc:
         report.add("totals", f"{name}: cannot be read: {exc}")
         return
-    match told:
+    match recorded:
         case {"results": {"cost": {"price_source": price_source}} as stated, "possibly_billed": [*unknown]}:
             pass
         case _:
-            report.add("totals", f"{name}: does not hold what a run writes, repeat it")
+            report.add("totals", f"{name}: not a totals file that a run writes; repeat the run")
             return
-    if told.get("status") != "completed":
-        report.notes.append(f"the last run has not finished: {told.get('stop_reason') or told.get('status')}")
+    if recorded.get("status") != "completed":
+        reason = recorded.get("stop_reason") or recorded.get("status")
+        report.notes.append(f"the last run has not finished: {reason}")
     if unknown:
-        report.notes.append(f"{len(unknown):,} call(s) may be billed without an answer; see possibly_billed in {name}")
+        report.notes.append(f"{len(unknown):,} call(s) may be billed but have no answer; see possibly_billed in {name}")
     for key, found in totals.as_dict(price_source).items():
         if stated.get(key) != found:
-            report.add("totals", f"{name}: results.{key} is {stated.get(key)}, and the lines add up to {found}")
+            report.add("totals", f"{name}: results.{key} is {stated.get(key)}, but the lines add up to {found}")
 
 
 def _ledger(path: Path, name: str | Path, ledger: Path, report: VerifyReport) -> None:
-    """Compare what the ledger says of each run with what the lines say; calls that no line tells of do not count."""
+    """Compare the ledger's sums of each run with the sums over its lines. Calls without a result line do not count."""
     with Ledger.open(ledger) as book:
         recorded = book.entries(include_simulated=True)
     for run, entries in rebuild.entries_of(path).items():
         if run not in recorded:
-            way_out = f"; pipeline report --rebuild {path} tells it" if name == path else ""
-            report.notes.append(f"the ledger knows nothing of {run}{way_out}")
+            note = f"the ledger does not know {run}"
+            if name == path:
+                note += f"; add it with: pipeline report --rebuild {path}"
+            report.notes.append(note)
             continue
-        for field_name in _LEDGER_SUMS:
-            said, found = (sum(getattr(entry, field_name) for entry in each) for each in (recorded[run], entries))
-            if said != found:
-                report.add("ledger", f"{ledger}: {field_name} of {run} is {said:,}, and the lines add up to {found:,}")
+        for column in _LEDGER_SUMS:
+            in_ledger = sum(getattr(entry, column) for entry in recorded[run])
+            in_lines = sum(getattr(entry, column) for entry in entries)
+            if in_ledger != in_lines:
+                report.add(
+                    "ledger", f"{ledger}: {column} of {run} is {in_ledger:,}, but the lines add up to {in_lines:,}"
+                )
 
 
 def _inputs(
     name: str | Path, inputs: Sequence[str], settings: Config, report: VerifyReport, ids: FingerprintMap
 ) -> None:
-    """Look for the result of every line; ids do not depend on settings."""
+    """Look for the result of every input line."""
+    # Ids do not depend on settings, so it does not matter if the run used others.
     planner = Planner(settings)
     found = 0
     for source in reader.sources(inputs, but=name):
@@ -177,5 +198,8 @@ def _inputs(
                 found += 1
             else:
                 report.add("missing", f"{line.source}:{line.number}: {custom_id!r} has no result")
-    if extra := report.results - found:
-        report.notes.append(f"{extra:,} result(s) belong to no line of the input; they are kept, as they were paid for")
+    extra = report.results - found
+    if extra:
+        report.notes.append(
+            f"{extra:,} result(s) belong to no line of the input; they are kept because they are paid for"
+        )

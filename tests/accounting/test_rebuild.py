@@ -350,8 +350,8 @@ def test_damage_is_left_out_and_counted(folder: Path) -> None:
         pytest.param("absent.jsonl", "does not exist", id="absent"),
         pytest.param("no/such/directory/a.jsonl", "does not exist", id="no directory"),
         pytest.param(".", "is not a results file", id="directory"),
-        pytest.param("questions.jsonl", "holds no results", id="an input"),
-        pytest.param("empty.jsonl", "holds no results", id="empty"),
+        pytest.param("questions.jsonl", "has no results", id="an input"),
+        pytest.param("empty.jsonl", "has no results", id="empty"),
     ],
 )
 def test_other_files_are_refused(folder: Path, name: str, message: str) -> None:

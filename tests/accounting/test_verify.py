@@ -130,7 +130,7 @@ async def test_results_beyond_the_input_are_noted(folder: Path) -> None:
     report = look(folder)
 
     assert report.exit_code == 0
-    assert report.notes == ["2 result(s) belong to no line of the input; they are kept, as they were paid for"]
+    assert report.notes == ["2 result(s) belong to no line of the input; they are kept because they are paid for"]
 
 
 @pytest.mark.parametrize(

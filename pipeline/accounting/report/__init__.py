@@ -13,7 +13,7 @@ from pipeline.accounting import rebuild as rebuilding
 from pipeline.accounting.ledger import Ledger
 from pipeline.accounting.rebuild import Rebuilt
 from pipeline.accounting.report import csv, html, json, prometheus, table
-from pipeline.accounting.report.costs import CostReport, key_of, read_cost_report, to_period
+from pipeline.accounting.report.costs import CostReport, build_cost_report, key_of, to_period
 from pipeline.core.errors import UsageError
 from pipeline.core.files import write_file
 
@@ -40,7 +40,7 @@ def load(
         raise UsageError(f"there is no ledger at {str(path)!r}: nothing was recorded yet", hint=hint)
     period = to_period(since, until, now.date())
     with Ledger.open(path) as ledger:
-        return read_cost_report(
+        return build_cost_report(
             ledger.entries(since=period.loaded_since(by), until=period.until, include_simulated=include_simulated),
             ledger.runs(include_simulated=include_simulated),
             by=by,

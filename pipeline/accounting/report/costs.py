@@ -1,8 +1,7 @@
-"""Entries of the ledger -> rows of a report: summed by time, model, provider, lane, tag or run. Pure.
+"""Sum ledger entries into the rows of a report, by time, model, provider, lane, tag or run. Pure.
 
-Two rules hold in every row. Cost is all that was billed: what the answers cost, and the calls whose answer could not be
-used (`wasted_nano` is that part of it). And what nobody knows the price of is unknown, not free: a row of which
-nothing is priced has no cost.
+Two rules hold in every row. Cost is everything billed: the answers, and the calls whose answer could not be used
+(`wasted_nano` is that part). And an unknown price is not zero: a row without any priced request has no cost.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ _LAST_DAYS = re.compile(r"(\d{1,6})d")
 class Row:
     """Sums over entries with the same key; see `Entry` for the counts.
 
-    `cost_nano` holds the waste too. `previous_cost_nano` is that of the period before: for a day, week or month the one
-    before it, else the same key in the period before the reported one; None where there is none to compare with.
+    `cost_nano` includes the waste. `previous_cost_nano` is the cost to compare with: of the day, week or month before,
+    else of the same key in the period before the reported one. None if there is no such period.
     """
 
     key: str
@@ -63,36 +62,46 @@ class Row:
 
     @property
     def is_priced(self) -> bool:
-        """Whether the cost of anything here is known."""
+        """True if the cost of at least one request is known."""
         return not self.unpriced or self.unpriced < self.succeeded or self.cost_nano > 0
 
     @property
     def cost_usd(self) -> float | None:
-        return money.dollars(self.cost_nano) if self.is_priced else None
+        if not self.is_priced:
+            return None
+        return money.dollars(self.cost_nano)
 
     @property
     def cost_per_1000_usd(self) -> float | None:
-        """What a thousand answers cost, waste included; None without a priced answer."""
+        """Dollars per thousand answers, waste included. None without a priced answer."""
         priced = self.succeeded - self.unpriced
-        return money.dollars(self.cost_nano) / priced * 1_000 if priced > 0 else None
+        if priced <= 0:
+            return None
+        return money.dollars(self.cost_nano) / priced * 1_000
 
     @property
     def cache_share(self) -> float | None:
-        """The part of the input tokens that came from the cache."""
-        return self.cache_read_tokens / self.input_tokens if self.input_tokens else None
+        """The share of input tokens read from the cache, from 0 to 1."""
+        if not self.input_tokens:
+            return None
+        return self.cache_read_tokens / self.input_tokens
 
     @property
     def change(self) -> float | None:
-        """How the cost differs from the previous one: 0.25 is a quarter more; None where nothing was spent then."""
-        return self.cost_nano / self.previous_cost_nano - 1 if self.previous_cost_nano else None
+        """The relative change from the previous cost: 0.25 is a quarter more. None if nothing was spent then."""
+        if not self.previous_cost_nano:
+            return None
+        return self.cost_nano / self.previous_cost_nano - 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures under the names of the JSON and CSV forms; money in dollars, shares from 0 to 1."""
-        previous = self.previous_cost_nano
+        """Return the figures under their names in JSON and CSV. Money is in dollars, shares run from 0 to 1."""
+        previous = None
+        if self.previous_cost_nano is not None:
+            previous = money.dollars(self.previous_cost_nano)
         return {
             "key": self.key,
             "cost_usd": self.cost_usd,
-            "previous_cost_usd": None if previous is None else money.dollars(previous),
+            "previous_cost_usd": previous,
             "change": self.change,
             "cost_per_1000_usd": self.cost_per_1000_usd,
             "wasted_usd": money.dollars(self.wasted_nano),
@@ -117,7 +126,7 @@ class Row:
 
 
 def grouped(entries: Entries, runs: Mapping[str, RunRow], key: Callable[[RunRow, Entry], Key]) -> dict[Key, Row]:
-    """Return the sums of all entries for which `key` returns the same."""
+    """Return the sums of the entries, grouped by what `key` returns."""
     sums: dict[Key, dict[str, int]] = {}
     seen: dict[Key, set[str]] = defaultdict(set)
     for run_id, of_run in entries.items():
@@ -135,24 +144,36 @@ def grouped(entries: Entries, runs: Mapping[str, RunRow], key: Callable[[RunRow,
 def costs(entries: Entries, runs: Mapping[str, RunRow], *, by: str, earlier: Entries | None = None) -> tuple[Row, ...]:
     """Return one row for each day, week, month, model, provider, lane, tag or run.
 
-    Times and runs come in their order, everything else with the largest cost first. `earlier` are entries from before
-    the reported period, to compare with; None: there is nothing before.
+    Times and runs come in their own order, everything else by cost, largest first. `earlier` are the entries before the
+    reported period, to compare with. None: there is no earlier period.
     """
     key = key_of(by)
     rows = grouped(entries, runs, key)
-    before = grouped(earlier or {}, runs, key)
     if by in TIMES:
-        known = grouped(_joined(earlier or {}, entries), runs, key)
-        cut = before.keys() & rows.keys()  # a part of this week or month lies before the period
-        with_previous = [
-            row if name in cut else _compared(row, known.get(_bucket_before(by, name))) for name, row in rows.items()
-        ]
-        return tuple(sorted(with_previous, key=lambda row: row.key))
+        return _over_time(rows, entries, runs, by=by, earlier=earlier or {})
     if by == "run":
         return tuple(sorted(rows.values(), key=lambda row: (runs[row.key].started_at, row.key)))
     if earlier is not None:
+        before = grouped(earlier, runs, key)
         rows = {name: _compared(row, before.get(name, Row(key=name))) for name, row in rows.items()}
     return tuple(sorted(rows.values(), key=lambda row: (-row.cost_nano, -row.total_tokens, row.key)))
+
+
+def _over_time(
+    rows: Mapping[str, Row], entries: Entries, runs: Mapping[str, RunRow], *, by: str, earlier: Entries
+) -> tuple[Row, ...]:
+    """Return rows of days, weeks or months in order, each compared with the one before it."""
+    key = key_of(by)
+    known = grouped(_joined(earlier, entries), runs, key)
+    # A week or month that begins before the reported period is only partly in it: comparing it would mislead.
+    partial = grouped(earlier, runs, key).keys() & rows.keys()
+    compared = []
+    for name in sorted(rows):
+        row = rows[name]
+        if name not in partial:
+            row = _compared(row, known.get(_bucket_before(by, name)))
+        compared.append(row)
+    return tuple(compared)
 
 
 def total(entries: Entries, runs: Mapping[str, RunRow], earlier: Entries | None = None) -> Row:
@@ -161,7 +182,8 @@ def total(entries: Entries, runs: Mapping[str, RunRow], earlier: Entries | None 
     row = grouped(entries, runs, lambda run, entry: "total").get("total", empty)
     if earlier is None:
         return row
-    return _compared(row, grouped(earlier, runs, lambda run, entry: "total").get("total", empty))
+    previous = grouped(earlier, runs, lambda run, entry: "total").get("total", empty)
+    return _compared(row, previous)
 
 
 def _joined(earlier: Entries, later: Entries) -> Entries:
@@ -169,14 +191,16 @@ def _joined(earlier: Entries, later: Entries) -> Entries:
 
 
 def _compared(row: Row, previous: Row | None) -> Row:
-    return replace(row, previous_cost_nano=previous.cost_nano) if previous and previous.is_priced else row
+    if previous is None or not previous.is_priced:
+        return row
+    return replace(row, previous_cost_nano=previous.cost_nano)
 
 
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def key_of(by: str) -> Callable[[RunRow, Entry], str]:
-    """Return what tells the group of an entry; `UsageError` when there is no such grouping."""
+    """Return the function that names an entry's group. Raise `UsageError` if there is no such grouping."""
     if by in TIMES:
         return lambda run, entry: bucket(by, date.fromisoformat(entry.day))
     if by.startswith("tag:") and len(by) > 4:
@@ -196,22 +220,25 @@ def bucket(by: str, day: date) -> str:
     if by == "week":
         year, week, _ = day.isocalendar()
         return f"{year:04}-W{week:02}"
-    return day.isoformat() if by == "day" else day.isoformat()[:7]
+    if by == "month":
+        return day.isoformat()[:7]
+    return day.isoformat()
 
 
 def buckets(by: str, first: date, last: date) -> Iterator[str]:
     """Yield the names of all days, weeks or months from one day to another."""
+    step = timedelta(days={"day": 1, "week": 7, "month": 31}[by])
     start = _start(by, bucket(by, first))
     while start <= last:
         yield bucket(by, start)
-        start = _start(by, bucket(by, start + timedelta(days={"day": 1, "week": 7, "month": 31}[by])))
+        start = _start(by, bucket(by, start + step))
 
 
 def _start(by: str, name: str) -> date:
     """Return the first day of a bucket."""
     if by == "month":
         return date.fromisoformat(f"{name}-01")
-    return date.fromisoformat(name)  # knows 2026-W48 too: its Monday
+    return date.fromisoformat(name)  # of a week (2026-W48) this is the Monday
 
 
 def _bucket_before(by: str, name: str) -> str:
@@ -223,7 +250,7 @@ def _bucket_before(by: str, name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Period:
-    """Whole days in UTC, the last one included; None: from the beginning."""
+    """Whole days in UTC, both ends included. `since` is None for a period from the very beginning."""
 
     since: date | None
     until: date
@@ -239,7 +266,7 @@ class Period:
             return None
 
     def loaded_since(self, by: str) -> date | None:
-        """Return the first day whose entries a report needs: of the previous period, and of the bucket before."""
+        """Return the first day that a report needs: of the previous period, and of the bucket before this one."""
         previous = self.previous()
         if self.since is None or previous is None or previous.since is None:
             return None
@@ -249,33 +276,46 @@ class Period:
 
     def select(self, entries: Entries) -> dict[str, list[Entry]]:
         """Return the entries of these days."""
-        first, last = self.since.isoformat() if self.since else "", self.until.isoformat()
-        found = {run_id: [entry for entry in rows if first <= entry.day <= last] for run_id, rows in entries.items()}
-        return {run_id: rows for run_id, rows in found.items() if rows}
+        first = self.since.isoformat() if self.since else ""
+        last = self.until.isoformat()
+        selected = {}
+        for run_id, rows in entries.items():
+            in_period = [entry for entry in rows if first <= entry.day <= last]
+            if in_period:
+                selected[run_id] = in_period
+        return selected
 
 
 def to_period(since: str | None, until: str | None, today: date) -> Period:
-    """Read `--since` and `--until`: a day, a time (its day in UTC counts whole), or Nd.
+    """Read `--since` and `--until`. Each is a day, a time (its whole day in UTC counts), or a number of days as `30d`.
 
-    Since 30d: 30 days up to today. Until 7d: all but the last 7 days.
+    `--since 30d` means the 30 days up to today, `--until 7d` all but the last 7 days.
+
+    Raises `UsageError` for anything else, or if the period ends before it begins.
     """
-    first = _to_day("--since", since, today + timedelta(days=1)) if since else None
-    last = _to_day("--until", until, today) if until else today
+    first = None
+    if since:
+        first = _to_day("--since", since, today + timedelta(days=1))
+    last = today
+    if until:
+        last = _to_day("--until", until, today)
     if first and first > last:
-        raise UsageError(f"--since {first} is after {'--until' if until else 'today,'} {last}")
+        end = f"--until {last}" if until else f"today, {last}"
+        raise UsageError(f"--since {first} is after {end}")
     return Period(since=first, until=last)
 
 
 def _to_day(option: str, text: str, origin: date) -> date:
+    last_days = _LAST_DAYS.fullmatch(text)
     try:
-        if match := _LAST_DAYS.fullmatch(text):
-            return origin - timedelta(days=int(match[1]))
+        if last_days:
+            return origin - timedelta(days=int(last_days[1]))
         moment = datetime.fromisoformat(text)
-        return (moment.astimezone(UTC) if moment.tzinfo else moment).date()
+        if moment.tzinfo:
+            moment = moment.astimezone(UTC)
     except (ValueError, OverflowError):
-        raise UsageError(
-            f"{option} {text!r} is neither a day (2026-11-26), nor a time, nor a number of days (30d)"
-        ) from None
+        raise UsageError(f"{option} {text!r} is not a day (2026-11-26), a time, or a number of days (30d)") from None
+    return moment.date()
 
 
 # ── the report ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -283,7 +323,7 @@ def _to_day(option: str, text: str, origin: date) -> date:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostReport:
-    """What every form of the report is made of; `entries` are those of the period, `runs` all that are known."""
+    """The data of a report in every format. `entries` are those of the period; `runs` are all known runs."""
 
     by: str
     period: Period
@@ -296,20 +336,26 @@ class CostReport:
 
     @property
     def first_day(self) -> date:
-        """The first day of the period, or of what is recorded in it."""
+        """The first day of the period. If it has none, the first day with an entry."""
+        if self.period.since:
+            return self.period.since
         days = [date.fromisoformat(rows[0].day) for rows in self.entries.values()]
-        return self.period.since or min(days, default=self.period.until)
+        return min(days, default=self.period.until)
 
 
-def read_cost_report(
+def build_cost_report(
     entries: Entries, runs: Iterable[RunRow], *, by: str, period: Period, generated_at: str, has_simulated: bool = False
 ) -> CostReport:
-    """Put a report together; `entries` reach back to `period.loaded_since(by)`."""
+    """Build a report. `entries` must reach back to `period.loaded_since(by)`."""
     known = {run.run_id: run for run in runs}
     current = period.select(entries)
+    before = earlier = None
     previous = period.previous()
-    before = previous.select(entries) if previous else None
-    earlier = Period(since=None, until=previous.until).select(entries) if previous and by in TIMES else before
+    if previous:
+        before = earlier = previous.select(entries)
+        if by in TIMES:
+            # The bucket before the first one may begin before the previous period.
+            earlier = Period(since=None, until=previous.until).select(entries)
     return CostReport(
         by=by,
         period=period,

@@ -7,7 +7,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from pipeline.accounting.ledger import Entry, RunRow
-from pipeline.accounting.report.costs import CostReport, Period, read_cost_report
+from pipeline.accounting.report.costs import CostReport, Period, build_cost_report
 
 TODAY = date(2026, 11, 26)
 
@@ -43,7 +43,7 @@ def report(
     until: date = TODAY,
     has_simulated: bool = False,
 ) -> CostReport:
-    return read_cost_report(
+    return build_cost_report(
         entries,
         [run(run_id) for run_id in entries] if runs is None else runs,
         by=by,

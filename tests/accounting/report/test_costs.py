@@ -137,9 +137,9 @@ def test_periods(since: str | None, until: str | None, expected: tuple[str | Non
 @pytest.mark.parametrize(
     ("since", "until", "message"),
     [
-        pytest.param("yesterday", None, "--since 'yesterday' is neither", id="word"),
-        pytest.param(None, "2026-02-30", "--until '2026-02-30' is neither", id="no such day"),
-        pytest.param("999999d", None, "--since '999999d' is neither", id="before all time"),
+        pytest.param("yesterday", None, "--since 'yesterday' is not a day", id="word"),
+        pytest.param(None, "2026-02-30", "--until '2026-02-30' is not a day", id="no such day"),
+        pytest.param("999999d", None, "--since '999999d' is not a day", id="before all time"),
         pytest.param("2026-11-30", None, "--since 2026-11-30 is after today, 2026-11-26", id="in the future"),
         pytest.param(
             "2026-11-02", "2026-11-01", "--since 2026-11-02 is after --until 2026-11-01", id="wrong way round"
