@@ -509,6 +509,7 @@ def _kill_on_the_way(command: Sequence[str], environ: Mapping[str, str], output:
         run.kill()
 
 
+@pytest.mark.slow
 async def test_a_killed_run_tells_what_it_may_have_paid_for(tmp_path: Path) -> None:
     """After SIGKILL the next run sends what was in flight again, finishes, and lists exactly those calls."""
     source = _write(tmp_path / "in.jsonl", [_line(f"q-{n}") for n in range(60)])

@@ -59,6 +59,7 @@ def _run(source: Path, output: Path, url: str, *words: str) -> int:
     return int(done.stdout) * 1024
 
 
+@pytest.mark.slow
 def test_ten_thousand_lines_at_five_hundred_in_flight(url: str, tmp_path: Path) -> None:
     """Every id once, every answer to its own request, and totals equal to the provider's count."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

@@ -154,6 +154,7 @@ def test_batches_of_another_key_wait_for_it(tmp_path: Path) -> None:
         assert judge(job, kills=0, exit_code=job.finish()).is_good
 
 
+@pytest.mark.slow
 def test_batches_of_another_key_can_be_given_up(tmp_path: Path) -> None:
     """`pipeline batches cancel --forget` lets the next run send all again."""
     with providing() as provider:

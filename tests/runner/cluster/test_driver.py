@@ -387,6 +387,7 @@ async def test_what_a_killed_driver_left_at_a_store_is_taken_in(bucket: Bucket, 
     assert (summary.exit_code, summary.reused, summary.run.succeeded) == (0, 5, 5)
 
 
+@pytest.mark.slow
 async def test_two_clusters_do_not_write_one_folder_at_a_store(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
