@@ -371,19 +371,31 @@ class Config(Section):
             )
         return url
 
+    def override(self, changes: Mapping[str, Any]) -> Config:
+        """Return a copy with some settings changed, validated once; `ConfigError` names each wrong one.
+
+        `changes` has the shape of the settings file: `{"lane": "batch", "sending": {"timeout": 5.0}}`. Settings that
+        it does not name, or names as None, stay as they are.
+        """
+        given: dict[str, Any] = {}
+        for name, value in changes.items():
+            if isinstance(getattr(self, name, None), Section):
+                section = {key: each for key, each in value.items() if each is not None}
+                if section:
+                    given[name] = getattr(self, name).model_dump() | section
+            elif value is not None:
+                given[name] = value
+        if not given:
+            return self
+        return _validated(self.model_dump() | given, path=None, lines={})
+
     def with_(self, section: str, **changes: Any) -> Config:
         """Return a copy with some fields of one section changed; values of None change nothing."""
-        kept = {name: value for name, value in changes.items() if value is not None}
-        if not kept:
-            return self
-        data = self.model_dump()
-        data[section] = {**data[section], **kept}
-        return _validated(data, path=None, lines={})
+        return self.override({section: changes})
 
     def replace(self, **changes: Any) -> Config:
         """Return a copy with some top-level fields changed; values of None change nothing."""
-        kept = {name: value for name, value in changes.items() if value is not None}
-        return _validated({**self.model_dump(), **kept}, path=None, lines={}) if kept else self
+        return self.override(changes)
 
 
 def _require_provider(name: str, info: ValidationInfo) -> None:

@@ -590,6 +590,36 @@ def test_copies_are_checked() -> None:
         Config().with_("sending", timeout=-1.0)
     with pytest.raises(ConfigError, match="provider 'nobody' is not one of"):
         Config().replace(provider="nobody")
+    with pytest.raises(ConfigError, match=r"limits\.rpm: (.|\n)*sending\.timeout: "):
+        Config().override({"sending": {"timeout": -1.0}, "limits": {"rpm": 0}})
+
+
+def test_overrides_are_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes of several sections are laid over the settings together; None, and a section of None, change nothing."""
+    settings = Config().override({"tags": {"team": "search"}})
+    validated = []
+
+    def count(data: Any, **where: Any) -> Config:
+        validated.append(data)
+        return Config(**data)
+
+    monkeypatch.setattr(config, "_validated", count)
+
+    changed = settings.override(
+        {
+            "lane": "batch",
+            "provider": None,
+            "sending": {"timeout": 5.0, "concurrency": None},
+            "limits": {"rpm": None},
+            "tags": {"user": "me"},
+        }
+    )
+
+    assert len(validated) == 1
+    assert (changed.lane, changed.provider, changed.tags) == ("batch", settings.provider, {"user": "me"})
+    assert (changed.sending.timeout, changed.sending.concurrency) == (5.0, settings.sending.concurrency)
+    assert changed.limits == settings.limits
+    assert settings.override({"lane": None, "limits": {"rpm": None}}) is settings
 
 
 def test_the_configuration_is_frozen() -> None:
