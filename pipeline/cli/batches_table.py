@@ -1,20 +1,23 @@
-"""The providers' batches as a table; to stdout, as it is what was asked for."""
+"""Batches as a table on stdout."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
+import rich.console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.core import money, text
+from pipeline.core import money
+from pipeline.core.text import escape
 from pipeline.dispatch.batch.manage import Listed
 from pipeline.dispatch.batch.store import BatchRecord
 
+_UNKNOWN = "–"
 
-def show(console: Console, batches: Sequence[Listed]) -> None:
-    """Print one line for each batch."""
+
+def show(terminal: rich.console.Console, batches: Sequence[Listed]) -> None:
+    """Print one row per batch."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for name in ("batch", "model", "status", "created"):
         table.add_column(name, overflow="fold")
@@ -22,29 +25,38 @@ def show(console: Console, batches: Sequence[Listed]) -> None:
         table.add_column(name, justify="right")
     table.add_column("results", overflow="fold")
     for each in batches:
-        chunk = each.chunk
+        batch = each.chunk
         table.add_row(
-            Text(text.escape(chunk.name)),
-            Text(text.escape(chunk.group, 60)),
-            Text(_status(chunk)),
-            Text(text.escape(chunk.created_at or chunk.at)),
-            f"{chunk.requests:,}",
-            *("–" if count is None else f"{count:,}" for count in (chunk.succeeded, chunk.failed)),
-            _cost(chunk),
-            Text(text.escape(each.results_file)),
+            Text(escape(batch.name)),
+            Text(escape(batch.group, 60)),
+            Text(_status(batch)),
+            Text(escape(batch.created_at or batch.at)),
+            f"{batch.requests:,}",
+            _count(batch.succeeded),
+            _count(batch.failed),
+            _cost(batch),
+            Text(escape(each.results_file)),
         )
-    console.print(table)
+    terminal.print(table)
 
 
-def _status(chunk: BatchRecord) -> str:
-    """Return the provider's word and, where there is more to say, what became of the results."""
-    word = text.escape(chunk.status or chunk.step.value, 40)
-    if chunk.is_open:
-        return word if chunk.is_confirmed else f"{word}, perhaps not ours"
-    return f"{word}, {chunk.step.value}" if word != chunk.step.value else word
+def _count(count: int | None) -> str:
+    return _UNKNOWN if count is None else f"{count:,}"
 
 
-def _cost(chunk: BatchRecord) -> str:
-    if chunk.is_open:
-        return "–"
-    return money.text(chunk.cost_nano) + (" + ?" if chunk.unpriced else "")
+def _status(batch: BatchRecord) -> str:
+    """Return the provider's status and, where it differs, how far we are with the batch."""
+    status = escape(batch.status or batch.step.value, 40)
+    if batch.is_open:
+        # The call that created it got no response: a batch like it was found, and may be another program's.
+        return status if batch.is_confirmed else f"{status}, not confirmed as ours"
+    if status == batch.step.value:
+        return status
+    return f"{status}, {batch.step.value}"
+
+
+def _cost(batch: BatchRecord) -> str:
+    if batch.is_open:
+        return _UNKNOWN
+    cost = money.text(batch.cost_nano)
+    return f"{cost} + ?" if batch.unpriced else cost

@@ -200,7 +200,7 @@ def test_a_sample_is_paid_for_once(tmp_path: Path) -> None:
     assert (sampled.returncode, sent, estimate["done"], estimate["requests"]) == (0, 5, 5, 30)
     assert row["basis"].startswith("this input: 5 answers, ")
     assert (row["minutes"], row["limit"]) == (0.5, {"kind": "requests", "per_minute": 60.0, "source": "told"})
-    assert b"these answers are kept" in sampled.stderr
+    assert b"these results are kept" in sampled.stderr
     assert orjson.loads(again.stdout)["done"] == 5
     assert run.returncode == 0, run.stderr
     assert (statistics["received"], statistics["duplicates_paid"]) == (35, 0)
@@ -335,7 +335,7 @@ def test_terminated_runs_can_be_repeated(server: Server, tmp_path: Path) -> None
     again = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, timeout=50, check=False)
 
     assert process.returncode == 143
-    assert b"to go on: pipeline run in.jsonl" in told
+    assert b"to continue: pipeline run in.jsonl" in told
     assert again.returncode == 0, again.stderr
     assert interrupted < 400
     assert (server.statistics()["answered"], server.statistics()["duplicates_paid"]) == (400, 0)

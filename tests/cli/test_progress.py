@@ -1,4 +1,4 @@
-"""What is told, event by event, as text and as JSON lines."""
+"""Events and the progress of a run, as text and as JSON lines."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import get_args
 import anyio
 import orjson
 import pytest
-from rich.console import Console
+import rich.console
 
-from pipeline.cli.events import LOG_SECONDS, Event, Screen
+from pipeline.cli.console import Console, Event
+from pipeline.cli.progress import LOG_SECONDS, watcher
 from pipeline.core.types import Allowance, Usage
 from pipeline.dispatch.live import model_queue
 from pipeline.dispatch.live.sender import Statistics
@@ -35,50 +36,52 @@ LANE = model_queue.Statistics(
 )
 
 
-def _screen(**how: bool) -> tuple[Screen, io.StringIO]:
-    told = io.StringIO()
-    return Screen(Console(file=told, width=40, markup=False, highlight=False), **how), told
+def _console(**how: bool) -> tuple[Console, io.StringIO]:
+    """Return a console that prints into memory, as on a narrow terminal."""
+    output = io.StringIO()
+    terminal = rich.console.Console(file=output, width=40, markup=False, highlight=False)
+    return Console(terminal, **how), output
 
 
-def test_an_event_is_one_line_in_either_form() -> None:
-    """Text has a mark and no fields; JSON has level and fields; neither is wrapped, marked up, or lets a text act."""
+def test_an_event_is_one_line_as_text_and_as_json() -> None:
+    """Text has a prefix, JSON has level and fields; neither is wrapped, parsed as markup, or left unescaped."""
     text = "[red]\x1b[2J" + "a long text " * 5
-    shown = "[red]\\x1b[2J" + "a long text " * 5
+    escaped = "[red]\\x1b[2J" + "a long text " * 5
 
-    as_text, text_told = _screen()
-    as_text.tell("warning", text, left=2)
-    as_json, json_told = _screen(is_json=True)
-    as_json.tell("warning", text, left=2)
+    text_console, text_output = _console()
+    text_console.emit("warning", text, left=2)
+    json_console, json_output = _console(is_json=True)
+    json_console.emit("warning", text, left=2)
 
-    assert text_told.getvalue() == f"! {shown}\n"
-    event = orjson.loads(json_told.getvalue())
-    assert (event["level"], event["event"], event["message"], event["left"]) == ("warning", "warning", shown, 2)
+    assert text_output.getvalue() == f"! {escaped}\n"
+    event = orjson.loads(json_output.getvalue())
+    assert (event["level"], event["event"], event["message"], event["left"]) == ("warning", "warning", escaped, 2)
 
 
-def test_fields_of_an_event_cannot_act() -> None:
+def test_json_escapes_control_characters_in_fields() -> None:
     """JSON lines are ASCII: C1 controls, direction marks and lone surrogates in a field are escaped."""
-    screen, told = _screen(is_json=True)
+    console, output = _console(is_json=True)
 
-    screen.tell("message", "x", name="\x9b31m\u202e\ud800é")
+    console.emit("message", "x", name="\x9b31m\u202e\ud800é")
 
-    assert told.getvalue().isascii()
-    assert '"name": "\\u009b31m\\u202e\\ud800\\u00e9"' in told.getvalue()
+    assert output.getvalue().isascii()
+    assert '"name": "\\u009b31m\\u202e\\ud800\\u00e9"' in output.getvalue()
 
 
 @pytest.mark.parametrize("is_json", [False, True])
-def test_quiet_tells_errors_only(is_json: bool) -> None:
-    """A quiet screen tells errors, hints, and what stopped a run; it shows no progress."""
-    screen, told = _screen(is_json=is_json, is_quiet=True)
+def test_a_quiet_console_prints_only_errors(is_json: bool) -> None:
+    """A quiet console prints errors, hints, and why a run stopped; it shows no progress."""
+    console, output = _console(is_json=is_json, is_quiet=True)
 
     for event in get_args(Event):
-        screen.tell(event, f"this is {event}")
+        console.emit(event, f"this is {event}")
 
-    assert re.findall(r"this is (\w+)", told.getvalue()) == ["stopped", "error", "hint"]
-    assert screen.watcher("log") is None
+    assert re.findall(r"this is (\w+)", output.getvalue()) == ["stopped", "error", "hint"]
+    assert watcher(console, "log") is None
 
 
 class Run:
-    """A run in which a request is answered every two seconds, of twenty tokens."""
+    """A run in which a request of twenty tokens succeeds every two seconds."""
 
     def __init__(self) -> None:
         self.start = anyio.current_time()
@@ -105,34 +108,33 @@ class Run:
         )
 
 
-async def _told_of_a_run(screen: Screen, told: io.StringIO) -> list[str]:
-    """Return the lines that are told in two and a half minutes."""
-    watch = screen.watcher("auto")
+async def _log_lines(console: Console, output: io.StringIO) -> list[str]:
+    """Return the lines that are printed in two and a half minutes of a run."""
+    watch = watcher(console, "auto")
     assert watch
     with anyio.move_on_after(2.5 * LOG_SECONDS):
         await watch(Run().progress)
-    return told.getvalue().splitlines()
+    return output.getvalue().splitlines()
 
 
 @pytest.mark.looptime
 @pytest.mark.usefixtures("creeping_clock")
-async def test_a_log_tells_the_progress_once_a_minute() -> None:
-    """Without a terminal there is one line a minute with counts, pace, and what each model waits for."""
-    lines = await _told_of_a_run(*_screen())
+async def test_a_log_has_a_line_of_progress_per_minute() -> None:
+    """Without a terminal there is one line per minute with counts, throughput, and what each model waits for."""
+    lines = await _log_lines(*_console())
 
-    assert lines == [
-        "32 of 900+; 1 failed · 2 retrying · 0.5 req/s · 10 tok/s · 3 in flight · 1 × 429; "
-        "openai/m: 3 of 4 in flight, requests 50% of 1,000/min, 1 × 429, waits 12 s: slow down",
-        "62 of 900+; 1 failed · 2 retrying · 0.5 req/s · 10 tok/s · 3 in flight · 1 × 429; "
-        "openai/m: 3 of 4 in flight, requests 50% of 1,000/min, 1 × 429, waits 12 s: slow down",
-    ]
+    rest = (
+        "1 failed · 2 retrying · 0.5 req/s · 10 tok/s · 3 in flight · 1 × 429; "
+        "openai/m: 3 of 4 in flight, requests 50% of 1,000/min, 1 × 429, waiting 12 s: slow down"
+    )
+    assert lines == [f"32 of 900+; {rest}", f"62 of 900+; {rest}"]
 
 
 @pytest.mark.looptime
 @pytest.mark.usefixtures("creeping_clock")
-async def test_a_json_log_tells_the_progress_in_numbers() -> None:
-    """The same in JSON: the counts, the pace, and each model, as fields."""
-    lines = await _told_of_a_run(*_screen(is_json=True))
+async def test_a_json_log_has_the_progress_as_fields() -> None:
+    """The same in JSON: the counts, the throughput, and each model, as fields."""
+    lines = await _log_lines(*_console(is_json=True))
 
     first, second = (orjson.loads(line) for line in lines)
     assert (first["event"], first["elapsed_s"], second["elapsed_s"]) == ("progress", 60, 120)

@@ -750,7 +750,7 @@ def test_the_commands_take_urls(world: World, command: Callable[..., tuple[int, 
     assert f"results in {folder}" in told[1][1]
     assert "proven: 3 results, 3 input lines" in told[2][1]
     assert "3 to send" in told[3][1]
-    assert "is at an object store" in told[4][1]
+    assert "is in an object store" in told[4][1]
     files = [path for path in world.folder.rglob("*") if path.is_file()]
     assert not any(SECRET in text or KEY in text for _, text in told)
     assert not any(SECRET.encode() in path.read_bytes() or KEY.encode() in path.read_bytes() for path in files)

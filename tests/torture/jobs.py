@@ -34,7 +34,15 @@ COMMAND = [sys.executable, "-m", "pipeline"]
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-6-luna"}
 HANG_SECONDS = 60  # nothing here takes a tenth of it; who needs it hangs
 _SETTINGS = "sending: {backoff_initial: 0.01, backoff_max: 0.05, max_attempts: 30}\n"
-_PRELOADED = ["pipeline.cli.main", "pipeline.cli.events", "pipeline.simulator", "rich.console", "uvloop", __name__]
+_PRELOADED = [
+    "pipeline.cli.main",
+    "pipeline.cli.progress",
+    "pipeline.cli.summary",
+    "pipeline.simulator",
+    "rich.console",
+    "uvloop",
+    __name__,
+]
 
 
 # ── the provider ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,9 +245,9 @@ def _run(words: list[str], environ: dict[str, str], folder: Path, acknowledged: 
 
 
 def _be_the_command(words: list[str], acknowledged: Path) -> None:
-    from pipeline.cli import events, main
+    from pipeline.cli import main, progress
 
-    events.LOG_SECONDS = 0.02  # where progress is logged, to tell a test how far a run is
+    progress.LOG_SECONDS = 0.02  # where progress is logged, to tell a test how far a run is
     _acknowledge_to(os.open(acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
     sys.argv = ["pipeline", *words]
     main.main(words)

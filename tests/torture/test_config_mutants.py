@@ -135,7 +135,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(id="--format", words=("--format", "xml"), says="'xml' is not one of 'native'"),
     Mutant(id="--tag", words=("--tag", "team"), says="--tag"),
     Mutant(id="misspelt option", words=("--concurency", "5"), says="--concurrency"),
-    Mutant(id="-o and -d", words=("-d", "there"), says="-o and -d exclude each other"),
+    Mutant(id="-o and -d", words=("-d", "there"), says="give -o (one results file) or -d"),
     Mutant(id="-o in no folder", words=("-o", "none/out.jsonl"), says="'none' does not exist"),
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.torture.jobs import HANG_SECONDS, Job, judge, providing
 
-_TALKATIVE = "import sys; from pipeline.cli import events, main; events.LOG_SECONDS = 0.02; main.main(sys.argv[1:])"
+_TALKATIVE = "import sys; from pipeline.cli import main, progress; progress.LOG_SECONDS = 0.02; main.main(sys.argv[1:])"
 
 
 @pytest.fixture

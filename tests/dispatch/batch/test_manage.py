@@ -507,7 +507,7 @@ def test_no_batches(desk: Desk) -> None:
     plain, as_json = call(desk), call(desk, "list", "--json")
 
     assert (plain.returncode, plain.stdout, as_json.returncode, as_json.stdout) == (0, b"", 0, b"")
-    assert b"no run recorded a batch" in plain.stderr
+    assert b"no recorded run has batches" in plain.stderr
 
 
 def test_the_list_of_some_results(desk: Desk) -> None:
