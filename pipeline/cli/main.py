@@ -11,6 +11,7 @@ from pipeline.cli.batches import batches
 from pipeline.cli.check import check
 from pipeline.cli.console import open_missing_standard_files
 from pipeline.cli.estimate import estimate
+from pipeline.cli.help import help_command
 from pipeline.cli.report import report
 from pipeline.cli.run import run
 from pipeline.cli.simulate import simulate
@@ -45,5 +46,5 @@ def main() -> None:
     open_missing_standard_files()
 
 
-for _command in (run, check, estimate, verify, report, batches, simulate):
+for _command in (run, check, estimate, verify, report, batches, simulate, help_command):
     main.add_command(_command)

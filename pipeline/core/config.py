@@ -58,15 +58,17 @@ class Section(BaseModel):
 class Limits(Section):
     """Caps per minute; None: no cap of the user's."""
 
-    rpm: Count | None = None
-    input_tpm: Count | None = None
-    output_tpm: Count | None = None
+    rpm: Count | None = Field(default=None, description="requests")
+    input_tpm: Count | None = Field(default=None, description="input tokens (OpenAI: all tokens)")
+    output_tpm: Count | None = Field(default=None, description="output tokens")
 
 
 class ModelLimits(Limits):
     """Caps for every model, and for single ones under `provider/model`."""
 
-    models: dict[str, Limits] = Field(default_factory=dict)
+    models: dict[str, Limits] = Field(
+        default_factory=dict, description='caps for single models, e.g. {"openai/gpt-6-luna": {rpm: 500}}'
+    )
 
     def of(self, provider: str, model: str) -> Limits:
         """Return the caps of one model: its own where it has some, else the common ones, field by field."""
@@ -81,12 +83,16 @@ class ModelLimits(Limits):
 class Price(Section):
     """What a model costs, in USD per million tokens; None: as a shorter write, else as input."""
 
-    input: Exact
-    output: Exact
-    cache_read: Exact | None = None
-    cache_write_5m: Exact | None = None
-    cache_write_1h: Exact | None = None
-    batch_multiplier: Annotated[Exact, Field(le=1)] = Decimal("0.5")
+    input: Exact = Field(description="input tokens")
+    output: Exact = Field(description="output tokens")
+    cache_read: Exact | None = Field(default=None, description="cached input tokens; null: as input")
+    cache_write_5m: Exact | None = Field(
+        default=None, description="tokens written to the cache for 5 minutes; null: as input"
+    )
+    cache_write_1h: Exact | None = Field(
+        default=None, description="tokens written to the cache for an hour; null: as cache_write_5m"
+    )
+    batch_multiplier: Annotated[Exact, Field(le=1)] = Field(default=Decimal("0.5"), description="factor for batches")
 
 
 class Endpoint(Section):
@@ -95,23 +101,35 @@ class Endpoint(Section):
     Fields of the other protocol are refused by `_fits_protocol`, so a setting that does nothing cannot be written.
     """
 
-    protocol: Literal["anthropic", "openai"]
-    base_url: str
-    path: str
-    api_key_env: str | None = None
-    api_key_header: str | None = None
-    headers: dict[str, str] = Field(default_factory=dict)
-    model: str | None = None
-    models: list[str] = Field(default_factory=list)
-    allow_plain_http: bool = False
+    protocol: Literal["anthropic", "openai"] = Field(description="API that the server speaks: anthropic or openai")
+    base_url: str = Field(
+        description="address; ANTHROPIC_BASE_URL and OPENAI_BASE_URL override it for these two providers"
+    )
+    path: str = Field(description="path of the endpoint below base_url")
+    api_key_env: str | None = Field(default=None, description="environment variable with the key; null: send no key")
+    api_key_header: str | None = Field(
+        default=None, description="header for the key; null: the protocol's own (x-api-key, or Authorization: Bearer)"
+    )
+    headers: dict[str, str] = Field(default_factory=dict, description="additional headers, e.g. anthropic-beta")
+    model: str | None = Field(default=None, description="model for lines without one")
+    models: list[str] = Field(default_factory=list, description="patterns of model names that choose this provider")
+    allow_plain_http: bool = Field(
+        default=False, description="true: allow http:// beyond this machine, in a network that you trust"
+    )
     # Anthropic
-    version: str | None = None
-    max_tokens: Count | None = None
+    version: str | None = Field(
+        default=None, description="anthropic-version header; 2026-10-21 refuses temperature, top_p and top_k"
+    )
+    max_tokens: Count | None = Field(
+        default=None, description="limit for lines without one, because the API requires it"
+    )
     # OpenAI
-    organization: str | None = None
-    project: str | None = None
-    max_tokens_field: Literal["auto", "max_tokens", "max_completion_tokens"] | None = None
-    store: bool | None = None
+    organization: str | None = Field(default=None, description="OpenAI-Organization header")
+    project: str | None = Field(default=None, description="OpenAI-Project header")
+    max_tokens_field: Literal["auto", "max_tokens", "max_completion_tokens"] | None = Field(
+        default=None, description="max_tokens, max_completion_tokens, or auto: chosen by the model's name"
+    )
+    store: bool | None = Field(default=None, description="sent with native lines to OpenAI's own host; null: not sent")
 
     @property
     def url(self) -> str:
@@ -169,36 +187,59 @@ class Endpoint(Section):
 class RequestDefaults(Section):
     """What native lines get that do not say themselves."""
 
-    model: str | None = None
-    max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    system: str | None = None
+    model: str | None = Field(default=None, description="model; null: the provider's own default model")
+    max_tokens: Count | None = Field(
+        default=None,
+        description="longest answer in tokens; null: not sent (Anthropic requires one: see providers.anthropic)",
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        default=None, description="0 to 1 for Anthropic, 0 to 2 for OpenAI; null: not sent"
+    )
+    system: str | None = Field(default=None, description="system prompt; null: none")
 
 
 class Input(Section):
     """How input files are read."""
 
-    max_line_bytes: Count = 16 * 1024 * 1024
-    read_ahead_bytes: Count = 4 * 1024 * 1024
+    max_line_bytes: Count = Field(default=16 * 1024 * 1024, description="a longer line is invalid")
+    read_ahead_bytes: Count = Field(default=4 * 1024 * 1024, description="input that may be read before it is sent")
 
 
 class Sending(Section):
     """How requests are sent and tried again."""
 
-    concurrency: Annotated[int, Field(ge=1, le=20_000)] = 100
-    timeout: Seconds = 60.0
-    connect_timeout: Seconds = 10.0
-    max_attempts: Annotated[int, Field(ge=1, le=100)] = 6
-    backoff_initial: Seconds = 1.0
-    backoff_max: Seconds = 60.0
-    max_retry_after: Seconds = 120.0
-    stall_timeout: Seconds = 600.0
-    max_response_bytes: Count = 32 * 1024 * 1024
-    drain_timeout: Seconds = 60.0
-    share_limits: bool = True
-    use_env_proxy: bool = False
-    ca_file: str | None = None
-    http2: bool = False
+    concurrency: Annotated[int, Field(ge=1, le=20_000)] = Field(default=100, description="requests in flight, at most")
+    timeout: Seconds = Field(default=60.0, description="seconds for one attempt, from connecting to the last byte")
+    connect_timeout: Seconds = Field(default=10.0, description="seconds to connect")
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=6,
+        description="attempts for failures that may be due to the request (5xx, timeouts); 429 and 529 do not count",
+    )
+    backoff_initial: Seconds = Field(
+        default=1.0, description="seconds before the first retry; doubles with each attempt, with full jitter"
+    )
+    backoff_max: Seconds = Field(default=60.0, description="longest backoff in seconds")
+    max_retry_after: Seconds = Field(
+        default=120.0,
+        description="seconds; a model whose provider asks for a longer pause is given up for this run (exit code 75)",
+    )
+    stall_timeout: Seconds = Field(
+        default=600.0,
+        description=(
+            "seconds without a finished request after which the run stops (exit code 75); at least twice the "
+            "timeout, and at least max_retry_after plus one timeout"
+        ),
+    )
+    max_response_bytes: Count = Field(
+        default=32 * 1024 * 1024, description="size of a decompressed response; a larger one is a failure"
+    )
+    drain_timeout: Seconds = Field(default=60.0, description="seconds that Ctrl-C waits for calls in flight")
+    share_limits: bool = Field(
+        default=True, description="share rate limits with runs on this machine that use the same key and model"
+    )
+    use_env_proxy: bool = Field(default=False, description="use HTTP_PROXY, HTTPS_PROXY and NO_PROXY")
+    ca_file: str | None = Field(default=None, description="additional certificates to trust (PEM)")
+    http2: bool = Field(default=False, description="use HTTP/2")
 
     @field_validator("ca_file")
     @classmethod
@@ -227,45 +268,69 @@ Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=30 * 86_40
 class Batches(Section):
     """How the providers' batch APIs are used; None: the provider's own limit of one batch."""
 
-    max_requests: Count | None = None
-    max_bytes: Count | None = None
-    poll_interval: Seconds = 60.0
-    deadline: Duration | None = None
+    max_requests: Count | None = Field(
+        default=None,
+        description="requests per batch; null: as many as the provider allows (OpenAI 50,000, Anthropic 100,000)",
+    )
+    max_bytes: Count | None = Field(
+        default=None, description="bytes per batch; null: as many as the provider allows (200 MB, 256 MB)"
+    )
+    poll_interval: Seconds = Field(
+        default=60.0, description="longest time between two checks of a batch, in seconds; the first checks come faster"
+    )
+    deadline: Duration | None = Field(
+        default=None,
+        description=(
+            "with lane auto: when all lines must be answered, from the start of the command, e.g. 6h (--deadline)"
+        ),
+    )
 
 
 class Cluster(Section):
     """Runs with --ray: how many workers there are; None: one for each processor of the cluster."""
 
-    workers: Count | None = None
+    workers: Count | None = Field(
+        default=None, description="processes that send; null: one per processor of the cluster"
+    )
 
 
 class Output(Section):
     """What result lines look like and how safe they are before they count as done."""
 
-    format: Literal["native", "openai-batch", "anthropic-batch"] = "native"
-    ordered: bool = False
-    echo_request: bool = False
-    durability: Literal["full", "fast"] = "full"
+    format: Literal["native", "openai-batch", "anthropic-batch"] = Field(
+        default="native", description="native, openai-batch or anthropic-batch"
+    )
+    ordered: bool = Field(default=False, description="put results in input order when the run ends")
+    echo_request: bool = Field(default=False, description="add the request as sent to its result line")
+    durability: Literal["full", "fast"] = Field(
+        default="full",
+        description="full: a result is synced to disk before it counts as done; fast: the kernel writes it soon",
+    )
 
 
 class BudgetCaps(Section):
     """What may be spent, in USD: by one run, and by all runs of a day or a month (UTC) as the ledger knows them."""
 
-    per_run: Exact | None = None
-    per_day: Exact | None = None
-    per_month: Exact | None = None
+    per_run: Exact | None = Field(default=None, description="one run of the command (--max-cost)")
+    per_day: Exact | None = Field(default=None, description="all runs of a day (UTC), as recorded in the ledger")
+    per_month: Exact | None = Field(default=None, description="all runs of a month (UTC)")
 
 
 class Simulator(Section):
     """The provider that `--simulate` starts: its limits per minute, latency and faults."""
 
-    rpm: Count | None = None
-    input_tpm: Count | None = None
-    output_tpm: Count | None = None
-    latency: Annotated[float, Field(ge=0, le=600)] = 0.05
-    batch_seconds: Annotated[float, Field(ge=0, le=86_400)] = 1.0
-    faults: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
-    seed: int = 0
+    rpm: Count | None = Field(default=None, description="requests per minute and model; null: no limit")
+    input_tpm: Count | None = Field(default=None, description="input tokens per minute and model")
+    output_tpm: Count | None = Field(default=None, description="output tokens per minute and model")
+    latency: Annotated[float, Field(ge=0, le=600)] = Field(default=0.05, description="mean seconds per answer")
+    batch_seconds: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        default=1.0, description="seconds that a batch takes"
+    )
+    faults: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict,
+        description='kinds of faults and their share of requests, e.g. {"529": 0.05, timeout: 0.001}',
+    )
+    seed: int = Field(default=0, description="another seed gives other answers")
 
 
 _BUILT_IN: dict[str, dict[str, Any]] = {
@@ -297,23 +362,70 @@ _SIMULATED_KEY_ENV = "(simulated)"  # no variable can be called so
 class Config(Section):
     """The whole configuration; the defaults are those that config.yaml documents."""
 
-    providers: dict[str, Endpoint] = Field(default_factory=dict, validate_default=True)
-    provider: str = "anthropic"
-    request: RequestDefaults = RequestDefaults()
-    limits: ModelLimits = ModelLimits()
-    prices: dict[str, Price] = Field(default_factory=dict)
-    input: Input = Input()
-    sending: Sending = Sending()
-    lane: Literal["live", "batch", "auto"] = "live"
-    batches: Batches = Batches()
-    cluster: Cluster = Cluster()
-    output: Output = Output()
-    budget: BudgetCaps = BudgetCaps()
-    simulator: Simulator = Simulator()
-    progress: Literal["auto", "bar", "log", "none"] = "auto"
-    tags: dict[str, str] = Field(default_factory=dict)
-    ledger: str | None = None
-    ping_url: Annotated[str | None, Field(repr=False)] = None  # who knows it can tell lies about the job
+    providers: dict[str, Endpoint] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="Named endpoints. These two are built in; samples/providers.yaml adds more in a few lines each.",
+    )
+    provider: str = Field(
+        default="anthropic", description="Provider for lines that name none and whose model does not choose one."
+    )
+    request: RequestDefaults = Field(
+        default=RequestDefaults(),
+        description="Defaults for native lines. Lines in a provider's own dialect are sent as written.",
+    )
+    limits: ModelLimits = Field(
+        default=ModelLimits(), description="Your own caps per minute, for each model. null: no cap."
+    )
+    prices: dict[str, Price] = Field(
+        default_factory=dict,
+        description=(
+            "Your prices in USD per million tokens, if they differ from list prices (which come from genai-prices, "
+            "offline). Keys are provider/model or model and may contain *; the first match applies, whatever the "
+            "service tier."
+        ),
+    )
+    input: Input = Field(default=Input(), description="How input is read.")
+    sending: Sending = Field(default=Sending(), description="How requests are sent and retried.")
+    lane: Literal["live", "batch", "auto"] = Field(
+        default="live",
+        description=(
+            "live (now), batch (the providers' batch APIs: half the price, within a day), or auto (batches first, "
+            "then live for what they did not answer)."
+        ),
+    )
+    batches: Batches = Field(default=Batches(), description="How batch APIs are used.")
+    cluster: Cluster = Field(default=Cluster(), description="Runs on a Ray cluster (--ray).")
+    output: Output = Field(default=Output(), description="Result lines.")
+    budget: BudgetCaps = Field(
+        default=BudgetCaps(),
+        description=(
+            "Spending caps in USD. null: no cap. Each call reserves its worst case before it is sent, so a cap holds"
+            " if requests have max_tokens. Nothing is sent if its price is unknown. A run counts what other runs had"
+            " spent when it began, or half a minute earlier."
+        ),
+    )
+    simulator: Simulator = Field(default=Simulator(), description="The provider that --simulate starts.")
+    progress: Literal["auto", "bar", "log", "none"] = Field(
+        default="auto", description="auto (a bar on a terminal, else a line per minute), bar, log or none"
+    )
+    tags: dict[str, str] = Field(default_factory=dict, description="notes for totals and reports, e.g. {team: search}")
+    ledger: str | None = Field(
+        default=None,
+        description=(
+            "where runs are recorded; null: ~/.local/share/pipeline/ledger.sqlite (or below XDG_DATA_HOME); "
+            "PIPELINE_LEDGER overrides it"
+        ),
+    )
+    # Not in `repr`: anyone who knows the address can report for the job.
+    ping_url: str | None = Field(
+        default=None,
+        repr=False,
+        description=(
+            "dead man's switch (healthchecks.io or similar) for `pipeline run`: GET URL/start when it begins, URL "
+            "after exit code 0, else URL/EXIT_CODE; never with --simulate"
+        ),
+    )
 
     @model_validator(mode="before")
     @classmethod
