@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from importlib import resources
 
@@ -55,6 +56,9 @@ _SUMMARIES = {
     "changes": "what is new",
 }
 
+# A link to another topic: on a terminal its name is enough.
+_TOPIC_LINK = re.compile(r"\[([^\]]+)\]\([a-z-]+\.md\)")
+
 
 @click.command("help", cls=Command, epilog="Example: pipeline help input")
 @click.argument("topic", required=False, metavar="[TOPIC]", help="Topic to show; without it, all topics are listed.")
@@ -81,7 +85,8 @@ def listing() -> str:
             "Topics:",
             *lines,
             "",
-            "`pipeline help TOPIC` shows one, `pipeline COMMAND --help` the options of a command.",
+            "`pipeline help TOPIC` shows a topic.",
+            "`pipeline COMMAND --help` lists the options of a command.",
         )
     )
 
@@ -104,7 +109,7 @@ def show(topic: str | None) -> int:
     # Wider lines are hard to read.
     screen = Console(width=min(Console().width, 100))
     with screen.capture() as capture:
-        screen.print(Markdown(text, hyperlinks=False))
+        screen.print(Markdown(_TOPIC_LINK.sub(r"**\1**", text), hyperlinks=False))
     rendered = capture.get()
     if rendered.count("\n") < screen.height:
         print(rendered, end="")

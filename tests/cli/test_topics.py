@@ -154,6 +154,25 @@ def test_help_lists_the_topics() -> None:
     assert result.stdout == help.listing() + "\n"
 
 
+def test_the_list_fits_80_columns() -> None:
+    """No line of the list is wider than a small terminal."""
+    assert max(len(line) for line in help.listing().splitlines()) <= 80
+
+
+def test_a_terminal_gets_a_topic_rendered(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal the marks of Markdown are gone, and a link to a topic is its name."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("PAGER", "cat")
+
+    help.show("resume")
+    help.show("exit-codes")
+
+    shown = capsys.readouterr().out
+    assert "## After a crash" not in shown
+    assert "After a crash" in shown
+    assert ".md)" not in shown
+
+
 def test_a_pipe_gets_the_text_of_a_topic() -> None:
     """Output that is not a terminal is the Markdown itself."""
     result = CliRunner().invoke(main, ["help", "resume"])
