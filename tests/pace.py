@@ -81,15 +81,17 @@ class Run:
             read_ahead_bytes=1_000_000,
             policy=Policy(self._settings),
             clock=Clock(),
-            open_lane=lambda request: self._lane(client, request),
-            recording=self,
+            open_queue=lambda request: self._queue(client, request),
+            results=self,
             pricing=self,
         )
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.sender.run)
             tasks.start_soon(self._feed)
             if self.leases:
-                sharing = QuotaSync(SqliteBroker(self.leases), Clock(), gates=self.sender.gates, say=print)
+                sharing = QuotaSync(
+                    SqliteBroker(self.leases), Clock(), rate_limiters=self.sender.rate_limiters, say=print
+                )
                 tasks.start_soon(sharing.keep)
             for moment, factor in sorted((changes or {}).items()):
                 await anyio.sleep(moment - (anyio.current_time() - self.start))
@@ -105,7 +107,7 @@ class Run:
         """Return the simulator's own count."""
         return self.app.state.simulator.statistics.snapshot()
 
-    def _lane(self, client: http.Client, request: Request) -> ModelQueue:
+    def _queue(self, client: http.Client, request: Request) -> ModelQueue:
         endpoint = Config().providers[self.provider]
         codec = providers.codec(protocol(endpoint))
         url = f"http://simulator{PATHS[self.provider]}"
@@ -114,7 +116,7 @@ class Run:
             model=request.model,
             post=client.post_to(url, codec.headers(endpoint, "key")),
             codec=codec,
-            gate=RateLimiter(self._caps),
+            rate_limiter=RateLimiter(self._caps),
             concurrency=self._settings.concurrency,
             quota="quota" if self.leases else "",
         )

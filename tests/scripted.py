@@ -89,8 +89,8 @@ class World:
             read_ahead_bytes=self.read_ahead_bytes,
             policy=Policy(self.settings),
             clock=Clock(),
-            open_lane=self._open_lane,
-            recording=self,
+            open_queue=self._open_queue,
+            results=self,
             pricing=self,
             budget=self.budget,
         )
@@ -109,13 +109,13 @@ class World:
     def outcomes(self) -> dict[str, bool]:
         return {result.custom_id: result.success for result in self.results}
 
-    def _open_lane(self, request: Request) -> ModelQueue:
+    def _open_queue(self, request: Request) -> ModelQueue:
         return ModelQueue(
             provider=request.provider,
             model=request.model,
             post=self._post,
             codec=providers.codec(Protocol.OPENAI),
-            gate=RateLimiter(self.limits.get(request.model, Limits())),
+            rate_limiter=RateLimiter(self.limits.get(request.model, Limits())),
             concurrency=self.settings.concurrency,
         )
 

@@ -159,7 +159,7 @@ def _send_sample(
         try:
             await anyio.sleep_forever()
         finally:
-            for queue in get_progress().sender.lanes:
+            for queue in get_progress().sender.queues:
                 limits[queue.provider, queue.model] = queue.allowances
 
     def notify(message: str) -> None:

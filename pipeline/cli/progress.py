@@ -131,7 +131,7 @@ def _count(progress: Progress) -> str:
 
 
 def _retrying(progress: Progress) -> int:
-    return sum(queue.retrying for queue in progress.sender.lanes)
+    return sum(queue.retrying for queue in progress.sender.queues)
 
 
 def _fields(progress: Progress, throughput: _Throughput) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _fields(progress: Progress, throughput: _Throughput) -> dict[str, Any]:
         "tokens_per_s": round(throughput.tokens, 3),
         "tokens": progress.run.tokens.as_dict(),
         "is_draining": progress.is_draining,
-        "lanes": [asdict(queue) for queue in sender.lanes],
+        "lanes": [asdict(queue) for queue in sender.queues],
         "batches": [batch.as_dict() for batch in progress.batches if batch.is_open],
     }
 
@@ -179,7 +179,7 @@ def _facts(progress: Progress, throughput: _Throughput) -> str:
 
 def _details(progress: Progress) -> list[str]:
     """Return a line for each model, with its limits and what it waits for, and one for each open batch."""
-    lines = [_model(queue) for queue in progress.sender.lanes if queue.ended or queue.waiting or queue.in_flight]
+    lines = [_model(queue) for queue in progress.sender.queues if queue.ended or queue.waiting or queue.in_flight]
     lines += [_batch(batch) for batch in progress.batches if batch.is_open]
     hidden = len(lines) - _MAX_DETAILS
     if hidden > 0:

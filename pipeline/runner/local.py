@@ -111,7 +111,7 @@ class LocalRun(RunBase):
                 self.recorder,
                 self.pricing,
                 self.budget,
-                gate_of=self._gate_of,
+                rate_limiter_of=self._rate_limiter_of,
                 ended=self.ended,
             )
             if self.settings.lane != LIVE or self.chunks.still_open:
@@ -204,15 +204,15 @@ class LocalRun(RunBase):
             tasks.append(sharing)
         return tasks
 
-    def _gate_of(self, provider: str, model: str) -> RateLimiter:
-        return wiring.gate(self.settings, provider, model)
+    def _rate_limiter_of(self, provider: str, model: str) -> RateLimiter:
+        return wiring.rate_limiter(self.settings, provider, model)
 
     def _sharing(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
         """Return what keeps this run to its share of limits; None where it has all of them."""
         if not self.settings.sending.share_limits or self.options.simulate:
             return None
-        lessor = shared_limits.lease_broker(self.settings, self.run_id)
-        return QuotaSync(lessor, self.clock, gates=self.sender.gates, say=self.say).keep
+        broker = shared_limits.lease_broker(self.settings, self.run_id)
+        return QuotaSync(broker, self.clock, rate_limiters=self.sender.rate_limiters, say=self.say).keep
 
     async def _work(self, scope: anyio.CancelScope) -> None:
         async with anyio.create_task_group() as work:

@@ -64,7 +64,7 @@ async def stream(
                 _Outgoing(outgoing),
                 pricing,
                 budget,
-                gate_of=partial(wiring.gate, settings),
+                rate_limiter_of=partial(wiring.rate_limiter, settings),
                 ended={},
             )
 

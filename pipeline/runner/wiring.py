@@ -46,16 +46,16 @@ def sender(
     pricing: Pricing,
     budget: Budget | None = None,
     *,
-    gate_of: Callable[[str, str], RateLimiter],
+    rate_limiter_of: Callable[[str, str], RateLimiter],
     ended: Ended,
 ) -> Sender:
-    """Make the sender; lanes are opened when their model is first seen.
+    """Make the sender; a queue is opened when its model is first seen.
 
-    `gate_of` returns the gate of a provider and model, `ended` tells which of these are given up already.
+    `rate_limiter_of` returns the rate limiter of a model; `ended` holds the models that are given up already.
     """
 
-    def open_lane(request: Request) -> ModelQueue:
-        """Make the lane of a model: address, headers with the key, codec, gate."""
+    def open_queue(request: Request) -> ModelQueue:
+        """Make the queue of a model: address, headers with the key, codec, rate limiter."""
         endpoint = settings.providers[request.provider]
         codec = providers.codec(config.protocol(endpoint))
         key = environment.api_key(request.provider, endpoint)
@@ -64,7 +64,7 @@ def sender(
             model=request.model,
             post=redacted_post(client.post_to(endpoint.url, codec.headers(endpoint, key)), key),
             codec=codec,
-            gate=gate_of(request.provider, request.model),
+            rate_limiter=rate_limiter_of(request.provider, request.model),
             concurrency=settings.sending.concurrency,
             quota=quota_name(endpoint.url, key, request.model) if settings.sending.share_limits else "",
         )
@@ -76,15 +76,15 @@ def sender(
         read_ahead_bytes=settings.input.read_ahead_bytes,
         policy=retry.Policy(settings.sending),
         clock=clock,
-        open_lane=open_lane,
-        recording=recording,
+        open_queue=open_queue,
+        results=recording,
         pricing=pricing,
         budget=budget,
     )
 
 
-def gate(settings: Config, provider: str, model: str) -> RateLimiter:
-    """Make the gate of a model."""
+def rate_limiter(settings: Config, provider: str, model: str) -> RateLimiter:
+    """Make the rate limiter of a model."""
     return RateLimiter(settings.limits.of(provider, model))
 
 
@@ -145,5 +145,5 @@ def _live_seconds(settings: Config, chunks: BatchStore, chunk: BatchRecord) -> f
 def stop_reasons(sender: Sender, batches: BatchCoordinator | None = None) -> list[PipelineError]:
     """Return why the run or some of its models ended early, the most far-reaching reason first."""
     stopped = [sender.stopped] if sender.stopped else []
-    live = stopped + [lane.ended for lane in sender.ended_lanes if lane.ended]
+    live = stopped + [lane.ended for lane in sender.ended_queues if lane.ended]
     return live + (batches.reasons if batches else [])

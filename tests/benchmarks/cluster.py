@@ -120,7 +120,7 @@ async def _capacity(address: str, holders: int) -> float:
 
     ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
     actor: Any = ray.remote(QuotaActor).options(num_cpus=0).remote()
-    need = {f"quota {n}": Demand(used=0.1, is_hungry=True, closed_until=0.0) for n in range(2)}
+    need = {f"quota {n}": Demand(used=0.1, is_waiting=True, cooldown_until=0.0) for n in range(2)}
     for number in range(holders):
         await actor.renew.remote(f"worker {number}", need)
     await asyncio.sleep(1.1)

@@ -94,7 +94,7 @@ class Run:
             totals.add(StoredResult(custom_id="q", digest="d", success=True, provider="openai", model="m", usage=usage))
         lanes = (LANE,)
         sender = Statistics(
-            in_flight=3, attempts=5, billed=2, rate_limited=1, failed=1, unknown=0, dropped=0, lanes=lanes
+            in_flight=3, attempts=5, billed=2, rate_limited=1, failed=1, unknown=0, dropped=0, queues=lanes
         )
         return Progress(
             elapsed_s=seconds,

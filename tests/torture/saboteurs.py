@@ -190,15 +190,15 @@ SABOTEURS = (
     Saboteur(
         name="a place is given away before the result is recorded",
         file="dispatch/live/sender.py",
-        old="        await self._recording.append(\n",
-        new="        assert self._tasks\n        self._tasks.start_soon(\n            self._recording.append,\n",
+        old="        await self._results.append(\n",
+        new="        assert self._tasks\n        self._tasks.start_soon(\n            self._results.append,\n",
         test="tests/dispatch/live/test_sender.py::test_a_request_keeps_its_place_until_its_result_is_recorded",
     ),
     Saboteur(
         name="timeouts count as not billed",
         file="dispatch/live/sender.py",
-        old="        if not error.may_be_billed:\n            self._recording.unbilled(",
-        new="        if True:\n            self._recording.unbilled(",
+        old="        if not error.may_be_billed:\n            self._results.unbilled(",
+        new="        if True:\n            self._results.unbilled(",
         test="tests/torture/test_signals.py::test_timeouts_before_a_kill_are_listed",
     ),
     Saboteur(

@@ -29,7 +29,7 @@ class ConcurrencyLimit:
         self._failures = 0
         self._has_answers = False
 
-    def widen(self) -> None:
+    def on_success(self) -> None:
         """Note an answer."""
         if self._failures or not self._has_answers:
             self.size = max(self.size, self._ceiling / 2 if self._has_answers else _SECOND_WAVE)
@@ -38,7 +38,7 @@ class ConcurrencyLimit:
         self.size += 1 if self.size < self._ceiling else 1 / self.size
         self.size = min(self.size, self._maximum)
 
-    def narrow(self, sent_at: float) -> float:
+    def on_overload(self, sent_at: float) -> float:
         """Note an overload that met a call sent at some time; return how many seconds nobody should call at all."""
         if sent_at <= self._cut_at:
             return 0.0

@@ -14,7 +14,7 @@ from pipeline.core.types import Allowance, Attempt, Request
 from pipeline.dispatch.live.concurrency import ConcurrencyLimit
 from pipeline.dispatch.live.rate_limiter import RateLimiter
 from pipeline.dispatch.live.token_bucket import Permit, TokenCost
-from pipeline.dispatch.live.token_forecast import TokenEstimator
+from pipeline.dispatch.live.token_estimator import TokenEstimator
 from pipeline.providers.base import Codec
 
 _MARGIN = 1.5  # by which an estimate may be too large
@@ -60,7 +60,7 @@ class ModelQueue:
         model: str,
         post: Post,
         codec: Codec,
-        gate: RateLimiter,
+        rate_limiter: RateLimiter,
         concurrency: int,
         quota: str = "",
     ) -> None:
@@ -69,114 +69,121 @@ class ModelQueue:
         self.model = model
         self.post = post
         self.codec = codec
-        self.gate = gate
-        self.window = ConcurrencyLimit(concurrency)
-        self.forecast = TokenEstimator()
+        self.rate_limiter = rate_limiter
+        self.concurrency_limit = ConcurrencyLimit(concurrency)
+        self.token_estimator = TokenEstimator()
         self.in_flight = 0
         self.rate_limited = 0
         self.trouble: str | None = None
-        self.is_attended = False
+        self.has_worker = False
         self.ended: PipelineError | None = None
         self._fresh: deque[QueuedRequest] = deque()
         self._delayed: list[tuple[float, int, QueuedRequest]] = []
         self._sequence = 0
-        self._at_gate: QueuedRequest | None = None
-        self._door: anyio.CancelScope | None = None
+        self._at_limiter: QueuedRequest | None = None
+        self._wait_scope: anyio.CancelScope | None = None
         self._arrival = anyio.Event()
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._delayed)
 
     @property
-    def wants_worker(self) -> bool:
-        return not self.is_attended and self.ended is None and len(self) > 0 and self.in_flight < int(self.window.size)
+    def needs_worker(self) -> bool:
+        return (
+            not self.has_worker
+            and self.ended is None
+            and len(self) > 0
+            and self.in_flight < int(self.concurrency_limit.size)
+        )
 
-    def add(self, job: QueuedRequest) -> None:
-        self._fresh.append(job)
+    def add(self, queued: QueuedRequest) -> None:
+        self._fresh.append(queued)
         self._announce()
 
-    def add_delayed(self, job: QueuedRequest, seconds: float) -> None:
+    def add_delayed(self, queued: QueuedRequest, seconds: float) -> None:
         """Take a request back that may not be tried again for some seconds."""
         self._sequence += 1
-        heapq.heappush(self._delayed, (anyio.current_time() + seconds, self._sequence, job))
+        heapq.heappush(self._delayed, (anyio.current_time() + seconds, self._sequence, queued))
         self._announce()
 
-    def charge(self, request: Request) -> TokenCost:
+    def token_cost(self, request: Request) -> TokenCost:
         """Return what a call for a request is expected to take out of the provider's allowances."""
         return self.codec.charge(
-            self.forecast.input_tokens(request), self.forecast.output_tokens(request), request.max_output_tokens
+            self.token_estimator.input_tokens(request),
+            self.token_estimator.output_tokens(request),
+            request.max_output_tokens,
         )
 
     def refusal(self, request: Request) -> str | None:
         """Say why no waiting would ever let a request through; None where it may pass."""
-        if not self.gate.is_limited:
+        if not self.rate_limiter.is_limited:
             return None
-        return self.gate.never_fits(
+        return self.rate_limiter.never_fits(
             self.codec.charge(request.estimated_input_tokens / _MARGIN, 0.0, request.max_output_tokens)
         )
 
     def try_next(self) -> tuple[QueuedRequest, Permit] | None:
         """Take the next request through the gate, if there is one that may go now."""
-        job = self._pop()
-        if job is None:
+        queued = self._pop()
+        if queued is None:
             return None
-        if self.refusal(job.request):
-            return job, self.gate.pass_free()
-        ticket = self.gate.try_pass(self.charge(job.request) if self.gate.is_limited else {})
-        if ticket is None:
-            self._fresh.appendleft(job)
+        if self.refusal(queued.request):
+            return queued, self.rate_limiter.free_permit()
+        permit = self.rate_limiter.try_acquire(self.token_cost(queued.request) if self.rate_limiter.is_limited else {})
+        if permit is None:
+            self._fresh.appendleft(queued)
             return None
-        return job, ticket
+        return queued, permit
 
     async def wait_next(self, slots: anyio.Semaphore) -> tuple[QueuedRequest, Permit] | None:
         """Wait for a request, for the gate and for a slot; None when the lane was cleared meanwhile."""
         has_slot = False
-        ticket: Permit | None = None
-        with anyio.CancelScope() as self._door:
-            self._at_gate = await self._wait_job()
-            if self.refusal(self._at_gate.request):
-                ticket = self.gate.pass_free()
+        permit: Permit | None = None
+        with anyio.CancelScope() as self._wait_scope:
+            self._at_limiter = await self._wait_request()
+            if self.refusal(self._at_limiter.request):
+                permit = self.rate_limiter.free_permit()
             else:
-                ticket = await self.gate.wait_turn(self.charge(self._at_gate.request))
+                permit = await self.rate_limiter.acquire(self.token_cost(self._at_limiter.request))
             while not has_slot:
-                await self.gate.wait_open()
+                await self.rate_limiter.wait_cooldown()
                 await slots.acquire()
-                has_slot = self.gate.is_open()
+                has_slot = self.rate_limiter.is_open()
                 if not has_slot:
                     slots.release()
-        job, self._at_gate, self._door = self._at_gate, None, None
-        if job is not None and ticket is not None:
-            return job, ticket
+        queued, self._at_limiter, self._wait_scope = self._at_limiter, None, None
+        if queued is not None and permit is not None:
+            return queued, permit
         if has_slot:
             slots.release()
         return None
 
     def clear(self) -> list[QueuedRequest]:
         """Drop every waiting request, the one at the gate included, and return them."""
-        dropped = [*self._fresh, *(job for _, _, job in self._delayed)]
-        if self._at_gate:
-            dropped.append(self._at_gate)
+        dropped = [*self._fresh, *(queued for _, _, queued in self._delayed)]
+        if self._at_limiter:
+            dropped.append(self._at_limiter)
         self._fresh.clear()
         self._delayed.clear()
-        self._at_gate = None
-        if self._door:
-            self._door.cancel()
+        self._at_limiter = None
+        if self._wait_scope:
+            self._wait_scope.cancel()
         return dropped
 
     def statistics(self) -> Statistics:
-        gate = self.gate.statistics()
+        rate_limiter = self.rate_limiter.statistics()
         return Statistics(
             provider=self.provider,
             model=self.model,
             waiting=len(self),
             retrying=len(self._delayed),
             in_flight=self.in_flight,
-            window=int(self.window.size),
+            window=int(self.concurrency_limit.size),
             rate_limited=self.rate_limited,
-            cooldown_s=gate.cooldown_s,
-            waiting_for=gate.waiting_for,
+            cooldown_s=rate_limiter.cooldown_s,
+            waiting_for=rate_limiter.waiting_for,
             trouble=self.trouble,
-            allowances=tuple(gate.allowances),
+            allowances=tuple(rate_limiter.allowances),
             ended=self.ended.message if self.ended else None,
         )
 
@@ -186,14 +193,14 @@ class ModelQueue:
             return heapq.heappop(self._delayed)[2]
         return self._fresh.popleft() if self._fresh else None
 
-    async def _wait_job(self) -> QueuedRequest:
-        while (job := self._pop()) is None:
+    async def _wait_request(self) -> QueuedRequest:
+        while (queued := self._pop()) is None:
             self._arrival = anyio.Event()
             seconds = self._delayed[0][0] - anyio.current_time() if self._delayed else None
             with anyio.move_on_after(seconds):
                 await self._arrival.wait()
-        return job
+        return queued
 
     def _announce(self) -> None:
-        if self.is_attended:
+        if self.has_worker:
             self._arrival.set()

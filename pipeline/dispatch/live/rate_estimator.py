@@ -35,39 +35,41 @@ class RateEstimator:
         self._started_at: float | None = None
         self._cut_at = -math.inf
         self._grown_at = 0.0
-        self._barren = 0
+        self._fruitless = 0
         self._is_guess = True
         self._trust = 1.0
 
-    def sent(self, now: float) -> int:
+    def on_sent(self, now: float) -> int:
         """Count a call that goes out; return its number."""
         if self._started_at is None:
             self._started_at = now
         self._count += 1
         return self._count
 
-    def refused(self, ticket: Permit) -> float:
+    def on_rate_limited(self, permit: Permit) -> float:
         """Learn from a refusal: the provider's bucket was empty when this call came.
 
         Returns how many seconds to wait where the provider does not say: the time of one call, and twice as long
         each time that nothing passed since the last refusal, as then the bucket is in debt.
         """
         self._refused += 1
-        if ticket.sent_at > self._cut_at:
-            passed = ticket.number - self._empty_number - self._refused
-            self._barren = self._barren + 1 if passed < 1 and self.bucket else 0
-            if not self._barren:
-                self._set_rate(self._reckon(ticket, passed))
+        if permit.sent_at > self._cut_at:
+            passed = permit.number - self._empty_number - self._refused
+            self._fruitless = self._fruitless + 1 if passed < 1 and self.bucket else 0
+            if not self._fruitless:
+                self._set_rate(self._measure_rate(permit, passed))
             assert self.bucket is not None
             self.bucket.level = self.bucket.max_rate
             self._cut_at = self._grown_at = self._now()
-            self._empty_number, self._refused = ticket.number, 0
-            if not self._barren:
-                self._empty_at = ticket.sent_at
+            self._empty_number, self._refused = permit.number, 0
+            if not self._fruitless:
+                self._empty_at = permit.sent_at
         assert self.bucket is not None
-        return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, 2.0 ** min(_MOST_DOUBLINGS, self._barren) / self.bucket.rate))
+        return min(
+            _LONGEST_PAUSE, max(_SHORTEST_PAUSE, 2.0 ** min(_MOST_DOUBLINGS, self._fruitless) / self.bucket.rate)
+        )
 
-    def grow(self) -> None:
+    def on_success(self) -> None:
         """Try a little more, the slower the rarer refusals are to be, and faster when there were none for long."""
         if self.bucket is None or self.bucket.level < self.bucket.max_rate / 2:
             return  # no limit was found, or it is not what binds: then more of it would tell nothing
@@ -79,16 +81,16 @@ class RateEstimator:
         self._set_rate(rate * (1 + min(_FASTEST_GROWTH, growth) * min(1.0, now - self._grown_at)))
         self._grown_at = now
 
-    def _reckon(self, ticket: Permit, passed: int) -> float:
+    def _measure_rate(self, permit: Permit, passed: int) -> float:
         """Return the rate that a refusal tells: calls that passed since the bucket was last empty, by the time."""
         assert self._started_at is not None
         if self.bucket is None or self._empty_at is None:
-            return max(_LOWEST_RATE, 0.5 * passed / max(ticket.sent_at - self._started_at, 0.1))
-        told = passed / max(ticket.sent_at - self._empty_at, 1e-3)
+            return max(_LOWEST_RATE, 0.5 * passed / max(permit.sent_at - self._started_at, 0.1))
+        measured = passed / max(permit.sent_at - self._empty_at, 1e-3)
         weight = 1.0 if self._is_guess else min(1.0, passed / 8)
         self._is_guess = False
         self._trust = min(1.0, max(0.05, passed / _TRUSTED_CALLS))
-        return max(_LOWEST_RATE, 0.99 * (weight * told + (1 - weight) * 0.8 * self.bucket.rate))
+        return max(_LOWEST_RATE, 0.99 * (weight * measured + (1 - weight) * 0.8 * self.bucket.rate))
 
     def _set_rate(self, rate: float) -> None:
         # Until a second refusal the rate is a guess, and a pause must not save up calls at it.

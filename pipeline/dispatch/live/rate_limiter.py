@@ -51,8 +51,8 @@ class Demand:
     """
 
     used: float
-    is_hungry: bool
-    closed_until: float
+    is_waiting: bool
+    cooldown_until: float
     share: float = 1.0
 
 
@@ -69,13 +69,13 @@ class RateLimiter:
             )
             if limit
         }
-        self._told: dict[str, Bucket] = {}
-        self._found = RateEstimator()
+        self._reported: dict[str, Bucket] = {}
+        self._inferred = RateEstimator()
         self._in_flight: dict[str, float] = {}
         self._share = 1.0
         self._taken_since: dict[str, float] = {}
         self._counted_at: float | None = None
-        self._closed_until = -math.inf
+        self._cooldown_until = -math.inf
         self._waiting_for: str | None = None
         self._turn = asyncio.Lock()
         self._now = asyncio.get_running_loop().time  # what anyio.current_time() looks up at every call
@@ -83,15 +83,15 @@ class RateLimiter:
     @property
     def is_limited(self) -> bool:
         """Tell whether there are limits that a call is charged to; without any it is charged nothing."""
-        return bool(self._told or self._caps)
+        return bool(self._reported or self._caps)
 
     # ── passing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def try_pass(self, charge: TokenCost) -> Permit | None:
+    def try_acquire(self, cost: TokenCost) -> Permit | None:
         """Let a call through if it may go now; None if it would have to wait."""
-        if not self.is_limited and self._found.bucket is None:
-            return self._ticket(charge) if self.is_open() else None
-        taken = self._taken(charge)
+        if not self.is_limited and self._inferred.bucket is None:
+            return self._permit(cost) if self.is_open() else None
+        taken = self._taken(cost)
         if (
             self._turn.locked()
             or not self.is_open()
@@ -100,18 +100,18 @@ class RateLimiter:
             return None
         for bucket, amount, _ in taken:
             bucket.take_nowait(amount)
-        return self._ticket(charge)
+        return self._permit(cost)
 
-    async def wait_turn(self, charge: TokenCost) -> Permit:
+    async def acquire(self, cost: TokenCost) -> Permit:
         """Take what a call is charged out of every bucket, when all who came before have.
 
         What is larger than a bucket is taken in parts.
         """
         async with self._turn:
-            return await self._take(charge)
+            return await self._take(cost)
 
-    async def _take(self, charge: TokenCost) -> Permit:
-        for bucket, amount, name in self._taken(charge):
+    async def _take(self, cost: TokenCost) -> Permit:
+        for bucket, amount, name in self._taken(cost):
             left = amount
             while left > 1e-9:
                 step = min(left, bucket.max_rate)
@@ -121,23 +121,23 @@ class RateLimiter:
                 if not wait.cancelled_caught:
                     left -= step
         self._waiting_for = None
-        return self._ticket(charge)
+        return self._permit(cost)
 
     def is_open(self) -> bool:
         """Tell whether no cooldown is on."""
-        return self._closed_until == -math.inf or self._now() >= self._closed_until
+        return self._cooldown_until == -math.inf or self._now() >= self._cooldown_until
 
-    async def wait_open(self) -> None:
+    async def wait_cooldown(self) -> None:
         """Wait until the cooldown is over, also if it is prolonged meanwhile."""
-        while (seconds := self._closed_until - self._now()) > 0:
+        while (seconds := self._cooldown_until - self._now()) > 0:
             self._waiting_for = _COOLDOWN
             await anyio.sleep(seconds)
         self._waiting_for = None
 
-    def never_fits(self, charge: TokenCost) -> str | None:
+    def never_fits(self, cost: TokenCost) -> str | None:
         """Say why a call can never pass, as the least it takes is more than a minute's allowance; None if it can."""
-        for kind, amount in charge.items():
-            if (told := self._told.get(kind)) and amount > (most := told.max_rate / self._share):
+        for kind, amount in cost.items():
+            if (reported := self._reported.get(kind)) and amount > (most := reported.max_rate / self._share):
                 return f"needs about {amount:,.0f} {_words(kind)}, and {most:,.0f} per minute are allowed"
             if (cap := self._caps.get(kind)) and amount > (most := cap.rate * 60 / self._share):
                 return f"needs about {amount:,.0f} {_words(kind)}, and your cap is {most:,.0f} per minute"
@@ -145,32 +145,30 @@ class RateLimiter:
 
     # ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def settle(self, ticket: Permit, used: TokenCost | None) -> None:
+    def reconcile(self, permit: Permit, used: TokenCost | None) -> None:
         """Put right what a call was charged: `used` is what the provider reported, None if it did nothing."""
-        for kind, amount in ticket.charge.items():
+        for kind, amount in permit.cost.items():
             self._in_flight[kind] = max(0.0, self._in_flight[kind] - amount)
-        difference = {
-            kind: amount - ticket.charge[kind] for kind, amount in (used or {}).items() if kind in ticket.charge
-        }
+        difference = {kind: amount - permit.cost[kind] for kind, amount in (used or {}).items() if kind in permit.cost}
         if used is None:
-            difference = {kind: -amount for kind, amount in ticket.charge.items() if kind != REQUESTS}
-        for buckets in (self._caps, self._told):
+            difference = {kind: -amount for kind, amount in permit.cost.items() if kind != REQUESTS}
+        for buckets in (self._caps, self._reported):
             for kind, amount in difference.items():
                 if bucket := buckets.get(kind):
                     bucket.level += amount
 
-    def learn(self, limits: Sequence[Limit]) -> None:
+    def update_from_headers(self, limits: Sequence[Limit]) -> None:
         """Mirror what a provider says of its buckets.
 
         The truth lies between what it reports and that with everything in flight on top, as nobody knows which calls
         in flight it has counted already.
         """
         for limit in limits:
-            bucket = self._told.get(limit.kind)
+            bucket = self._reported.get(limit.kind)
             per_minute = limit.per_minute * self._share
             used = per_minute - limit.remaining * self._share
             if bucket is None:
-                bucket = self._told[limit.kind] = Bucket(per_minute, 60)
+                bucket = self._reported[limit.kind] = Bucket(per_minute, 60)
                 bucket.level = used + self._in_flight.get(limit.kind, 0.0)
             elif bucket.max_rate != per_minute:
                 bucket.retune(per_minute, 60)
@@ -180,51 +178,51 @@ class RateLimiter:
             if not used - slack <= level <= used + in_flight + slack:
                 bucket.level = min(max(level, used), used + in_flight)
 
-    def refused(self, ticket: Permit, seconds: float | None) -> float | None:
+    def on_rate_limited(self, permit: Permit, seconds: float | None) -> float | None:
         """Note that a call was refused for want of allowance, and close the gate for a while.
 
         `seconds` is how long the provider asks to wait. Returns how long to wait: that, else the time in which one
         call's worth comes back, None where that is not known.
         """
-        if not self._has_told_shortage():
-            pause = self._found.refused(ticket)
+        if not self._is_reported_empty():
+            pause = self._inferred.on_rate_limited(permit)
             seconds = pause if seconds is None else seconds
         if seconds is not None and math.isfinite(seconds):
-            self.close_for(seconds)
+            self.start_cooldown(seconds)
         return seconds
 
-    def accepted(self) -> None:
+    def on_success(self) -> None:
         """Note that a call was answered: a rate that was found out may be tried from above."""
-        self._found.grow()
+        self._inferred.on_success()
 
-    def close_for(self, seconds: float) -> None:
+    def start_cooldown(self, seconds: float) -> None:
         """Close the gate for everybody; a cooldown that ends later stays."""
-        self._closed_until = max(self._closed_until, self._now() + seconds)
+        self._cooldown_until = max(self._cooldown_until, self._now() + seconds)
 
     # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def need(self) -> Demand:
+    def demand(self) -> Demand:
         """Return what this process used of the limits since the last time, as a share of all, and whether it waits."""
         now = self._now()
         seconds = now - self._counted_at if self._counted_at is not None else 0.0
         used = 0.0
         if seconds > 0:
-            for kind, bucket in (*self._caps.items(), *self._told.items()):
+            for kind, bucket in (*self._caps.items(), *self._reported.items()):
                 used = max(used, self._taken_since.get(kind, 0.0) / seconds / bucket.rate * self._share)
         self._counted_at = now
         self._taken_since.clear()
-        is_hungry = self._waiting_for is not None and self._waiting_for != _COOLDOWN
+        is_waiting = self._waiting_for is not None and self._waiting_for != _COOLDOWN
         return Demand(
-            used=min(1.0, used), is_hungry=is_hungry, closed_until=max(0.0, self._closed_until), share=self._share
+            used=min(1.0, used), is_waiting=is_waiting, cooldown_until=max(0.0, self._cooldown_until), share=self._share
         )
 
-    def take_share(self, share: float, closed_until: float) -> None:
+    def take_share(self, share: float, cooldown_until: float) -> None:
         """Cut caps and told limits to a share of them; how full they are stays. Close as long as others do."""
-        self._closed_until = max(self._closed_until, closed_until)
+        self._cooldown_until = max(self._cooldown_until, cooldown_until)
         if share == self._share:
             return
         factor, self._share = share / self._share, share
-        for bucket in (*self._caps.values(), *self._told.values()):
+        for bucket in (*self._caps.values(), *self._reported.values()):
             full = bucket.level / bucket.max_rate
             size = max(1.0, bucket.max_rate * factor) if bucket in self._caps.values() else bucket.max_rate * factor
             bucket.retune(size, size / (bucket.rate * factor))
@@ -236,41 +234,41 @@ class RateLimiter:
         return self._share
 
     def statistics(self) -> Statistics:
-        cooldown = max(0.0, self._closed_until - self._now())
+        cooldown = max(0.0, self._cooldown_until - self._now())
         allowances = [_allowance(kind, cap, "cap") for kind, cap in self._caps.items()]
-        allowances += [_allowance(kind, told, "told") for kind, told in self._told.items()]
-        if self._found.bucket:
-            allowances.append(_allowance(REQUESTS, self._found.bucket, "found"))
+        allowances += [_allowance(kind, bucket, "told") for kind, bucket in self._reported.items()]
+        if self._inferred.bucket:
+            allowances.append(_allowance(REQUESTS, self._inferred.bucket, "found"))
         return Statistics(cooldown_s=cooldown, waiting_for=self._waiting_for, allowances=allowances)
 
-    def _taken(self, charge: TokenCost) -> list[tuple[Bucket, float, str]]:
+    def _taken(self, cost: TokenCost) -> list[tuple[Bucket, float, str]]:
         """Return the buckets that a call takes from, how much, and what the kind is called."""
         taken = [
-            (bucket, charge[kind], _words(kind))
-            for buckets in (self._caps, self._told)
+            (bucket, cost[kind], _words(kind))
+            for buckets in (self._caps, self._reported)
             for kind, bucket in buckets.items()
-            if kind in charge
+            if kind in cost
         ]
-        if self._found.bucket:
-            taken.append((self._found.bucket, 1.0, _words(REQUESTS)))
+        if self._inferred.bucket:
+            taken.append((self._inferred.bucket, 1.0, _words(REQUESTS)))
         return taken
 
-    def pass_free(self) -> Permit:
+    def free_permit(self) -> Permit:
         """Return a ticket for which nothing was taken."""
         now = self._now()
-        return Permit(charge={}, sent_at=now, number=self._found.sent(now))
+        return Permit(cost={}, sent_at=now, number=self._inferred.on_sent(now))
 
-    def _ticket(self, charge: TokenCost) -> Permit:
-        reserved = {kind: charge[kind] for kind in (*self._told, *self._caps) if kind in charge}
+    def _permit(self, cost: TokenCost) -> Permit:
+        reserved = {kind: cost[kind] for kind in (*self._reported, *self._caps) if kind in cost}
         for kind, amount in reserved.items():
             self._in_flight[kind] = self._in_flight.get(kind, 0.0) + amount
             self._taken_since[kind] = self._taken_since.get(kind, 0.0) + amount
         now = self._now()
-        return Permit(charge=reserved, sent_at=now, number=self._found.sent(now))
+        return Permit(cost=reserved, sent_at=now, number=self._inferred.on_sent(now))
 
-    def _has_told_shortage(self) -> bool:
+    def _is_reported_empty(self) -> bool:
         """Tell whether a told allowance explains a refusal: then its mirror has only to be put right."""
-        short = [bucket for bucket in self._told.values() if bucket.level >= 0.9 * bucket.max_rate]
+        short = [bucket for bucket in self._reported.values() if bucket.level >= 0.9 * bucket.max_rate]
         return bool(short)
 
 

@@ -53,7 +53,7 @@ class Statistics:
     failed: int
     unknown: int
     dropped: int
-    lanes: Sequence[model_queue.Statistics]
+    queues: Sequence[model_queue.Statistics]
 
 
 class ResultSink(Protocol):
@@ -87,8 +87,8 @@ class Sender:
         read_ahead_bytes: int,
         policy: Policy,
         clock: Clock,
-        open_lane: Callable[[Request], ModelQueue],
-        recording: ResultSink,
+        open_queue: Callable[[Request], ModelQueue],
+        results: ResultSink,
         pricing: Pricing,
         budget: Budget | None = None,
     ) -> None:
@@ -96,18 +96,18 @@ class Sender:
         self._read_ahead_bytes = read_ahead_bytes
         self._policy = policy
         self._clock = clock
-        self._open_lane = open_lane
-        self._recording = recording
+        self._open_queue = open_queue
+        self._results = results
         self._pricing = pricing
         self._budget = budget
-        self._lanes: dict[tuple[str, str], ModelQueue] = {}
+        self._queues: dict[tuple[str, str], ModelQueue] = {}
         self._ready: deque[ModelQueue] = deque()
         self._idle: deque[anyio.Event] = deque()
         self._slots = anyio.Semaphore(concurrency, fast_acquire=True)
         self._workers = 0
         self._tasks: anyio.abc.TaskGroup | None = None
         self._is_closed = False
-        self._open_jobs = 0
+        self._open_requests = 0
         self._queued_bytes = 0
         self._room = anyio.Event()
         self._finished = anyio.Event()
@@ -135,17 +135,17 @@ class Sender:
 
         `before` tells for each what failed in another lane, and how much of it by the request's own fault.
         """
-        if not self._open_jobs:
+        if not self._open_requests:
             self.changed_at = self._clock.now()  # the time without work was nobody's stall
         for request, (attempts, counted) in zip(requests, before, strict=False):
-            lane = None if self.is_draining else self._lane(request)
-            if lane is None or lane.ended:
+            queue = None if self.is_draining else self._queue(request)
+            if queue is None or queue.ended:
                 self._counts["dropped"] += 1
                 continue
-            self._open_jobs += 1
+            self._open_requests += 1
             self._queued_bytes += _size(request)
-            lane.add(QueuedRequest(request=request, attempts=list(attempts), counted=counted))
-            self._offer(lane)
+            queue.add(QueuedRequest(request=request, attempts=list(attempts), counted=counted))
+            self._offer(queue)
         while self._queued_bytes > self._read_ahead_bytes and not self.is_draining:
             await self._room.wait()
 
@@ -159,8 +159,8 @@ class Sender:
         self.stopped = self.stopped or reason
         self.is_draining = True
         self._stop.call()
-        for lane in self._lanes.values():
-            self._drop_waiting(lane)
+        for queue in self._queues.values():
+            self._drop_waiting(queue)
         self._make_room()
         self.close()
 
@@ -170,48 +170,48 @@ class Sender:
         Time without open requests does not count, nor time in which `is_idle` says that somebody else is waited for.
         """
         while True:
-            if not self._open_jobs or is_idle():
+            if not self._open_requests or is_idle():
                 self.changed_at = anyio.current_time()
             idle = anyio.current_time() - self.changed_at
             if idle >= patience:
-                waiting = "; ".join(_describe(lane) for lane in self.statistics().lanes)
+                waiting = "; ".join(_describe(queue) for queue in self.statistics().queues)
                 self.stop(TryLaterError(f"nothing was finished for {idle:,.0f} s ({waiting})"))
                 return
             await anyio.sleep(patience - idle)
 
     def statistics(self) -> Statistics:
         """Return a snapshot, for progress, totals and tests alike."""
-        each = [lane.statistics() for lane in self._lanes.values()]
-        return Statistics(in_flight=sum(lane.in_flight for lane in each), lanes=each, **self._counts)
+        each = [queue.statistics() for queue in self._queues.values()]
+        return Statistics(in_flight=sum(queue.in_flight for queue in each), queues=each, **self._counts)
 
-    def gates(self) -> dict[str, RateLimiter]:
+    def rate_limiters(self) -> dict[str, RateLimiter]:
         """Return the gates of the limits that this run shares with others, by quota."""
-        return {lane.quota: lane.gate for lane in self._lanes.values() if lane.quota}
+        return {queue.quota: queue.rate_limiter for queue in self._queues.values() if queue.quota}
 
     @property
-    def ended_lanes(self) -> list[ModelQueue]:
+    def ended_queues(self) -> list[ModelQueue]:
         """The lanes that were given up, with the reason in `ended`."""
-        return [lane for lane in self._lanes.values() if lane.ended]
+        return [queue for queue in self._queues.values() if queue.ended]
 
     # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _lane(self, request: Request) -> ModelQueue | None:
+    def _queue(self, request: Request) -> ModelQueue | None:
         """Return the lane of a request; None, and the run stops, where it cannot be opened (no key)."""
         name = (request.provider, request.model)
-        lane = self._lanes.get(name)
-        if lane is None:
+        queue = self._queues.get(name)
+        if queue is None:
             try:
-                lane = self._lanes[name] = self._open_lane(request)
+                queue = self._queues[name] = self._open_queue(request)
             except UsageError as exc:
                 self.stop(exc)
-        return lane
+        return queue
 
-    def _offer(self, lane: ModelQueue, *, wake: bool = True) -> None:
+    def _offer(self, queue: ModelQueue, *, wake: bool = True) -> None:
         """Let a worker go to a lane's gate if it wants one; without `wake` the caller is a worker who will look."""
-        if not lane.wants_worker:
+        if not queue.needs_worker:
             return
-        lane.is_attended = True
-        self._ready.append(lane)
+        queue.has_worker = True
+        self._ready.append(queue)
         if wake and self._slots.value:
             self._wake_worker()
 
@@ -223,150 +223,150 @@ class Sender:
 
     def _start_worker(self) -> None:
         # One worker more for each lane, so that those who wait at gates take nothing from those who send.
-        if self._tasks and self._workers < self._concurrency + len(self._lanes):
+        if self._tasks and self._workers < self._concurrency + len(self._queues):
             self._workers += 1
             self._tasks.start_soon(self._work)
 
     async def _work(self) -> None:
         while not self._finished.is_set():
             if self._ready and self._slots.value:
-                lane = self._ready.popleft()
-                admitted = await self._admit(lane)
+                queue = self._ready.popleft()
+                admitted = await self._admit(queue)
                 if admitted is not None:
-                    await self._send(lane, *admitted)
+                    await self._send(queue, *admitted)
             else:
                 event = anyio.Event()
                 self._idle.append(event)
                 await event.wait()
 
-    async def _admit(self, lane: ModelQueue) -> tuple[QueuedRequest, Permit] | None:
+    async def _admit(self, queue: ModelQueue) -> tuple[QueuedRequest, Permit] | None:
         """Take the lane's next request through its gate; None if the lane was cleared meanwhile."""
-        admitted = lane.try_next()
+        admitted = queue.try_next()
         if admitted is not None:
             self._slots.acquire_nowait()
-        elif lane:  # else it was cleared since it asked for a worker
+        elif queue:  # else it was cleared since it asked for a worker
             if self._ready and self._slots.value:
                 self._wake_worker()  # this one may wait here for long
-            admitted = await lane.wait_next(self._slots)
-        lane.is_attended = False
+            admitted = await queue.wait_next(self._slots)
+        queue.has_worker = False
         if admitted is not None:
-            lane.in_flight += 1
+            queue.in_flight += 1
             self._unqueue(admitted[0])
-        self._offer(lane)
+        self._offer(queue)
         return admitted
 
-    async def _send(self, lane: ModelQueue, job: QueuedRequest, ticket: Permit) -> None:
-        if reason := lane.refusal(job.request):
-            await self._refuse(lane, job, ticket, reason)
+    async def _send(self, queue: ModelQueue, queued: QueuedRequest, permit: Permit) -> None:
+        if reason := queue.refusal(queued.request):
+            await self._refuse(queue, queued, permit, reason)
             return
-        reserved = await self._reserve(job.request) if self._budget else 0
+        reserved = await self._reserve(queued.request) if self._budget else 0
         if reserved is None:
-            self._leave_pending(lane, job, ticket)
+            self._leave_pending(queue, queued, permit)
             return
         reply: Completion | None = None
         error: ProviderError | None = None
         usage: Usage | None = None
-        await self._recording.sending(job.request, len(job.attempts) + 1, self._clock.utc())
+        await self._results.sending(queued.request, len(queued.attempts) + 1, self._clock.utc())
         self._counts["attempts"] += 1
         sent_at = self._clock.now()
         try:
-            answer = await lane.post(job.request.body)
-            lane.gate.learn(lane.codec.limits(answer.headers))
-            reply = lane.codec.decode(answer)
+            answer = await queue.post(queued.request.body)
+            queue.rate_limiter.update_from_headers(queue.codec.limits(answer.headers))
+            reply = queue.codec.decode(answer)
             usage = reply.usage
         except TransportError as exc:
-            error = lane.codec.lost(exc)
+            error = queue.codec.lost(exc)
         except ProviderError as exc:
             error = exc
-            usage = lane.codec.usage(answer) if exc.may_be_billed else None
+            usage = queue.codec.usage(answer) if exc.may_be_billed else None
         finally:
-            lane.in_flight -= 1
+            queue.in_flight -= 1
             if reply is None and error is None:  # cancelled in flight: it may be billed, and nobody will know
                 self._counts["unknown"] += 1
         latency = self._clock.now() - sent_at
-        model = (reply and reply.model) or job.request.model
-        cost = self._pricing.cost(job.request, model, usage) if usage else Cost()
+        model = (reply and reply.model) or queued.request.model
+        cost = self._pricing.cost(queued.request, model, usage) if usage else Cost()
         if self._budget:
             is_free = error is not None and not error.may_be_billed
             self._budget.settle(reserved, 0 if is_free else reserved if cost.nanos is None else cost.nanos)
         if reply is not None:
-            await self._succeeded(lane, job, ticket, reply, cost, latency)
+            await self._succeeded(queue, queued, permit, reply, cost, latency)
         elif error is not None:
-            await self._failed(lane, job, ticket, error, _attempt(error, self._clock.utc(), latency, usage, cost))
+            await self._failed(queue, queued, permit, error, _attempt(error, self._clock.utc(), latency, usage, cost))
         self._slots.release()
-        self._offer(lane, wake=False)
+        self._offer(queue, wake=False)
 
     # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _succeeded(
-        self, lane: ModelQueue, job: QueuedRequest, ticket: Permit, reply: Completion, cost: Cost, latency: float
+        self, queue: ModelQueue, queued: QueuedRequest, permit: Permit, reply: Completion, cost: Cost, latency: float
     ) -> None:
         self._counts["billed"] += 1
-        lane.trouble = None
-        lane.window.widen()
-        lane.gate.accepted()
+        queue.trouble = None
+        queue.concurrency_limit.on_success()
+        queue.rate_limiter.on_success()
         if reply.usage is not None:
-            lane.forecast.learn(job.request, reply.usage)
-        lane.gate.settle(ticket, lane.codec.used(reply.usage) if reply.usage else {})
-        await self._finish(job, latency, reply=reply, cost=cost)
+            queue.token_estimator.update(queued.request, reply.usage)
+        queue.rate_limiter.reconcile(permit, queue.codec.used(reply.usage) if reply.usage else {})
+        await self._finish(queued, latency, reply=reply, cost=cost)
 
     async def _failed(
-        self, lane: ModelQueue, job: QueuedRequest, ticket: Permit, error: ProviderError, attempt: Attempt
+        self, queue: ModelQueue, queued: QueuedRequest, permit: Permit, error: ProviderError, attempt: Attempt
     ) -> None:
-        self._count_failure(lane, job, attempt, error)
+        self._count_failure(queue, queued, attempt, error)
         if error.reach is not ErrorScope.REQUEST:
-            lane.trouble = error.message
+            queue.trouble = error.message
         if error.reach in (ErrorScope.RUN, ErrorScope.MODEL):
-            error.message = f"{lane.provider}/{lane.model}: {error.message}"
-        lane.gate.settle(ticket, {} if error.may_be_billed else None)
+            error.message = f"{queue.provider}/{queue.model}: {error.message}"
+        queue.rate_limiter.reconcile(permit, {} if error.may_be_billed else None)
         asked_to_wait = error.retry_after or 0.0
-        self._slow_down(lane, ticket, error)
+        self._slow_down(queue, permit, error)
         if error.reach is ErrorScope.RUN:
-            self._forget(job)
+            self._forget(queued)
             self.stop(error)
         elif error.reach is ErrorScope.MODEL:
-            self._forget(job)
-            self._end(lane, error)
+            self._forget(queued)
+            self._end(queue, error)
         elif error.reach is ErrorScope.ATTEMPT and asked_to_wait > self._policy.max_retry_after:
-            self._forget(job)
-            self._end(lane, _parked(error, self._policy.max_retry_after))
+            self._forget(queued)
+            self._end(queue, _parked(error, self._policy.max_retry_after))
         else:
-            await self._retry_or_give_up(lane, job, error, attempt.latency_s)
+            await self._retry_or_give_up(queue, queued, error, attempt.latency_s)
 
-    async def _refuse(self, lane: ModelQueue, job: QueuedRequest, ticket: Permit, reason: str) -> None:
+    async def _refuse(self, queue: ModelQueue, queued: QueuedRequest, permit: Permit, reason: str) -> None:
         """End a request that no waiting would let through."""
-        lane.in_flight -= 1
-        lane.gate.settle(ticket, None)
+        queue.in_flight -= 1
+        queue.rate_limiter.reconcile(permit, None)
         await self._finish(
-            job,
+            queued,
             0.0,
-            failure=Failure(type="request_too_large", message=f"the request {reason}", attempts=tuple(job.attempts)),
+            failure=Failure(type="request_too_large", message=f"the request {reason}", attempts=tuple(queued.attempts)),
         )
         self._slots.release()
-        self._offer(lane, wake=False)
+        self._offer(queue, wake=False)
 
-    def _slow_down(self, lane: ModelQueue, ticket: Permit, error: ProviderError) -> None:
+    def _slow_down(self, queue: ModelQueue, permit: Permit, error: ProviderError) -> None:
         """Let everybody who calls this model heed a refusal or an overload."""
         if error.reach is not ErrorScope.ATTEMPT:
             return
         if error.status == 429:
-            error.retry_after = lane.gate.refused(ticket, error.retry_after)
+            error.retry_after = queue.rate_limiter.on_rate_limited(permit, error.retry_after)
         if is_overload(error):
-            pause = max(lane.window.narrow(ticket.sent_at), error.retry_after or 0.0)
-            lane.gate.close_for(pause)
+            pause = max(queue.concurrency_limit.on_overload(permit.sent_at), error.retry_after or 0.0)
+            queue.rate_limiter.start_cooldown(pause)
 
     async def _retry_or_give_up(
-        self, lane: ModelQueue, job: QueuedRequest, error: ProviderError, latency: float
+        self, queue: ModelQueue, queued: QueuedRequest, error: ProviderError, latency: float
     ) -> None:
-        seconds = self._policy.wait_before_retry(error, len(job.attempts), job.counted)
+        seconds = self._policy.wait_before_retry(error, len(queued.attempts), queued.counted)
         if seconds is None:
-            error.attempts = len(job.attempts)
-            await self._finish(job, latency, failure=_failure(error, job.attempts))
-        elif self.is_draining or lane.ended:
-            self._forget(job)
+            error.attempts = len(queued.attempts)
+            await self._finish(queued, latency, failure=_failure(error, queued.attempts))
+        elif self.is_draining or queue.ended:
+            self._forget(queued)
         else:
-            self._queued_bytes += _size(job.request)
-            lane.add_delayed(job, seconds)
+            self._queued_bytes += _size(queued.request)
+            queue.add_delayed(queued, seconds)
 
     async def _reserve(self, request: Request) -> int | None:
         """Set the worst case of a call aside; None, and nothing more is sent, where the budget does not cover it."""
@@ -382,78 +382,78 @@ class Sender:
             self.stop(exc)
         return None
 
-    def _leave_pending(self, lane: ModelQueue, job: QueuedRequest, ticket: Permit) -> None:
+    def _leave_pending(self, queue: ModelQueue, queued: QueuedRequest, permit: Permit) -> None:
         """Give back what was taken for a call that is not made."""
-        lane.in_flight -= 1
+        queue.in_flight -= 1
         self._slots.release()
-        lane.gate.settle(ticket, None)
-        self._forget(job)
+        queue.rate_limiter.reconcile(permit, None)
+        self._forget(queued)
 
-    def _count_failure(self, lane: ModelQueue, job: QueuedRequest, attempt: Attempt, error: ProviderError) -> None:
-        job.attempts.append(attempt)
+    def _count_failure(self, queue: ModelQueue, queued: QueuedRequest, attempt: Attempt, error: ProviderError) -> None:
+        queued.attempts.append(attempt)
         if not error.may_be_billed:
-            self._recording.unbilled(job.request, len(job.attempts))
-        job.counted += not is_capacity(error)
+            self._results.unbilled(queued.request, len(queued.attempts))
+        queued.counted += not is_capacity(error)
         if error.status == 429:
             self._counts["rate_limited"] += 1
-            lane.rate_limited += 1
+            queue.rate_limited += 1
         else:
             self._counts["failed"] += 1
         self._counts["unknown"] += attempt.is_unknown
 
     async def _finish(
         self,
-        job: QueuedRequest,
+        queued: QueuedRequest,
         latency: float,
         *,
         reply: Completion | None = None,
         failure: Failure | None = None,
         cost: Cost | None = None,
     ) -> None:
-        request = job.request
+        request = queued.request
         self.changed_at = self._clock.now()
-        await self._recording.append(
+        await self._results.append(
             Result(
                 custom_id=request.custom_id,
                 line=request.line,
                 source=request.source,
                 digest=request.digest,
-                attempts=len(job.attempts) + (reply is not None),
+                attempts=len(queued.attempts) + (reply is not None),
                 completed_at=self._clock.utc(),
                 request=request,
                 reply=reply,
                 failure=failure,
-                failed_attempts=tuple(job.attempts),
+                failed_attempts=tuple(queued.attempts),
                 latency_s=latency,
                 cost=cost or Cost(),
                 metadata=request.metadata,
             )
         )
-        self._close_job()
+        self._close_request()
 
-    def _forget(self, job: QueuedRequest) -> None:
+    def _forget(self, queued: QueuedRequest) -> None:
         """Leave a request pending: it gets no result, so the next run sends it."""
         self._counts["dropped"] += 1
         # What an answer that could not be used said that it used goes with it; the journal keeps the call.
-        self._counts["unknown"] += sum(attempt.usage is not None for attempt in job.attempts)
-        self._close_job()
+        self._counts["unknown"] += sum(attempt.usage is not None for attempt in queued.attempts)
+        self._close_request()
 
-    def _end(self, lane: ModelQueue, reason: PipelineError) -> None:
+    def _end(self, queue: ModelQueue, reason: PipelineError) -> None:
         """Give a model up: its requests stay pending, other models go on."""
-        lane.ended = lane.ended or reason
+        queue.ended = queue.ended or reason
         self.changed_at = anyio.current_time()
-        self._drop_waiting(lane)
+        self._drop_waiting(queue)
 
-    def _drop_waiting(self, lane: ModelQueue) -> None:
-        dropped = lane.clear()
+    def _drop_waiting(self, queue: ModelQueue) -> None:
+        dropped = queue.clear()
         self._counts["dropped"] += len(dropped)
-        for job in dropped:
-            self._unqueue(job)
-        self._close_job(len(dropped))
+        for queued in dropped:
+            self._unqueue(queued)
+        self._close_request(len(dropped))
 
-    def _unqueue(self, job: QueuedRequest) -> None:
+    def _unqueue(self, queued: QueuedRequest) -> None:
         """Note that a request waits no more; lets the reader go on when half of the room is free."""
-        self._queued_bytes -= _size(job.request)
+        self._queued_bytes -= _size(queued.request)
         if self._queued_bytes <= self._read_ahead_bytes // 2:
             self._make_room()
 
@@ -462,20 +462,20 @@ class Sender:
         self._room.set()
         self._room = anyio.Event()
 
-    def _close_job(self, count: int = 1) -> None:
-        self._open_jobs -= count
+    def _close_request(self, count: int = 1) -> None:
+        self._open_requests -= count
         self._check_finished()
 
     def _check_finished(self) -> None:
-        if self._is_closed and self._open_jobs == 0:
+        if self._is_closed and self._open_requests == 0:
             self._finished.set()
 
 
-def _describe(lane: model_queue.Statistics) -> str:
-    waiting = lane.waiting_for or ("answers" if lane.in_flight else "retries" if lane.retrying else "nothing")
-    trouble = f", last failure: {lane.trouble}" if lane.trouble else ""
-    name = f"{lane.provider}/{lane.model}"
-    return f"{name}: {lane.waiting} waiting, {lane.in_flight} in flight, waits for {waiting}{trouble}"
+def _describe(queue: model_queue.Statistics) -> str:
+    waiting = queue.waiting_for or ("answers" if queue.in_flight else "retries" if queue.retrying else "nothing")
+    trouble = f", last failure: {queue.trouble}" if queue.trouble else ""
+    name = f"{queue.provider}/{queue.model}"
+    return f"{name}: {queue.waiting} waiting, {queue.in_flight} in flight, waits for {waiting}{trouble}"
 
 
 def _size(request: Request) -> int:

@@ -44,7 +44,7 @@ class Lease:
     """What a process may have until it renews: its share of the limits, and until when nobody may call."""
 
     share: float
-    closed_until: float
+    cooldown_until: float
 
 
 def quota_name(url: str, key: str | None, model: str) -> str:
@@ -55,7 +55,7 @@ def quota_name(url: str, key: str | None, model: str) -> str:
 class LeaseBroker(Protocol):
     """Who gives leases out, as one process sees it. Times are of its event loop's clock."""
 
-    async def renew(self, needs: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
+    async def renew(self, demands: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
         """Tell what this process needs of each quota; return its leases. An `OSError`: there are no leases any more."""
         ...
 
@@ -70,9 +70,9 @@ class SqliteBroker:
     def __init__(self, leases: LeaseTable) -> None:
         self._leases = leases
 
-    async def renew(self, needs: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
+    async def renew(self, demands: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
         try:
-            return await to_thread.run_sync(self._leases.renew, needs, now)
+            return await to_thread.run_sync(self._leases.renew, demands, now)
         except sqlite3.Error as exc:
             raise OSError(str(exc)) from exc
 
@@ -87,24 +87,24 @@ class LeaseTable:
         self._path = path
         self._holder = holder
 
-    def renew(self, needs: Mapping[str, Demand], now: float) -> dict[str, Lease]:
+    def renew(self, demands: Mapping[str, Demand], now: float) -> dict[str, Lease]:
         """Tell what this process needs of each quota; return its leases. Raises `sqlite3.Error` or `OSError`."""
         with closing(self._connect()) as file, file:
             file.execute("BEGIN IMMEDIATE")
             file.execute("DELETE FROM leases WHERE expires < ? OR expires > ?", (now, now + 10 * LEASE_SECONDS))
             leases: dict[str, Lease] = {}
-            for quota, need in needs.items():
-                row = (quota, self._holder, need.used, need.is_hungry, need.closed_until, now + LEASE_SECONDS)
+            for quota, demand in demands.items():
+                row = (quota, self._holder, demand.used, demand.is_waiting, demand.cooldown_until, now + LEASE_SECONDS)
                 file.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)", row)
                 rows = file.execute(
                     "SELECT holder, used, is_hungry, closed_until FROM leases WHERE quota = ?", (quota,)
                 )
                 held = {
-                    holder: Demand(used=used, is_hungry=bool(hungry), closed_until=end)
-                    for holder, used, hungry, end in rows
+                    holder: Demand(used=used, is_waiting=bool(waiting), cooldown_until=end)
+                    for holder, used, waiting, end in rows
                 }
-                closed_until = max(each.closed_until for each in held.values())
-                leases[quota] = Lease(share=share_of(self._holder, held), closed_until=closed_until)
+                cooldown_until = max(each.cooldown_until for each in held.values())
+                leases[quota] = Lease(share=share_of(self._holder, held), cooldown_until=cooldown_until)
             return leases
 
     def give_back(self) -> None:
@@ -125,11 +125,11 @@ class LeaseTable:
 def share_of(holder: str, held: Mapping[str, Demand]) -> float:
     """Return the share of one process among those that hold a quota."""
     equal = 1.0 / len(held)
-    kept = {name: min(equal, _ROOM_TO_GROW * need.used + _SMALLEST_SHARE) for name, need in held.items()}
-    hungry = [name for name, need in held.items() if need.is_hungry]
-    if holder not in hungry:
-        return kept[holder] if hungry else equal
-    return (1.0 - sum(kept[name] for name in held if name not in hungry)) / len(hungry)
+    kept = {name: min(equal, _ROOM_TO_GROW * demand.used + _SMALLEST_SHARE) for name, demand in held.items()}
+    waiting = [name for name, demand in held.items() if demand.is_waiting]
+    if holder not in waiting:
+        return kept[holder] if waiting else equal
+    return (1.0 - sum(kept[name] for name in held if name not in waiting)) / len(waiting)
 
 
 class QuotaSync:
@@ -137,37 +137,37 @@ class QuotaSync:
 
     def __init__(
         self,
-        lessor: LeaseBroker,
+        broker: LeaseBroker,
         clock: Clock,
         *,
-        gates: Callable[[], Mapping[str, RateLimiter]],
+        rate_limiters: Callable[[], Mapping[str, RateLimiter]],
         say: Callable[[str], None],
     ) -> None:
-        self._lessor = lessor
+        self._broker = broker
         self._clock = clock
-        self._gates = gates
+        self._rate_limiters = rate_limiters
         self._say = say
 
     async def keep(self) -> None:
         """Renew until cancelled. Where there are no leases each process goes by itself, which is said once."""
         try:
             while True:
-                needs = {quota: gate.need() for quota, gate in self._gates().items()}
-                if needs:
-                    self._take(await self._lessor.renew(needs, self._clock.now()))
+                demands = {quota: rate_limiter.demand() for quota, rate_limiter in self._rate_limiters().items()}
+                if demands:
+                    self._take(await self._broker.renew(demands, self._clock.now()))
                 await anyio.sleep(RENEWED_EVERY)
         except OSError as exc:
             self._say(f"limits are not shared with other runs on this machine: {exc}")
             self._take({})
         finally:
             with anyio.CancelScope(shield=True):
-                await self._lessor.give_back()
+                await self._broker.give_back()
 
     def _take(self, leases: Mapping[str, Lease]) -> None:
         """Keep to the shares of leases; where there is none, to nobody's but our own."""
-        for quota, gate in self._gates().items():
+        for quota, rate_limiter in self._rate_limiters().items():
             lease = leases.get(quota)
-            gate.take_share(*((lease.share, lease.closed_until) if lease else (1.0, 0.0)))
+            rate_limiter.take_share(*((lease.share, lease.cooldown_until) if lease else (1.0, 0.0)))
 
 
 def lease_broker(settings: Config, run_id: str) -> LeaseBroker:

@@ -49,11 +49,11 @@ class Bucket(AsyncLimiter):
 
 @dataclass(slots=True, kw_only=True)
 class Permit:
-    """Lets one call through, and is handed back with what became of it; `charge` is what was really taken.
+    """Lets one call through, and is handed back with what became of it; `cost` is what was really taken.
 
     Not frozen: that would cost 1 µs a call.
     """
 
-    charge: TokenCost
+    cost: TokenCost
     sent_at: float
     number: int

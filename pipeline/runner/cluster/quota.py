@@ -24,18 +24,18 @@ class Quota:
     def __repr__(self) -> str:
         return f"pipeline budget: {len(self._held):,} limits shared"
 
-    def renew(self, holder: str, needs: Mapping[str, Demand], now: float) -> dict[str, Lease]:
+    def renew(self, holder: str, demands: Mapping[str, Demand], now: float) -> dict[str, Lease]:
         """Tell what one needs of each quota; return its leases. `closed_until` is in seconds from now, both ways."""
         self._began = now if self._began is None else self._began
         is_new = now < self._began + LEASE_SECONDS
         leases: dict[str, Lease] = {}
-        for quota, need in needs.items():
+        for quota, demand in demands.items():
             held = self._held.setdefault(quota, {})
-            held[holder] = (replace(need, closed_until=now + need.closed_until), now + LEASE_SECONDS)
+            held[holder] = (replace(demand, cooldown_until=now + demand.cooldown_until), now + LEASE_SECONDS)
             for name in [name for name, (_, expires) in held.items() if expires < now]:
                 del held[name]
             known = {name: each for name, (each, _) in held.items()}
-            closed_until = max(each.closed_until for each in known.values())
-            share = need.share if is_new else share_of(holder, known)
-            leases[quota] = Lease(share=share, closed_until=max(0.0, closed_until - now))
+            cooldown_until = max(each.cooldown_until for each in known.values())
+            share = demand.share if is_new else share_of(holder, known)
+            leases[quota] = Lease(share=share, cooldown_until=max(0.0, cooldown_until - now))
         return leases

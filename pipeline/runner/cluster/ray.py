@@ -148,8 +148,8 @@ class RayPool:
         await _until_open(self._head)  # else the next call stands still, and all of us with it
         number = next(self._numbers)
         words = (self._pad, settings, options)
-        lessor = _ActorBroker(self._quota, f"worker {number}")
-        named = {"run_id": self._run_id, "lessor": lessor, "first_share": first_share}
+        broker = _ActorBroker(self._quota, f"worker {number}")
+        named = {"run_id": self._run_id, "broker": broker, "first_share": first_share}
         try:
             actor = (
                 self._ray.remote(RemoteWorker)
@@ -291,7 +291,9 @@ class _ActorBroker:
     async def renew(self, needs: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
         from ray.exceptions import RayError
 
-        from_now = {name: replace(need, closed_until=max(0.0, need.closed_until - now)) for name, need in needs.items()}
+        from_now = {
+            name: replace(need, cooldown_until=max(0.0, need.cooldown_until - now)) for name, need in needs.items()
+        }
         while True:
             try:
                 leases: Mapping[str, Lease] = await self._quota.renew.remote(self._holder, from_now)
@@ -300,7 +302,7 @@ class _ActorBroker:
             else:
                 now = anyio.current_time()
                 return {
-                    name: replace(lease, closed_until=now + lease.closed_until if lease.closed_until else 0.0)
+                    name: replace(lease, cooldown_until=now + lease.cooldown_until if lease.cooldown_until else 0.0)
                     for name, lease in leases.items()
                 }
 

@@ -37,11 +37,11 @@ def statistics(counted: Mapping[str, int], senders: Sequence[Statistics]) -> Sta
     lanes: dict[tuple[str, str], list[model_queue.Statistics]] = defaultdict(list)
     for sender in senders:
         total.update(counts(sender))
-        for each in sender.lanes:
+        for each in sender.queues:
             lanes[each.provider, each.model].append(each)
     return Statistics(
         in_flight=sum(sender.in_flight for sender in senders),
-        lanes=[_lane(each) for each in lanes.values()],
+        queues=[_lane(each) for each in lanes.values()],
         **{name: total[name] for name in _COUNTS},
     )
 

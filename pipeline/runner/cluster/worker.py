@@ -94,21 +94,21 @@ class Greeting:
 
 
 class Worker:
-    """Does parts, several at a time, behind the same gates: what one of them learns of a model's limits all heed.
+    """Does parts, several at a time, behind the same rate limiters: what one learns of a model's limits holds for all.
 
-    A gate begins with `first_share` of the limits, until the lessor tells the worker's own.
+    A rate limiter begins with `first_share` of the limits, until the broker tells the worker's own.
     """
 
     def __init__(
-        self, settings: Config, options: Options, *, run_id: str, lessor: LeaseBroker, first_share: float
+        self, settings: Config, options: Options, *, run_id: str, broker: LeaseBroker, first_share: float
     ) -> None:
         self._settings = settings
         self._options = options
         self._run_id = run_id
-        self._lessor = lessor
+        self._broker = broker
         self._first_share = first_share
         self._prices = Prices(settings)
-        self._gates: dict[tuple[str, str], RateLimiter] = {}
+        self._rate_limiters: dict[tuple[str, str], RateLimiter] = {}
         self._sharing = anyio.Lock()
         self._parts: dict[int, ShardRun] = {}
         self._is_stopping = False
@@ -178,24 +178,24 @@ class Worker:
         """Return what the job of a part is made with."""
         return self._settings, replace(self._options, limit=task.limit, fresh=False), self._prices, self._run_id
 
-    def gate_of(self, provider: str, model: str) -> RateLimiter:
-        """Return the gate of a model, which stays as long as the worker."""
+    def rate_limiter_of(self, provider: str, model: str) -> RateLimiter:
+        """Return the rate limiter of a model, which stays as long as the worker."""
         name = (provider, model)
-        if name not in self._gates:
-            self._gates[name] = wiring.gate(self._settings, provider, model)
-            self._gates[name].take_share(self._first_share, 0.0)
-        return self._gates[name]
+        if name not in self._rate_limiters:
+            self._rate_limiters[name] = wiring.rate_limiter(self._settings, provider, model)
+            self._rate_limiters[name].take_share(self._first_share, 0.0)
+        return self._rate_limiters[name]
 
     async def keep_share(self, clock: Clock) -> None:
         """Keep all parts to the worker's share of the limits; one of them does it at a time."""
         async with self._sharing:
-            await QuotaSync(self._lessor, clock, gates=self._shared_gates, say=_say_nothing).keep()
+            await QuotaSync(self._broker, clock, rate_limiters=self._shared_rate_limiters, say=_say_nothing).keep()
 
-    def _shared_gates(self) -> dict[str, RateLimiter]:
-        gates: dict[str, RateLimiter] = {}
+    def _shared_rate_limiters(self) -> dict[str, RateLimiter]:
+        rate_limiters: dict[str, RateLimiter] = {}
         for part in self._parts.values():
-            gates |= part.sender.gates() if part.is_begun else {}
-        return gates
+            rate_limiters |= part.sender.rate_limiters() if part.is_begun else {}
+        return rate_limiters
 
 
 class ShardRun(LocalRun):
@@ -227,7 +227,7 @@ class ShardRun(LocalRun):
 
     def outcome(self, trouble: PipelineError | None) -> ShardOutcome:
         """Return how it ended; `trouble` is what kept it from going on, or its results from their store."""
-        ended = self.sender.ended_lanes if self.is_begun else ()
+        ended = self.sender.ended_queues if self.is_begun else ()
         return ShardOutcome(
             sender=self.statistics() if self.is_begun else None,
             spent=self.budget.used if self.budget else 0,
@@ -277,8 +277,8 @@ class ShardRun(LocalRun):
     def _left_over(self) -> AbstractContextManager[Callable[[], None]]:
         return nullcontext(lambda: None)
 
-    def _gate_of(self, provider: str, model: str) -> RateLimiter:
-        return self._worker.gate_of(provider, model)
+    def _rate_limiter_of(self, provider: str, model: str) -> RateLimiter:
+        return self._worker.rate_limiter_of(provider, model)
 
     def _sharing(self) -> Callable[[], Coroutine[Any, Any, None]]:
         return partial(self._worker.keep_share, self.clock)

@@ -17,24 +17,24 @@ pytestmark = virtual_time
 SMALL: TokenCost = {"requests": 1, "input_tokens": 10, "output_tokens": 5}
 
 
-async def _times(gate: RateLimiter, costs: list[TokenCost]) -> list[float]:
+async def _times(rate_limiter: RateLimiter, costs: list[TokenCost]) -> list[float]:
     """Pass calls one after the other; return when each was let through, in seconds."""
     start = anyio.current_time()
     times = []
     for cost in costs:
-        await gate.wait_turn(cost)
-        await gate.wait_open()
+        await rate_limiter.acquire(cost)
+        await rate_limiter.wait_cooldown()
         times.append(round(anyio.current_time() - start, 3))
     return times
 
 
 async def test_without_limits_nothing_waits() -> None:
     """A gate without caps is free, and a hundred calls pass at once."""
-    gate = RateLimiter(Limits())
+    rate_limiter = RateLimiter(Limits())
 
-    times = await _times(gate, [SMALL] * 100)
+    times = await _times(rate_limiter, [SMALL] * 100)
 
-    assert gate.try_pass(SMALL)
+    assert rate_limiter.try_acquire(SMALL)
     assert set(times) == {0.0}
 
 
@@ -69,86 +69,86 @@ async def test_a_large_request_passes_in_steps(caps: Limits, cost: TokenCost) ->
 
 async def test_the_tightest_limit_decides() -> None:
     """Of several limits each is kept, so the tightest sets the pace."""
-    gate = RateLimiter(Limits(rpm=600, input_tpm=600))
+    rate_limiter = RateLimiter(Limits(rpm=600, input_tpm=600))
 
-    assert await _times(gate, [SMALL] * 4) == [0.0, 1.0, 2.0, 3.0]
+    assert await _times(rate_limiter, [SMALL] * 4) == [0.0, 1.0, 2.0, 3.0]
 
 
 async def test_a_cooldown_closes_for_exactly_its_time() -> None:
     """A cooldown holds everybody for its time and not longer; a shorter one does not shorten it."""
-    gate = RateLimiter(Limits())
-    gate.close_for(7.5)
-    gate.close_for(2.0)
+    rate_limiter = RateLimiter(Limits())
+    rate_limiter.start_cooldown(7.5)
+    rate_limiter.start_cooldown(2.0)
 
-    assert not gate.is_open()
-    assert gate.statistics().cooldown_s == pytest.approx(7.5)
-    assert await _times(gate, [SMALL, SMALL]) == [7.5, 7.5]
-    assert gate.is_open()
+    assert not rate_limiter.is_open()
+    assert rate_limiter.statistics().cooldown_s == pytest.approx(7.5)
+    assert await _times(rate_limiter, [SMALL, SMALL]) == [7.5, 7.5]
+    assert rate_limiter.is_open()
 
 
 async def test_a_cooldown_that_begins_while_waiting_holds_who_waits() -> None:
     """Who waits for a limit when a cooldown begins waits for the cooldown too: it is looked at last."""
-    gate = RateLimiter(Limits(rpm=60))
-    await gate.wait_turn(SMALL)
+    rate_limiter = RateLimiter(Limits(rpm=60))
+    await rate_limiter.acquire(SMALL)
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_close_later, gate, 0.5, 10.0)
-        times = await _times(gate, [SMALL])
+        tasks.start_soon(_close_later, rate_limiter, 0.5, 10.0)
+        times = await _times(rate_limiter, [SMALL])
 
     assert times == [10.5]
 
 
-async def _close_later(gate: RateLimiter, after: float, seconds: float) -> None:
+async def _close_later(rate_limiter: RateLimiter, after: float, seconds: float) -> None:
     await anyio.sleep(after)
-    gate.close_for(seconds)
+    rate_limiter.start_cooldown(seconds)
 
 
 @pytest.mark.slow
 async def test_a_rate_that_was_found_and_does_not_bind_does_not_grow_for_ever() -> None:
     """One stray refusal and then hours at a slower pace leave the found rate near what is really sent."""
-    gate = RateLimiter(Limits())
+    rate_limiter = RateLimiter(Limits())
     for _ in range(9):
-        await gate.wait_turn(SMALL)
+        await rate_limiter.acquire(SMALL)
         await anyio.sleep(0.1)
-    gate.refused(await gate.wait_turn(SMALL), None)
+    rate_limiter.on_rate_limited(await rate_limiter.acquire(SMALL), None)
 
     for _ in range(20_000):
-        await gate.wait_open()
-        await gate.wait_turn(SMALL)
+        await rate_limiter.wait_cooldown()
+        await rate_limiter.acquire(SMALL)
         await anyio.sleep(1.0)
-        gate.accepted()
+        rate_limiter.on_success()
 
-    (allowance,) = gate.statistics().allowances
+    (allowance,) = rate_limiter.statistics().allowances
     assert allowance.per_minute < 10_000
 
 
 async def test_refusals_without_end_only_lead_to_long_pauses() -> None:
     """The thousandth refusal in a row costs ten seconds, not an overflow."""
-    gate = RateLimiter(Limits())
-    window = ConcurrencyLimit(100)
+    rate_limiter = RateLimiter(Limits())
+    concurrency_limit = ConcurrencyLimit(100)
 
     pauses = []
     for _ in range(3_000):
-        ticket = await gate.wait_turn(SMALL)
+        permit = await rate_limiter.acquire(SMALL)
         await anyio.sleep(0.01)
-        pauses.append(gate.refused(ticket, None))
-        window.narrow(ticket.sent_at)
+        pauses.append(rate_limiter.on_rate_limited(permit, None))
+        concurrency_limit.on_overload(permit.sent_at)
 
     assert max(pause for pause in pauses if pause) == 10.0
 
 
 async def test_a_limit_that_shrinks_below_what_is_waited_for_does_not_block() -> None:
     """Who waits for more than a shrunken bucket holds gets it in parts."""
-    gate = RateLimiter(Limits())
+    rate_limiter = RateLimiter(Limits())
     large: TokenCost = {"requests": 1, "input_tokens": 20_000, "output_tokens": 0}
-    gate.learn([Limit(kind="input_tokens", per_minute=30_000, remaining=0)])
+    rate_limiter.update_from_headers([Limit(kind="input_tokens", per_minute=30_000, remaining=0)])
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_learn_later, gate, 1.0, Limit(kind="input_tokens", per_minute=10_000, remaining=0))
+        tasks.start_soon(_learn_later, rate_limiter, 1.0, Limit(kind="input_tokens", per_minute=10_000, remaining=0))
         with anyio.fail_after(600.0):
-            await gate.wait_turn(large)
+            await rate_limiter.acquire(large)
 
 
-async def _learn_later(gate: RateLimiter, after: float, limit: Limit) -> None:
+async def _learn_later(rate_limiter: RateLimiter, after: float, limit: Limit) -> None:
     await anyio.sleep(after)
-    gate.learn([limit])
+    rate_limiter.update_from_headers([limit])

@@ -136,7 +136,7 @@ async def test_what_cannot_succeed_stops_after_the_first_wave(answer: HttpRespon
 
     await world.run(*(request(f"q-{n}") for n in range(1_000)))
 
-    reason = world.sender.stopped or world.sender.ended_lanes[0].ended
+    reason = world.sender.stopped or world.sender.ended_queues[0].ended
     assert isinstance(reason, OpenAIAPIError)
     assert reason.reach is reach
     assert sum(map(len, world.calls.values())) == FIRST_WAVE
@@ -164,9 +164,9 @@ async def test_a_hint_beyond_the_ceiling_parks_the_model() -> None:
     await world.run(request("a"), request("b", model="o"))
 
     assert world.outcomes() == {"b": True}
-    (lane,) = world.sender.ended_lanes
-    assert isinstance(lane.ended, TryLaterError)
-    assert "3,600 s" in lane.ended.message
+    (queue,) = world.sender.ended_queues
+    assert isinstance(queue.ended, TryLaterError)
+    assert "3,600 s" in queue.ended.message
 
 
 async def test_a_model_is_not_parked_for_a_pause_of_our_own() -> None:

@@ -20,16 +20,16 @@ from tests.pace import MODELS, Run
 from tests.virtual import virtual_time
 
 CALL = {"requests": 1.0}
-IDLE = Demand(used=0.0, is_hungry=False, closed_until=0.0)
-HUNGRY = Demand(used=0.5, is_hungry=True, closed_until=0.0)
+IDLE = Demand(used=0.0, is_waiting=False, cooldown_until=0.0)
+HUNGRY = Demand(used=0.5, is_waiting=True, cooldown_until=0.0)
 virtual = [*virtual_time, pytest.mark.usefixtures("no_threads")]
-needs = st.builds(Demand, used=st.floats(0, 1), is_hungry=st.booleans(), closed_until=st.just(0.0))
+demands = st.builds(Demand, used=st.floats(0, 1), is_waiting=st.booleans(), cooldown_until=st.just(0.0))
 
 
 # ── shares ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=3), needs, min_size=1, max_size=8))
+@given(st.dictionaries(st.text(min_size=1, max_size=3), demands, min_size=1, max_size=8))
 def test_shares_are_never_more_than_all(held: dict[str, Demand]) -> None:
     """Whatever the runs need, each has something, and all have no more than all there is."""
     shares = {name: share_of(name, held) for name in held}
@@ -38,7 +38,7 @@ def test_shares_are_never_more_than_all(held: dict[str, Demand]) -> None:
     assert min(shares.values()) > 0
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=3), needs, min_size=1, max_size=8))
+@given(st.dictionaries(st.text(min_size=1, max_size=3), demands, min_size=1, max_size=8))
 def test_nothing_is_left_over_where_somebody_waits(held: dict[str, Demand]) -> None:
     """As soon as one run waits for the limit, all of it is given out."""
     held = {**held, "who waits": HUNGRY}
@@ -48,7 +48,7 @@ def test_nothing_is_left_over_where_somebody_waits(held: dict[str, Demand]) -> N
 
 def test_who_waits_gets_what_others_leave() -> None:
     """A run that uses little keeps that and some room to grow; those that wait have the rest in equal parts."""
-    held = {"small": Demand(used=0.1, is_hungry=False, closed_until=0.0), "a": HUNGRY, "b": HUNGRY}
+    held = {"small": Demand(used=0.1, is_waiting=False, cooldown_until=0.0), "a": HUNGRY, "b": HUNGRY}
 
     assert share_of("small", held) == pytest.approx(0.17)
     assert share_of("a", held) == share_of("b", held) == pytest.approx(0.415)
@@ -74,12 +74,12 @@ def test_a_lease_is_given_back_by_not_renewing_it(tmp_path: Path) -> None:
 def test_quotas_are_apart_and_a_cooldown_is_everybodys(tmp_path: Path) -> None:
     """Another model or key shares nothing; of one quota all learn until when it is closed."""
     one, other = (LeaseTable(tmp_path / "limits.sqlite", name) for name in ("one", "other"))
-    closed = Demand(used=0.0, is_hungry=True, closed_until=130.0)
+    closed = Demand(used=0.0, is_waiting=True, cooldown_until=130.0)
 
     one.renew({"q": closed, "r": HUNGRY}, 100.0)
 
-    assert other.renew({"q": HUNGRY}, 100.0) == {"q": Lease(share=0.5, closed_until=130.0)}
-    assert one.renew({"r": HUNGRY}, 100.0) == {"r": Lease(share=1.0, closed_until=0.0)}
+    assert other.renew({"q": HUNGRY}, 100.0) == {"q": Lease(share=0.5, cooldown_until=130.0)}
+    assert one.renew({"r": HUNGRY}, 100.0) == {"r": Lease(share=1.0, cooldown_until=0.0)}
 
 
 def test_leases_from_before_a_reboot_count_for_nothing(tmp_path: Path) -> None:
@@ -106,14 +106,16 @@ async def test_without_the_file_each_goes_by_itself(tmp_path: Path) -> None:
     """A file that cannot be used is told once, and costs no run its work."""
     (tmp_path / "limits.sqlite").write_text("this is no data base, and longer than a header would be" * 20)
     said: list[str] = []
-    gate = RateLimiter(Limits())
-    gate.take_share(0.5, 0.0)
+    rate_limiter = RateLimiter(Limits())
+    rate_limiter.take_share(0.5, 0.0)
     leases = LeaseTable(tmp_path / "limits.sqlite", "one")
 
     with anyio.fail_after(10):
-        await QuotaSync(SqliteBroker(leases), Clock(), gates=lambda: {"q": gate}, say=said.append).keep()
+        await QuotaSync(
+            SqliteBroker(leases), Clock(), rate_limiters=lambda: {"q": rate_limiter}, say=said.append
+        ).keep()
 
-    assert (len(said), gate.share) == (1, 1.0)
+    assert (len(said), rate_limiter.share) == (1, 1.0)
     assert "not shared" in said[0]
 
 
@@ -122,29 +124,29 @@ async def test_without_the_file_each_goes_by_itself(tmp_path: Path) -> None:
 
 async def test_a_gate_keeps_to_its_share() -> None:
     """What the provider tells is cut to the share, how full it is stays, and a larger share opens it again."""
-    gate = RateLimiter(Limits())
-    gate.learn([Limit(kind="requests", per_minute=100, remaining=40)])
+    rate_limiter = RateLimiter(Limits())
+    rate_limiter.update_from_headers([Limit(kind="requests", per_minute=100, remaining=40)])
 
-    gate.take_share(0.25, 0.0)
-    passed = [ticket for _ in range(60) if (ticket := gate.try_pass(CALL))]
-    gate.learn([Limit(kind="requests", per_minute=100, remaining=100)])
+    rate_limiter.take_share(0.25, 0.0)
+    passed = [permit for _ in range(60) if (permit := rate_limiter.try_acquire(CALL))]
+    rate_limiter.update_from_headers([Limit(kind="requests", per_minute=100, remaining=100)])
 
     assert len(passed) == 10
-    (allowance,) = gate.statistics().allowances
+    (allowance,) = rate_limiter.statistics().allowances
     assert allowance.per_minute == pytest.approx(25)
-    gate.take_share(1.0, 0.0)
-    assert gate.statistics().allowances[0].per_minute == pytest.approx(100)
+    rate_limiter.take_share(1.0, 0.0)
+    assert rate_limiter.statistics().allowances[0].per_minute == pytest.approx(100)
 
 
 async def test_what_fits_the_limit_fits_a_share_of_it() -> None:
     """A request larger than the share waits longer; it is not refused, as alone it would pass."""
-    gate = RateLimiter(Limits(input_tpm=600))
-    gate.learn([Limit(kind="tokens", per_minute=1_000, remaining=1_000)])
-    gate.take_share(0.1, 0.0)
+    rate_limiter = RateLimiter(Limits(input_tpm=600))
+    rate_limiter.update_from_headers([Limit(kind="tokens", per_minute=1_000, remaining=1_000)])
+    rate_limiter.take_share(0.1, 0.0)
 
-    assert gate.never_fits({"tokens": 900.0, "input_tokens": 500.0}) is None
-    assert gate.never_fits({"tokens": 1_100.0}) is not None
-    assert gate.never_fits({"input_tokens": 700.0}) is not None
+    assert rate_limiter.never_fits({"tokens": 900.0, "input_tokens": 500.0}) is None
+    assert rate_limiter.never_fits({"tokens": 1_100.0}) is not None
+    assert rate_limiter.never_fits({"input_tokens": 700.0}) is not None
 
 
 # ── together ──────────────────────────────────────────────────────────────────────────────────────────

@@ -75,8 +75,8 @@ class FakePool:
     async def start_worker(self, settings: Config, options: Options, *, first_share: float) -> FakeWorker:
         if not self._has_room:
             await anyio.sleep_forever()
-        lessor = _Lessor(self.quota, f"worker {len(self.started)}")
-        worker = Worker(settings, options, run_id="run-x", lessor=lessor, first_share=first_share)
+        broker = _Broker(self.quota, f"worker {len(self.started)}")
+        worker = Worker(settings, options, run_id="run-x", broker=broker, first_share=first_share)
         self.started.append(FakeWorker(self, worker))
         return self.started[-1]
 
@@ -182,7 +182,7 @@ class FakeWorker:
         return answer[0]
 
 
-class _Lessor:
+class _Broker:
     """The quota of the pool, in this process."""
 
     def __init__(self, quota: Quota, holder: str) -> None:

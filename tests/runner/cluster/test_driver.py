@@ -338,7 +338,7 @@ async def test_progress_is_that_of_all(tmp_path: Path) -> None:
     done = [progress.run.finished for progress in seen]
     assert max(done) > 0
     assert any(progress.sender.in_flight > 4 for progress in seen)
-    assert all(len({(lane.provider, lane.model) for lane in p.sender.lanes}) == len(p.sender.lanes) for p in seen)
+    assert all(len({(lane.provider, lane.model) for lane in p.sender.queues}) == len(p.sender.queues) for p in seen)
     assert seen[-1].total == COUNT
 
 

@@ -107,7 +107,7 @@ async def test_a_changed_input_is_not_planned(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(_bytes((None, "same")) + b"\n")
     (span,) = cut(str(path), 1_000)
-    worker = Worker(Config(), Options(), run_id="r", lessor=None, first_share=1.0)  # type: ignore[arg-type]
+    worker = Worker(Config(), Options(), run_id="r", broker=None, first_share=1.0)  # type: ignore[arg-type]
     assert (await worker.scan([span], NONE)).lines == 1
 
     path.write_bytes(_bytes((None, "other")) + b"\n\n")

@@ -7,7 +7,7 @@ import pytest
 from pipeline.dispatch.live.rate_limiter import Demand
 from pipeline.runner.cluster.quota import Quota
 
-HUNGRY = Demand(used=0.5, is_hungry=True, closed_until=0.0, share=0.25)
+HUNGRY = Demand(used=0.5, is_waiting=True, cooldown_until=0.0, share=0.25)
 
 
 def _grown() -> Quota:
@@ -39,6 +39,6 @@ def test_in_the_beginning_everyone_keeps_what_he_has() -> None:
 def test_a_cooldown_is_everybodys_whatever_his_clock_says() -> None:
     """Times are told as seconds from now: machines have clocks of their own."""
     quota = _grown()
-    quota.renew("a", {"q": Demand(used=0.0, is_hungry=True, closed_until=30.0)}, 100.0)
+    quota.renew("a", {"q": Demand(used=0.0, is_waiting=True, cooldown_until=30.0)}, 100.0)
 
-    assert quota.renew("b", {"q": HUNGRY}, 100.5)["q"].closed_until == pytest.approx(29.5)
+    assert quota.renew("b", {"q": HUNGRY}, 100.5)["q"].cooldown_until == pytest.approx(29.5)

@@ -23,7 +23,7 @@ LANE = Lane(
     allowances=(Allowance(kind="requests", per_minute=100.0, used=0.5, source="told"),),
     ended=None,
 )
-SENDER = Statistics(in_flight=3, attempts=5, billed=4, rate_limited=1, failed=0, unknown=0, dropped=0, lanes=[LANE])
+SENDER = Statistics(in_flight=3, attempts=5, billed=4, rate_limited=1, failed=0, unknown=0, dropped=0, queues=[LANE])
 
 
 def test_shares_of_a_limit_are_shown_as_the_whole() -> None:
@@ -34,9 +34,9 @@ def test_shares_of_a_limit_are_shown_as_the_whole() -> None:
         cooldown_s=4.0,
         allowances=(Allowance(kind="requests", per_minute=300.0, used=1.0, source="told"),),
     )
-    total = statistics.statistics({"attempts": 10, "dropped": 1}, [SENDER, replace(SENDER, lanes=[other])])
+    total = statistics.statistics({"attempts": 10, "dropped": 1}, [SENDER, replace(SENDER, queues=[other])])
 
-    (lane,) = total.lanes
+    (lane,) = total.queues
     assert (total.attempts, total.billed, total.dropped, total.in_flight) == (20, 8, 1, 6)
     assert (lane.in_flight, lane.window, lane.rate_limited) == (6, 16, 4)
     assert (lane.waiting_for, lane.cooldown_s) == ("limit of requests per minute", 4.0)
@@ -47,4 +47,4 @@ def test_models_stay_apart() -> None:
     """What is one provider's model is not another's."""
     other = replace(LANE, provider="vllm")
 
-    assert len(statistics.statistics({}, [SENDER, replace(SENDER, lanes=[other])]).lanes) == 2
+    assert len(statistics.statistics({}, [SENDER, replace(SENDER, queues=[other])]).queues) == 2

@@ -25,7 +25,7 @@ class TokenEstimator:
         expected = _GUESSED_OUTPUT_TOKENS if self._output is None else self._output
         return min(expected, request.max_output_tokens or math.inf)
 
-    def learn(self, request: Request, usage: Usage) -> None:
+    def update(self, request: Request, usage: Usage) -> None:
         """Move towards what one call really used."""
         if request.estimated_input_tokens:
             ratio = usage.input_tokens / request.estimated_input_tokens
