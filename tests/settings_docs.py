@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 
 from pipeline.core.config import Config, Endpoint, Price, Section
+from pipeline.core.protocols import foreign_settings
 
 _WIDTH = 120
 _COMMENT_COLUMN = 30
@@ -137,12 +138,8 @@ def _endpoints(endpoints: dict[str, Any]) -> Iterator[str]:
 
 
 def _own_settings(provider: str) -> set[str]:
-    """Return the settings of a built-in provider: all except those of the other protocol."""
-    foreign = {
-        "anthropic": {"organization", "project", "max_tokens_field", "store"},
-        "openai": {"version", "max_tokens"},
-    }
-    return Endpoint.model_fields.keys() - foreign[provider]
+    """Return the settings of a built-in provider: all except those of other protocols."""
+    return Endpoint.model_fields.keys() - set(foreign_settings(provider))
 
 
 def _section(section: Any, values: dict[str, Any], indent: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +29,7 @@ from pydantic import (
 )
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import PROTOCOLS, foreign_settings
 from pipeline.core.types import OutputFormat, Protocol
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -47,6 +49,25 @@ def _exact(value: Any) -> Any:
 
 
 Exact = Annotated[Decimal, BeforeValidator(_exact), Field(ge=0, le=1_000_000, decimal_places=9, allow_inf_nan=False)]
+
+
+def _one_of(names: Iterable[str]) -> AfterValidator:
+    """Return a validator that accepts these names only."""
+    known = tuple(names)
+    quoted = [repr(name) for name in known]
+    listed = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"Input should be {listed}")
+        return value
+
+    return AfterValidator(check)
+
+
+# The names come from one place each, so a new protocol or format needs no change here.
+ProtocolName = Annotated[str, _one_of(each.value for each in Protocol)]
+FormatName = Annotated[str, _one_of(each.value for each in OutputFormat)]
 
 
 class Section(BaseModel):
@@ -101,7 +122,7 @@ class Endpoint(Section):
     Fields of the other protocol are refused by `_fits_protocol`, so a setting that does nothing cannot be written.
     """
 
-    protocol: Literal["anthropic", "openai"] = Field(description="API that the server speaks: anthropic or openai")
+    protocol: ProtocolName = Field(description="API that the server speaks: anthropic or openai")
     base_url: str = Field(
         description="address; ANTHROPIC_BASE_URL and OPENAI_BASE_URL override it for these two providers"
     )
@@ -154,11 +175,8 @@ class Endpoint(Section):
 
     @model_validator(mode="after")
     def _fits_protocol(self) -> Self:
-        foreign = {
-            "anthropic": ("organization", "project", "max_tokens_field", "store"),
-            "openai": ("version", "max_tokens"),
-        }[self.protocol]
-        if wrong := [name for name in foreign if getattr(self, name) is not None]:
+        wrong = [name for name in foreign_settings(self.protocol) if getattr(self, name) is not None]
+        if wrong:
             raise ValueError(f"{', '.join(wrong)}: not a setting of the {self.protocol} protocol")
         return self
 
@@ -297,9 +315,7 @@ class Cluster(Section):
 class Output(Section):
     """What result lines look like and how safe they are before they count as done."""
 
-    format: Literal["native", "openai-batch", "anthropic-batch"] = Field(
-        default="native", description="native, openai-batch or anthropic-batch"
-    )
+    format: FormatName = Field(default="native", description="native, openai-batch or anthropic-batch")
     ordered: bool = Field(default=False, description="put results in input order when the run ends")
     echo_request: bool = Field(default=False, description="add the request as sent to its result line")
     durability: Literal["full", "fast"] = Field(
@@ -333,29 +349,6 @@ class Simulator(Section):
     seed: int = Field(default=0, description="another seed gives other answers")
 
 
-_BUILT_IN: dict[str, dict[str, Any]] = {
-    "anthropic": {
-        "protocol": "anthropic",
-        "base_url": "https://api.anthropic.com",
-        "path": "/v1/messages",
-        "api_key_env": "ANTHROPIC_API_KEY",
-        "model": "claude-haiku-5-5",
-        "models": ["claude-*"],
-        "version": "2023-06-01",
-        "max_tokens": 4096,
-    },
-    "openai": {
-        "protocol": "openai",
-        "base_url": "https://api.openai.com/v1",
-        "path": "/chat/completions",
-        "api_key_env": "OPENAI_API_KEY",
-        "model": "gpt-6-luna",
-        "models": ["gpt-*", "chatgpt-*", "o[0-9]*", "ft:*"],
-        "max_tokens_field": "auto",
-        "store": False,
-    },
-}
-_DEFAULT_PATH = {"anthropic": "/v1/messages", "openai": "/chat/completions"}
 _SIMULATED_KEY_ENV = "(simulated)"  # no variable can be called so
 
 
@@ -439,7 +432,7 @@ class Config(Section):
         if not isinstance(data, dict) or not isinstance(data.get("providers", {}) or {}, dict):
             return data
         given = dict(data.get("providers") or {})
-        merged: dict[str, Any] = {name: dict(fields) for name, fields in _BUILT_IN.items()}
+        merged: dict[str, Any] = {name.value: dict(facts.built_in) for name, facts in PROTOCOLS.items()}
         for name, fields in given.items():
             if not isinstance(fields, dict):
                 merged[name] = fields
@@ -448,8 +441,9 @@ class Config(Section):
             if base.get("protocol") != fields.get("protocol", base.get("protocol")):
                 base = {}
             merged[name] = {**base, **fields}
-            if default_path := _DEFAULT_PATH.get(str(merged[name].get("protocol"))):
-                merged[name].setdefault("path", default_path)
+            protocol = merged[name].get("protocol")
+            if protocol in set(Protocol):
+                merged[name].setdefault("path", PROTOCOLS[protocol].default_path)
         return {**data, "providers": merged}
 
     @field_validator("provider")
@@ -522,8 +516,8 @@ def simulated(settings: Config, url: str) -> Config:
     providers = {
         name: {
             **endpoint.model_dump(),
-            "base_url": url if endpoint.protocol == "anthropic" else f"{url}/v1",
-            "path": _DEFAULT_PATH[endpoint.protocol],
+            "base_url": f"{url}{PROTOCOLS[protocol(endpoint)].simulated_path}",
+            "path": PROTOCOLS[protocol(endpoint)].default_path,
             "api_key_env": _SIMULATED_KEY_ENV,
             "api_key_header": None,
         }

@@ -16,12 +16,12 @@ import yaml
 from pipeline.core import environment
 from pipeline.core.config import Config, _validated
 from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import PROTOCOLS
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20
 MAX_CONFIG_PARTS = 10_000
 DEFAULT_FILE = "config.yaml"
-_BASE_URL_VARIABLES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}
 
 
 def load(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Config:
@@ -35,12 +35,21 @@ def load(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] 
     if chosen is None and Path(DEFAULT_FILE).is_file():
         chosen = DEFAULT_FILE
     data, lines = _read(Path(chosen)) if chosen else ({}, {})
-    for name, variable in _BASE_URL_VARIABLES.items():
-        providers = data.get("providers") or {}
-        own = (providers.get(name) or {}) if isinstance(providers, dict) else None
-        if (url := environ.get(variable)) and isinstance(own, dict):
-            data["providers"] = {**providers, name: {**own, "base_url": url}}
+    for name, facts in PROTOCOLS.items():
+        url = environ.get(facts.base_url_variable)
+        if url:
+            _override_base_url(data, name.value, url)
     return _validated(data, path=str(chosen) if chosen else None, lines=lines)
+
+
+def _override_base_url(data: dict[str, Any], provider: str, url: str) -> None:
+    """Set the address of a built-in provider. Settings of a wrong type stay as they are, to be reported later."""
+    providers = data.get("providers") or {}
+    if not isinstance(providers, dict):
+        return
+    own = providers.get(provider) or {}
+    if isinstance(own, dict):
+        data["providers"] = {**providers, provider: {**own, "base_url": url}}
 
 
 class _Loader(yaml.SafeLoader):

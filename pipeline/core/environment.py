@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.core.config import _SIMULATED_KEY_ENV, Config, Endpoint
 from pipeline.core.errors import UsageError
+from pipeline.core.protocols import PROTOCOLS
 
 # What else than its URL says where an object is; the names are those of obstore.
 _STORES = (
@@ -36,10 +37,8 @@ def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = N
     variable = endpoint.api_key_env
     key = (environ.get(variable) or environ.get(variable.lower()) or "").strip()
     if not key:
-        where = {
-            "ANTHROPIC_API_KEY": "https://console.anthropic.com (Settings, API keys)",
-            "OPENAI_API_KEY": "https://platform.openai.com/api-keys",
-        }.get(variable, "the operator of this endpoint")
+        sources = {facts.built_in["api_key_env"]: facts.key_source for facts in PROTOCOLS.values()}
+        where = sources.get(variable, "the operator of this endpoint")
         raise UsageError(
             f"provider {name!r} needs a key, but the environment variable {variable} is not set",
             hint=f"get a key from {where}, then: export {variable}=…  (or rehearse without one: --simulate)",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +19,7 @@ from pipeline import providers
 from pipeline.core import config, config_file, environment
 from pipeline.core.config import Config, Endpoint
 from pipeline.core.errors import ConfigError, UsageError
-from pipeline.core.types import Protocol
+from pipeline.core.types import OutputFormat, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "config.yaml"
@@ -672,12 +672,15 @@ def test_a_rehearsal_goes_to_the_simulator_only(load: Load) -> None:
 
 
 def test_choices_are_those_of_the_types() -> None:
-    """The choices in the configuration are the values of the enumerations that the program works with."""
-    formats = get_args(config.Output.model_fields["format"].annotation)
-    protocols = get_args(Endpoint.model_fields["protocol"].annotation)
+    """The settings accept every value of the enumerations that the program works with, and no other."""
+    for form in OutputFormat:
+        assert config.output_format(Config().with_("output", format=form.value)) is form
+    for protocol in Protocol:
+        endpoint = {"protocol": protocol.value, "base_url": "https://x.example"}
+        assert config.protocol(Config.model_validate({"providers": {"x": endpoint}}).providers["x"]) is protocol
 
-    assert [str(config.output_format(Config().with_("output", format=each))) for each in formats] == list(formats)
-    assert [str(each) for each in Protocol] == list(protocols)
+    with pytest.raises(ConfigError, match="Input should be 'native', 'openai-batch' or 'anthropic-batch'"):
+        Config().with_("output", format="xml")
 
 
 LOAD_DEEP = """

@@ -23,7 +23,6 @@ from anyio import to_thread
 
 from pipeline.accounting.budget import Budget
 from pipeline.accounting.pricing import Pricing
-from pipeline.core.cancel import StopSignal
 from pipeline.core.clock import Clock
 from pipeline.core.config import Batches
 from pipeline.core.errors import ErrorScope, PipelineError, ProviderError, TryLaterError, UsageError
@@ -35,6 +34,7 @@ from pipeline.dispatch.batch.lifecycle import BatchLifecycle, PollPolicy, Wait
 from pipeline.dispatch.batch.outcome import ItemOutcome, OutcomeClassifier
 from pipeline.dispatch.batch.reservations import BatchReservations
 from pipeline.dispatch.batch.store import BatchItem, BatchItems, BatchRecord, BatchStore, Step
+from pipeline.dispatch.cancel import StopSignal
 from pipeline.providers.batch import Batch
 
 _GROUP = 256

@@ -15,12 +15,12 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from pipeline.core.cancel import StopSignal
 from pipeline.core.clock import Clock
 from pipeline.core.errors import ProviderError, TryLaterError
 from pipeline.core.http import SLOWEST_BYTES_PER_SECOND
 from pipeline.dispatch.batch.client import BatchClient, UncertainError
 from pipeline.dispatch.batch.store import BatchRecord, BatchStore, Step
+from pipeline.dispatch.cancel import StopSignal
 from pipeline.providers.batch import Batch
 
 _FIRST_PAUSE = 1.0

@@ -21,7 +21,6 @@ import anyio
 
 from pipeline.accounting.budget import Budget
 from pipeline.accounting.pricing import Pricing
-from pipeline.core.cancel import StopSignal
 from pipeline.core.clock import Clock
 from pipeline.core.errors import (
     BudgetReachedError,
@@ -33,6 +32,7 @@ from pipeline.core.errors import (
     UsageError,
 )
 from pipeline.core.types import Attempt, Completion, Cost, Failure, Request, Result, Usage
+from pipeline.dispatch.cancel import StopSignal
 from pipeline.dispatch.live import model_queue
 from pipeline.dispatch.live.model_queue import ModelQueue, QueuedRequest
 from pipeline.dispatch.live.rate_limiter import RateLimiter
