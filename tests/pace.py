@@ -90,7 +90,7 @@ class Run:
             tasks.start_soon(self._feed)
             if self.leases:
                 sharing = QuotaSync(
-                    SqliteBroker(self.leases), Clock(), rate_limiters=self.sender.rate_limiters, say=print
+                    SqliteBroker(self.leases), Clock(), rate_limiters=self.sender.rate_limiters, notify=print
                 )
                 tasks.start_soon(sharing.keep)
             for moment, factor in sorted((changes or {}).items()):

@@ -116,7 +116,7 @@ def _list(options: ListOptions) -> int:
         _show(found, options)
     elif found:
         # Open ones at the end, where a reader looks first.
-        _show(sorted(found, key=lambda each: each.chunk.is_open), options)
+        _show(sorted(found, key=lambda each: each.record.is_open), options)
     else:
         console.stderr_console().emit("message", "no recorded run has batches")
     return 0
@@ -142,7 +142,7 @@ def _cancel(options: CancelOptions) -> int:
         _show(process.run(lambda: manage.cancel(settings, chosen)), options)
         return 0
     forgotten = [manage.give_up(each) for each in chosen]
-    requests = sum(each.chunk.requests for each in forgotten if each.chunk.batch_id)
+    requests = sum(each.record.requests for each in forgotten if each.record.batch_id)
     if requests:
         warning = f"the provider may still charge for what it did of {requests:,} requests"
         console.stderr_console().emit("warning", warning)

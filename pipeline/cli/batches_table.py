@@ -25,7 +25,7 @@ def show(terminal: rich.console.Console, batches: Sequence[Listed]) -> None:
         table.add_column(name, justify="right")
     table.add_column("results", overflow="fold")
     for each in batches:
-        batch = each.chunk
+        batch = each.record
         table.add_row(
             Text(escape(batch.name)),
             Text(escape(batch.group, 60)),

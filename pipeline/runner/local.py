@@ -97,7 +97,7 @@ class LocalRun(RunBase):
                 f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
             )
         self.sender: Sender
-        self.chunks = BatchStore(self.recorder.path)
+        self.batch_store = BatchStore(self.recorder.path)
         self.batches: BatchCoordinator | None = None
         self.batches_done = anyio.Event()
 
@@ -114,7 +114,7 @@ class LocalRun(RunBase):
                 rate_limiter_of=self._rate_limiter_of,
                 ended=self.ended,
             )
-            if self.settings.lane != LIVE or self.chunks.still_open:
+            if self.settings.lane != LIVE or self.batch_store.still_open:
                 self.batches = self._batch_lane(client)
             async with anyio.create_task_group() as writing:
                 writing.start_soon(self.recorder.run)
@@ -126,18 +126,18 @@ class LocalRun(RunBase):
                     self.recorder.close()
 
     def release(self) -> None:
-        self.chunks.release()
+        self.batch_store.release()
         super().release()
 
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _open_lanes(self) -> None:
         """Learn what earlier runs left with batch APIs; batches of a simulator are gone with it."""
-        self.chunks.open()
-        for chunk in self.chunks.still_open:
-            if chunk.simulated or self._is_lost(chunk):
-                self.chunks.close_chunk(chunk, Step.DROPPED)
-        left = self.chunks.still_open
+        self.batch_store.open()
+        for record in self.batch_store.still_open:
+            if record.simulated or self._is_lost(record):
+                self.batch_store.close_record(record, Step.DROPPED)
+        left = self.batch_store.still_open
         if left and self.options.fresh:
             raise UsageError(
                 f"{len(left):,} batch(es) of {self.recorder.name!r} are not collected, and --fresh would pay for "
@@ -146,34 +146,34 @@ class LocalRun(RunBase):
             )
         if left:
             self.say(
-                f"{sum(chunk.requests for chunk in left):,} requests are in {len(left):,} batch(es) of earlier runs"
+                f"{sum(record.requests for record in left):,} requests are in {len(left):,} batch(es) of earlier runs"
             )
 
-    def _is_lost(self, chunk: BatchRecord) -> bool:
-        """Tell whether nothing is lost by forgetting a chunk: no batch was made of it, and live it goes another way.
+    def _is_lost(self, record: BatchRecord) -> bool:
+        """Tell whether nothing is lost by forgetting a record: no batch was made of it, and live it goes another way.
 
         Raises `StorageError` where a batch was made of requests that are damaged now.
         """
-        if self.settings.lane == LIVE and not chunk.may_have_batch:
+        if self.settings.lane == LIVE and not record.may_have_batch:
             return True
-        if not self.chunks.is_damaged(chunk):
+        if not self.batch_store.is_damaged(record):
             return False
-        path = str(self.chunks.path(chunk))
-        if chunk.may_have_batch:
+        path = str(self.batch_store.path(record))
+        if record.may_have_batch:
             raise StorageError(
-                f"{path!r} is damaged or gone, and batch {chunk.name} was made of it",
-                hint=f"bring it back, or give the batch up: pipeline batches cancel --forget {chunk.name}",
+                f"{path!r} is damaged or gone, and batch {record.name} was made of it",
+                hint=f"bring it back, or give the batch up: pipeline batches cancel --forget {record.name}",
             )
         self.say(f"{path!r} is damaged; no batch was made of it, its requests are sent anew")
         return True
 
     def _hold(self) -> None:
-        for chunk in self.chunks.still_open:
-            requests = (member.request for _, member in self.chunks.members(chunk))
+        for record in self.batch_store.still_open:
+            requests = (item.request for _, item in self.batch_store.items(record))
             self.intake.hold(
                 request
                 for request in requests
-                if chunk.retries_failed or self.intake.outcome(request.custom_id, request.digest) is None
+                if record.retries_failed or self.intake.outcome(request.custom_id, request.digest) is None
             )
 
     def _batch_lane(self, client: http.Client) -> BatchCoordinator:
@@ -181,7 +181,7 @@ class LocalRun(RunBase):
             self.settings,
             client,
             self.clock,
-            self.chunks,
+            self.batch_store,
             self.recorder,
             LanePricing(self.prices, self.clock, BATCH),
             self.budget,
@@ -189,7 +189,7 @@ class LocalRun(RunBase):
             run_id=self.run_id,
             input=self.intake,
             say=self.say,
-            resend=None if self.settings.lane == BATCH else self._resend,
+            send_live=None if self.settings.lane == BATCH else self._send_live,
         )
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,7 +212,7 @@ class LocalRun(RunBase):
         if not self.settings.sending.share_limits or self.options.simulate:
             return None
         broker = shared_limits.lease_broker(self.settings, self.run_id)
-        return QuotaSync(broker, self.clock, rate_limiters=self.sender.rate_limiters, say=self.say).keep
+        return QuotaSync(broker, self.clock, rate_limiters=self.sender.rate_limiters, notify=self.say).keep
 
     async def _work(self, scope: anyio.CancelScope) -> None:
         async with anyio.create_task_group() as work:
@@ -247,11 +247,9 @@ class LocalRun(RunBase):
             self.batches_done.set()
             self.sender.close()
 
-    async def _resend(self, members: Sequence[BatchItem]) -> None:
+    async def _send_live(self, items: Sequence[BatchItem]) -> None:
         """Send live what batches did not answer."""
-        await self.sender.submit(
-            [each.request for each in members], [(each.attempts, each.counted) for each in members]
-        )
+        await self.sender.submit([each.request for each in items], [(each.attempts, each.counted) for each in items])
 
     async def _copy_results(self) -> None:
         """Give each request that was not sent because an equal one was the result of that one."""
@@ -290,7 +288,7 @@ class LocalRun(RunBase):
         return super().is_partial() or (self.batches is not None and self.batches.is_partial)
 
     def chunks_in_sight(self) -> Sequence[BatchRecord]:
-        return self.batches.statistics().chunks if self.batches else ()
+        return self.batches.statistics().records if self.batches else ()
 
     def _attempts(self) -> Attempts:
         attempts = super()._attempts()

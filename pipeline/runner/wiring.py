@@ -92,7 +92,7 @@ def batch_lane(
     settings: Config,
     client: http.Client,
     clock: Clock,
-    chunks: BatchStore,
+    store: BatchStore,
     recording: ResultWriter,
     pricing: Pricing,
     budget: Budget | None,
@@ -101,44 +101,44 @@ def batch_lane(
     run_id: str,
     input: Input,
     say: Callable[[str], None],
-    resend: Callable[[Sequence[BatchItem]], Awaitable[None]] | None,
+    send_live: Callable[[Sequence[BatchItem]], Awaitable[None]] | None,
 ) -> BatchCoordinator:
-    """Make the batch lane of a run; with `resend` what batches do not answer goes there."""
+    """Make the batch lane of a run; `send_live` takes what batches do not answer."""
     seconds = settings.batches.deadline if settings.lane == "auto" else None
     deadline = clock.moment() + timedelta(seconds=seconds) if seconds else None
     return BatchCoordinator(
-        chunks=chunks,
+        store=store,
         run_id=run_id,
         is_simulated=options.simulate,
         retries_failed=options.retry_failed,
         settings=settings.batches,
         max_attempts=settings.sending.max_attempts,
-        patience=PollPolicy(
+        poll_policy=PollPolicy(
             poll_interval=settings.batches.poll_interval,
             call=settings.sending.timeout,
             rounds=settings.sending.max_attempts,
-            live_seconds=partial(_live_seconds, settings, chunks) if resend else None,
+            live_seconds=partial(_live_seconds, settings, store) if send_live else None,
             deadline=deadline,
         ),
-        open_courier=partial(batch_client, settings, client, say),
-        recording=recording,
+        open_client=partial(batch_client, settings, client, say),
+        results=recording,
         pricing=pricing,
         budget=budget,
         clock=clock,
-        say=say,
+        notify=say,
         input=input,
         waits=settings.lane != LIVE and not options.no_wait,
         deadline=deadline,
-        resend=resend,
+        send_live=send_live,
     )
 
 
-def _live_seconds(settings: Config, chunks: BatchStore, chunk: BatchRecord) -> float:
+def _live_seconds(settings: Config, store: BatchStore, record: BatchRecord) -> float:
     """Return how long the requests of a batch may take live, with those of all batches that share its limits."""
-    requests = sum(each.requests for each in chunks.still_open if each.group == chunk.group)
+    requests = sum(each.requests for each in store.still_open if each.group == record.group)
     limits = settings.limits
-    models = [name.partition("/")[2] for name in limits.models if name.partition("/")[0] == chunk.provider]
-    caps = [limits.of(chunk.provider, model).rpm for model in ([chunk.model] if chunk.model else ["", *models])]
+    models = [name.partition("/")[2] for name in limits.models if name.partition("/")[0] == record.provider]
+    caps = [limits.of(record.provider, model).rpm for model in ([record.model] if record.model else ["", *models])]
     return 60 * requests / min((cap for cap in caps if cap), default=_ASSUMED_RPM) + settings.sending.timeout
 
 

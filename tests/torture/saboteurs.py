@@ -253,7 +253,7 @@ SABOTEURS = (
     Saboteur(
         name="a batch is made again without being looked for",
         file="dispatch/batch/lifecycle.py",
-        old="            if chunk.step is Step.CREATING:\n",
+        old="            if record.step is Step.CREATING:\n",
         new="            if False:\n",
         test="tests/torture/test_batches.py::test_lost_answers_need_nobody_to_repeat_the_command",
     ),

@@ -32,8 +32,8 @@ class BatchGroup:
 
     provider: str
     model: str
-    courier: BatchClient
-    spool: OpenBatch | None = None
+    client: BatchClient
+    open_batch: OpenBatch | None = None
     underway: int = 0
     room: anyio.Semaphore = field(default_factory=lambda: anyio.Semaphore(0))
     max_tokens: int | None = None
@@ -58,124 +58,124 @@ class BatchBuilder:
 
     def __init__(
         self,
-        chunks: BatchStore,
+        store: BatchStore,
         settings: Batches,
-        reserves: BatchReservations,
+        reservations: BatchReservations,
         *,
-        open_courier: Callable[[str], BatchClient],
-        blank: Callable[[BatchGroup], BatchRecord],
-        ship: Callable[[BatchRecord], None],
+        open_client: Callable[[str], BatchClient],
+        new_record: Callable[[BatchGroup], BatchRecord],
+        submit: Callable[[BatchRecord], None],
         may_wait: bool,
         disk: anyio.CapacityLimiter,
     ) -> None:
-        self._chunks = chunks
+        self._store = store
         self._settings = settings
-        self._reserves = reserves
-        self._open_courier = open_courier
-        self._blank = blank
-        self._ship = ship
+        self._reservations = reservations
+        self._open_client = open_client
+        self._new_record = new_record
+        self._submit = submit
         self._may_wait = may_wait
         self._disk = disk
-        self._couriers: dict[str, BatchClient] = {}
-        self._sealing = 0
+        self._clients: dict[str, BatchClient] = {}
+        self._finishing = 0
         self.groups: dict[tuple[str, str], BatchGroup] = {}
         self.refused: PipelineError | None = None
 
     @property
     def is_empty(self) -> bool:
-        return not self._sealing and not any(group.spool for group in self.groups.values())
+        return not self._finishing and not any(group.open_batch for group in self.groups.values())
 
     def group(self, provider: str, model: str) -> BatchGroup:
         """Return the group of a model. Raises `UsageError` where its provider cannot be called (no key)."""
-        if provider not in self._couriers:
-            self._couriers[provider] = self._open_courier(provider)
-        courier = self._couriers[provider]
-        model = model if courier.batches.is_for_one_model else ""
+        if provider not in self._clients:
+            self._clients[provider] = self._open_client(provider)
+        client = self._clients[provider]
+        model = model if client.batches.is_for_one_model else ""
         if (provider, model) not in self.groups:
-            self.groups[provider, model] = BatchGroup(provider=provider, model=model, courier=courier)
+            self.groups[provider, model] = BatchGroup(provider=provider, model=model, client=client)
         return self.groups[provider, model]
 
-    async def load(self, members: Iterable[BatchItem]) -> list[BatchItem]:
+    async def load(self, items: Iterable[BatchItem]) -> list[BatchItem]:
         """Put requests into chunks; return those whose provider takes no batch of them."""
-        turned_away = [member for member in members if not await self._add(member)]
+        turned_away = [item for item in items if not await self._add(item)]
         for group in list(self.groups.values()):
-            if group.spool:
-                await to_thread.run_sync(group.spool.write, group.spool.take(), limiter=self._disk)
-        if self._reserves.waiting:  # somebody waits for money: only what is on its way can give it back
-            await self.seal_all()
+            if group.open_batch:
+                await to_thread.run_sync(group.open_batch.write, group.open_batch.take(), limiter=self._disk)
+        if self._reservations.waiting:  # somebody waits for money: only what is on its way can give it back
+            await self.finish_all()
         return turned_away
 
-    async def seal_all(self) -> None:
+    async def finish_all(self) -> None:
         """Ship whatever is loaded."""
         for group in list(self.groups.values()):
-            await self._seal(group)
+            await self._finish(group)
 
-    def unload(self) -> int:
+    def discard(self) -> int:
         """Forget what is not shipped; return how many requests that were."""
-        spools = [group.spool for group in self.groups.values() if group.spool]
+        open_batches = [group.open_batch for group in self.groups.values() if group.open_batch]
         for group in self.groups.values():
-            group.spool = None
-        for spool in spools:
-            spool.delete()
-            self._reserves.close(spool.nonce)
-        return sum(spool.requests for spool in spools)
+            group.open_batch = None
+        for open_batch in open_batches:
+            open_batch.delete()
+            self._reservations.close(open_batch.local_id)
+        return sum(open_batch.requests for open_batch in open_batches)
 
-    async def _add(self, member: BatchItem) -> bool:
+    async def _add(self, item: BatchItem) -> bool:
         """Load a request; False where no batch is to be had for it, or nothing more is loaded."""
-        request = member.request
+        request = item.request
         try:
             if self.refused:
                 return False
             group = self.group(request.provider, request.model)
             if group.refusal:
                 return False
-            reserved = self._reserves.try_reserve(request)
+            reserved = self._reservations.try_reserve(request)
             if reserved is None:
                 if not self._may_wait:
-                    await self.seal_all()
+                    await self.finish_all()
                     raise TryLaterError("the budget does not cover the rest before results are back")
-                reserved = await self._reserves.reserve(request, self.seal_all)
+                reserved = await self._reservations.reserve(request, self.finish_all)
         except (UsageError, BudgetReachedError, TryLaterError) as error:
             self.refused = error
             return False
         while True:
-            spool = group.spool = group.spool or self._chunks.spool()
-            codec = group.courier.batches
+            open_batch = group.open_batch = group.open_batch or self._store.open_batch()
+            codec = group.client.batches
             mark = checksum(request.custom_id.encode(), b"\0", request.digest.encode()).hex()
-            named = replace(member, name=codec.name(spool.nonce, request.custom_id, mark))
+            named = replace(item, name=codec.name(open_batch.local_id, request.custom_id, mark))
             size = len(codec.separator) + len(codec.entry(named.name, request.body))
-            if not spool.requests or not self._is_full(group, spool, named, size):
-                spool.add_entry(named, size if spool.requests else size - len(codec.separator))
-                self._reserves.assign(spool.nonce, reserved)
+            if not open_batch.requests or not self._is_full(group, open_batch, named, size):
+                open_batch.add_entry(named, size if open_batch.requests else size - len(codec.separator))
+                self._reservations.assign(open_batch.local_id, reserved)
                 return True
-            await self._seal(group)
+            await self._finish(group)
 
-    def _is_full(self, group: BatchGroup, spool: OpenBatch, member: BatchItem, size: int) -> bool:
-        codec, settings = group.courier.batches, self._settings
-        tokens = spool.input_tokens + member.request.estimated_input_tokens
+    def _is_full(self, group: BatchGroup, open_batch: OpenBatch, item: BatchItem, size: int) -> bool:
+        codec, settings = group.client.batches, self._settings
+        tokens = open_batch.input_tokens + item.request.estimated_input_tokens
         return (
-            spool.requests >= min(codec.max_requests, settings.max_requests or codec.max_requests)
-            or spool.content + size > min(codec.max_bytes, settings.max_bytes or codec.max_bytes)
+            open_batch.requests >= min(codec.max_requests, settings.max_requests or codec.max_requests)
+            or open_batch.content + size > min(codec.max_bytes, settings.max_bytes or codec.max_bytes)
             or (group.max_tokens is not None and tokens > group.max_tokens)
         )
 
-    async def _seal(self, group: BatchGroup) -> None:
-        spool, group.spool = group.spool, None
-        if spool is None:
+    async def _finish(self, group: BatchGroup) -> None:
+        open_batch, group.open_batch = group.open_batch, None
+        if open_batch is None:
             return
-        lines, blank = spool.take(), self._blank(group)
+        lines, new_record = open_batch.take(), self._new_record(group)
 
-        def seal() -> BatchRecord:
-            chunk = spool.seal(lines, blank)
-            self._chunks.note(chunk)
-            return chunk
+        def finish() -> BatchRecord:
+            record = open_batch.finish(lines, new_record)
+            self._store.save(record)
+            return record
 
-        self._sealing += 1
+        self._finishing += 1
         try:
-            chunk = await to_thread.run_sync(seal, limiter=self._disk)
+            record = await to_thread.run_sync(finish, limiter=self._disk)
         finally:
-            self._sealing -= 1
-        self._ship(chunk)
+            self._finishing -= 1
+        self._submit(record)
 
 
 def deadline_text(deadline: datetime | None) -> str | None:

@@ -58,7 +58,7 @@ class BatchConnection:
 class BatchClient:
     """Carries the chunks of one provider to its batch API, and the results back.
 
-    `patience` is for how many seconds a provider may be out of reach.
+    `max_outage` is for how many seconds a provider may be out of reach.
     """
 
     def __init__(
@@ -66,37 +66,37 @@ class BatchClient:
         *,
         codec: Codec,
         batches: BatchCodec,
-        way: BatchConnection,
+        connection: BatchConnection,
         policy: Policy,
-        patience: float,
+        max_outage: float,
         max_line_bytes: int,
-        say: Callable[[str], None] = lambda message: None,
+        notify: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.codec = codec
         self.batches = batches
-        self._way = way
+        self._connection = connection
         self._policy = policy
-        self._patience = patience
+        self._max_outage = max_outage
         self._max_line_bytes = max_line_bytes
-        self._say = say
+        self._notify = notify
         self._is_in_trouble = False
         self._uploads = anyio.Semaphore(_UPLOADS)
 
-    async def upload(self, chunks: BatchStore, chunk: BatchRecord) -> str | None:
+    async def upload(self, store: BatchStore, record: BatchRecord) -> str | None:
         """Upload a chunk and return the id of the file; None where that is not a call of its own."""
-        call = self.batches.upload(self._way.endpoint, self._way.headers, chunk.nonce)
+        call = self.batches.upload(self._connection.endpoint, self._connection.headers, record.local_id)
         if call is None:
             return None
         async with self._uploads:
-            return await self._ask(call, self.batches.uploaded, self._content(chunks, chunk))
+            return await self._ask(call, self.batches.uploaded, self._content(store, record))
 
-    async def create(self, chunks: BatchStore, chunk: BatchRecord, begin: Callable[[], Awaitable[None]]) -> Batch:
+    async def create(self, store: BatchStore, record: BatchRecord, begin: Callable[[], Awaitable[None]]) -> Batch:
         """Make the batch of a chunk; `begin` is awaited before every call that may make it.
 
         Raises `UncertainError`, or the provider's error when none can have been made.
         """
-        call = self.batches.create(self._way.endpoint, self._way.headers, chunk.nonce, chunk.file_id)
-        content = None if call.tail is None else self._content(chunks, chunk)
+        call = self.batches.create(self._connection.endpoint, self._connection.headers, record.local_id, record.file_id)
+        content = None if call.tail is None else self._content(store, record)
         async with self._uploads:
             try:
                 return await self._ask(call, self.batches.batch, content, before=begin, may_repeat=_may_repeat_create)
@@ -105,16 +105,16 @@ class BatchClient:
                     raise
                 raise UncertainError(error.message) from error
 
-    async def find(self, chunk: BatchRecord, taken: set[str]) -> Batch | None:
+    async def find(self, record: BatchRecord, taken: set[str]) -> Batch | None:
         """Look for the batch that was made of a chunk without our learning its id; `taken` are ids of others.
 
         Where batches keep marks it is the one with ours; else one of its size that was made then.
         """
-        assert chunk.creating_at is not None
-        earliest = _time(chunk.creating_at) - _SKEW
+        assert record.creating_at is not None
+        earliest = _time(record.creating_at) - _SKEW
         after: str | None = None
         while True:
-            call = self.batches.list(self._way.endpoint, self._way.headers, after)
+            call = self.batches.list(self._connection.endpoint, self._connection.headers, after)
             try:
                 page, has_more = await self._ask(call, self.batches.listed, may_repeat=lambda e: not is_no_api(e))
             except ProviderError as error:
@@ -125,9 +125,9 @@ class BatchClient:
                 if batch.id in taken:
                     continue
                 if self.batches.has_tags:
-                    if batch.tag == chunk.nonce:
+                    if batch.tag == record.local_id:
                         return batch
-                elif batch.total == chunk.requests and batch.created_at and _time(batch.created_at) >= earliest:
+                elif batch.total == record.requests and batch.created_at and _time(batch.created_at) >= earliest:
                     return batch
             if not has_more or not page or page[-1].id == after:
                 return None
@@ -137,11 +137,13 @@ class BatchClient:
 
     async def poll(self, id: str) -> Batch:
         """Return what the provider tells of a batch."""
-        return await self._ask(self.batches.poll(self._way.endpoint, self._way.headers, id), self.batches.batch)
+        return await self._ask(
+            self.batches.poll(self._connection.endpoint, self._connection.headers, id), self.batches.batch
+        )
 
     async def cancel(self, id: str) -> Batch:
         """Ask the provider to cancel a batch; one that has ended meanwhile is told as it is."""
-        call = self.batches.cancel(self._way.endpoint, self._way.headers, id)
+        call = self.batches.cancel(self._connection.endpoint, self._connection.headers, id)
         try:
             return await self._ask(call, self.batches.batch)
         except ProviderError as error:
@@ -151,9 +153,9 @@ class BatchClient:
 
     async def fetch(self, file: str, path: Path) -> None:
         """Download a file of results. What was cut is gone on with, and the file holds whole lines only."""
-        call = self.batches.download(self._way.endpoint, self._way.headers, file)
+        call = self.batches.download(self._connection.endpoint, self._connection.headers, file)
         with files.open_private(path) as target:
-            lines = _Lines(target, self._way.mask, self._max_line_bytes)
+            lines = _Lines(target, self._connection.mask, self._max_line_bytes)
             attempts, most, since = 0, 0, anyio.current_time()
             while True:
                 if lines.taken > most:  # what gets on is not given up
@@ -161,7 +163,7 @@ class BatchClient:
                 attempts += 1
                 lines.begin()
                 try:
-                    answer = await self._way.download(call, lines.write, lines.taken)
+                    answer = await self._connection.download(call, lines.write, lines.taken)
                     if answer.status in (200, 206):
                         lines.end()
                         return
@@ -173,15 +175,15 @@ class BatchClient:
                     error = self.codec.lost(exc)
                 await self._pause(error, attempts, since)
 
-    def _content(self, chunks: BatchStore, chunk: BatchRecord) -> Content:
+    def _content(self, store: BatchStore, record: BatchRecord) -> Content:
         """Return what reads a chunk anew for every call, in a thread."""
 
         async def blocks() -> AsyncIterator[bytes]:
-            found = chunks.content(chunk, separator=self.batches.separator, entry=self.batches.entry)
+            found = store.content(record, separator=self.batches.separator, entry=self.batches.entry)
             while (block := await to_thread.run_sync(next, found, None)) is not None:
                 yield block
 
-        return Content(size=chunk.content, blocks=blocks)
+        return Content(size=record.content, blocks=blocks)
 
     async def _ask(
         self,
@@ -199,7 +201,7 @@ class BatchClient:
             attempts += 1
             await before()
             try:
-                value = read(await self._way.ask(call, content))
+                value = read(await self._connection.ask(call, content))
                 self._is_in_trouble = False
                 return value
             except TransportError as exc:
@@ -217,11 +219,11 @@ class BatchClient:
             raise error
         if (error.retry_after or 0.0) > self._policy.max_retry_after:
             raise TryLaterError(f"the provider asks to wait {error.retry_after:,.0f} s: {error.message}")
-        if anyio.current_time() + seconds - since > self._patience:
+        if anyio.current_time() + seconds - since > self._max_outage:
             raise TryLaterError(f"the batch API is out of reach: {error.message}")
         if attempts > 1 and not self._is_in_trouble:
             self._is_in_trouble = True
-            self._say(f"the batch API does not do as it is asked, it is tried again: {error.message}")
+            self._notify(f"the batch API does not do as it is asked, it is tried again: {error.message}")
         await anyio.sleep(seconds)
 
 
@@ -304,7 +306,7 @@ def _time(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def batch_client(settings: Config, client: http.Client, say: Callable[[str], None], name: str) -> BatchClient:
+def batch_client(settings: Config, client: http.Client, notify: Callable[[str], None], name: str) -> BatchClient:
     """Make what talks to a provider's batch API: address, headers with the key, codecs."""
     endpoint = settings.providers.get(name)
     if endpoint is None:
@@ -322,7 +324,7 @@ def batch_client(settings: Config, client: http.Client, say: Callable[[str], Non
     return BatchClient(
         codec=codec,
         batches=providers.batch_codec(protocol),
-        way=BatchConnection(
+        connection=BatchConnection(
             endpoint=endpoint,
             headers=codec.headers(endpoint, key),
             ask=ask,
@@ -330,7 +332,7 @@ def batch_client(settings: Config, client: http.Client, say: Callable[[str], Non
             mask=redactor(key),
         ),
         policy=retry.Policy(settings.sending),
-        patience=poll_policy(settings),
+        max_outage=poll_policy(settings),
         max_line_bytes=settings.sending.max_response_bytes,
-        say=lambda message: say(f"{name}: {message}"),
+        notify=lambda message: notify(f"{name}: {message}"),
     )

@@ -32,8 +32,8 @@ class WrongBatchError(Exception):
 class CollectedItem:
     """A request and the verdict on it; `is_known` when its result was recorded before."""
 
-    member: BatchItem
-    verdict: ItemOutcome
+    item: BatchItem
+    outcome: ItemOutcome
     is_known: bool
 
 
@@ -42,47 +42,45 @@ class ResultCollector:
 
     def __init__(
         self,
-        chunks: BatchStore,
-        chunk: BatchRecord,
-        courier: BatchClient,
-        judge: OutcomeClassifier,
+        store: BatchStore,
+        record: BatchRecord,
+        client: BatchClient,
+        classifier: OutcomeClassifier,
         is_known: Callable[[BatchItem], bool],
     ) -> None:
-        self._chunks = chunks
-        self._chunk = chunk
-        self._courier = courier
-        self._judge = judge
+        self._store = store
+        self._record = record
+        self._client = client
+        self._classifier = classifier
         self._is_known = is_known
         self._places = FingerprintMap()
         self._seen = FingerprintSet()
-        self.strangers = 0
+        self.unmatched = 0
 
     async def gather(self, batch: Batch) -> AsyncIterator[Sequence[CollectedItem]]:
         """Fetch the results and yield verdicts in groups. Raises `NotOursError`, before the first of them."""
         await to_thread.run_sync(self._note_places)
-        path = self._chunks.download_path(self._chunk)
-        is_confirmed = self._chunk.is_confirmed
-        for file in batch.files:
-            await self._courier.fetch(file, path)
-            with path.open("rb") as results:
-                lines = jsonl.lines(results, MAX_LINE_BYTES)
+        path = self._store.download_path(self._record)
+        is_confirmed = self._record.is_confirmed
+        for name in batch.files:
+            await self._client.fetch(name, path)
+            with path.open("rb") as file:
+                lines = jsonl.lines(file, MAX_LINE_BYTES)
                 while group := await to_thread.run_sync(self._next_lines, lines):
-                    if not is_confirmed and not self._courier.batches.belongs(self._chunk.nonce, group[0]):
+                    if not is_confirmed and not self._client.batches.belongs(self._record.local_id, group[0]):
                         raise WrongBatchError
                     is_confirmed = True
                     yield await to_thread.run_sync(self._judge_lines, group)
         if not is_confirmed:
             raise WrongBatchError
-        async for judged in self.rest("failed" if batch.problems else batch.ending or "missing"):
-            yield judged
+        async for collected in self.rest("failed" if batch.problems else batch.ending or "missing"):
+            yield collected
 
     async def rest(self, ending: str) -> AsyncIterator[Sequence[CollectedItem]]:
         """Yield verdicts on the requests that nothing told of so far."""
-        unseen = (
-            member for _, member in self._chunks.members(self._chunk) if fingerprint(member.name) not in self._seen
-        )
+        unseen = (item for _, item in self._store.items(self._record) if fingerprint(item.name) not in self._seen)
         while group := await to_thread.run_sync(lambda: list(islice(unseen, _GROUP))):
-            yield [self._judged(member, self._judge.unfinished(member, ending)) for member in group]
+            yield [self._collected(item, self._classifier.unfinished(item, ending)) for item in group]
 
     async def refused(
         self, named: Mapping[int, ProviderError], whole: ProviderError | None
@@ -92,45 +90,45 @@ class ResultCollector:
         Lines without an error go again, unless the whole batch met one that no other attempt would pass.
         """
         is_final = whole is not None and whole.reach is not ErrorScope.ATTEMPT
-        numbered = enumerate(self._chunks.members(self._chunk), start=1)
+        numbered = enumerate(self._store.items(self._record), start=1)
         while group := await to_thread.run_sync(lambda: list(islice(numbered, _GROUP))):
-            judged = []
-            for number, (_, member) in group:
+            collected = []
+            for number, (_, item) in group:
                 if error := named.get(number):
-                    verdict = self._judge.refused(member, error)
+                    outcome = self._classifier.refused(item, error)
                 elif whole is not None and is_final:
-                    verdict = ItemOutcome(error=of_whole_batch(whole))
+                    outcome = ItemOutcome(error=of_whole_batch(whole))
                 else:
-                    verdict = ItemOutcome(again=member)
-                judged.append(self._judged(member, verdict))
-            yield judged
+                    outcome = ItemOutcome(again=item)
+                collected.append(self._collected(item, outcome))
+            yield collected
 
     def _note_places(self) -> None:
-        for place, member in self._chunks.members(self._chunk):
-            self._places.put(fingerprint(member.name), place)
+        for place, item in self._store.items(self._record):
+            self._places.put(fingerprint(item.name), place)
 
     @staticmethod
     def _next_lines(lines: Iterator[tuple[bytes, int]]) -> list[bytes]:
         return [line for line, _ in islice(lines, _GROUP)]
 
     def _judge_lines(self, lines: Iterable[bytes]) -> list[CollectedItem]:
-        judged: list[CollectedItem] = []
-        with self._chunks.reader(self._chunk) as file:
+        collected: list[CollectedItem] = []
+        with self._store.reader(self._record) as file:
             for line in lines:
-                outcome = self._outcome(line)
-                place = self._places.get(fingerprint(outcome.name)) if outcome else None
-                if outcome is None or place is None:
-                    self.strangers += 1
-                elif self._seen.add(fingerprint(outcome.name)):
-                    member = item_at(file, place)
-                    judged.append(self._judged(member, self._judge.judge(member, outcome)))
-        return judged
+                answer = self._outcome(line)
+                place = self._places.get(fingerprint(answer.name)) if answer else None
+                if answer is None or place is None:
+                    self.unmatched += 1
+                elif self._seen.add(fingerprint(answer.name)):
+                    item = item_at(file, place)
+                    collected.append(self._collected(item, self._classifier.classify(item, answer)))
+        return collected
 
-    def _judged(self, member: BatchItem, verdict: ItemOutcome) -> CollectedItem:
-        return CollectedItem(member=member, verdict=verdict, is_known=self._is_known(member))
+    def _collected(self, item: BatchItem, outcome: ItemOutcome) -> CollectedItem:
+        return CollectedItem(item=item, outcome=outcome, is_known=self._is_known(item))
 
     def _outcome(self, line: bytes) -> Outcome | None:
         try:
-            return self._courier.batches.outcome(line)
+            return self._client.batches.outcome(line)
         except LineError:
             return None

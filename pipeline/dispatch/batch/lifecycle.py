@@ -58,73 +58,73 @@ class BatchLifecycle:
     """Takes chunks from one step to the next, and notes each."""
 
     def __init__(
-        self, chunks: BatchStore, clock: Clock, stop: StopSignal, patience: PollPolicy, say: Callable[[str], None]
+        self, store: BatchStore, clock: Clock, stop: StopSignal, poll_policy: PollPolicy, notify: Callable[[str], None]
     ) -> None:
-        self._chunks = chunks
+        self._store = store
         self._clock = clock
         self._stop = stop
-        self._patience = patience
-        self._say = say
+        self._poll_policy = poll_policy
+        self._notify = notify
         self._begun = clock.moment()
-        self.doubted = 0  # requests of batches that were made again, though a first one may be there
+        self.maybe_duplicated = 0  # requests of batches that were made again, though a first one may be there
         self.disk = anyio.CapacityLimiter(1)
 
-    async def note(self, chunk: BatchRecord, **changes: Any) -> BatchRecord:
+    async def save(self, record: BatchRecord, **changes: Any) -> BatchRecord:
         """Note a step on the disk and return the chunk as it is now."""
-        chunk = replace(chunk, **changes)
+        record = replace(record, **changes)
         with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(self._chunks.note, chunk, limiter=self.disk)
-        return chunk
+            await to_thread.run_sync(self._store.save, record, limiter=self.disk)
+        return record
 
-    async def upload(self, courier: BatchClient, chunk: BatchRecord) -> BatchRecord:
+    async def upload(self, client: BatchClient, record: BatchRecord) -> BatchRecord:
         """Upload a chunk; as it was where that was cut short."""
         with self._stop.cuts_short():
-            file_id = await courier.upload(self._chunks, chunk)
-            return await self.note(chunk, step=Step.UPLOADED, file_id=file_id)
-        return chunk
+            file_id = await client.upload(self._store, record)
+            return await self.save(record, step=Step.UPLOADED, file_id=file_id)
+        return record
 
-    async def create(self, courier: BatchClient, chunk: BatchRecord) -> BatchRecord:
+    async def create(self, client: BatchClient, record: BatchRecord) -> BatchRecord:
         """Make the batch of a chunk or, if one may have been made, find it. Raises `ProviderError`, `TryLaterError`."""
         rounds = 0
-        while chunk.step is not Step.CREATED:
-            if chunk.step is Step.CREATING:
-                if batch := await self._find(courier, chunk):
-                    self._say(f"{chunk.group}: found batch {batch.id}, whose making was not confirmed")
-                    is_certain = courier.batches.has_tags
-                    return await self.note(chunk, **_told(batch), step=Step.CREATED, is_confirmed=is_certain)
-                self.doubted += chunk.requests
-            if (rounds := rounds + 1) > self._patience.rounds:
+        while record.step is not Step.CREATED:
+            if record.step is Step.CREATING:
+                if batch := await self._find(client, record):
+                    self._notify(f"{record.group}: found batch {batch.id}, whose making was not confirmed")
+                    is_certain = client.batches.has_tags
+                    return await self.save(record, **_reported(batch), step=Step.CREATED, is_confirmed=is_certain)
+                self.maybe_duplicated += record.requests
+            if (rounds := rounds + 1) > self._poll_policy.rounds:
                 raise TryLaterError("the provider does not say whether it made a batch, and none is found")
 
             async def begin() -> None:
-                nonlocal chunk
+                nonlocal record
                 at = f"{self._clock.moment():%Y-%m-%dT%H:%M:%SZ}"
-                chunk = await self.note(chunk, step=Step.CREATING, creating_at=at, is_confirmed=True)
+                record = await self.save(record, step=Step.CREATING, creating_at=at, is_confirmed=True)
 
             try:
-                batch = await courier.create(self._chunks, chunk, begin)
+                batch = await client.create(self._store, record, begin)
             except UncertainError as error:
-                self._say(f"{chunk.group}: it is not known whether a batch was made, it is looked for: {error}")
+                self._notify(f"{record.group}: it is not known whether a batch was made, it is looked for: {error}")
                 continue
             except (ProviderError, TryLaterError):
-                await self.note(chunk, step=Step.UPLOADED)
+                await self.save(record, step=Step.UPLOADED)
                 raise
-            self._say(f"{chunk.group}: batch {batch.id} of {chunk.requests:,} requests is on its way")
-            chunk = await self.note(chunk, **_told(batch), step=Step.CREATED)
-        return chunk
+            self._notify(f"{record.group}: batch {batch.id} of {record.requests:,} requests is on its way")
+            record = await self.save(record, **_reported(batch), step=Step.CREATED)
+        return record
 
-    async def _find(self, courier: BatchClient, chunk: BatchRecord) -> Batch | None:
+    async def _find(self, client: BatchClient, record: BatchRecord) -> Batch | None:
         """Look for a batch that may have been made, until the call that may have made it must be over, and longer.
 
         A provider may go on with a call that we gave up, and tell of the batch somewhat later.
         """
-        assert chunk.creating_at is not None
-        longest = self._patience.call + chunk.content / SLOWEST_BYTES_PER_SECOND
-        over = _time(chunk.creating_at) + timedelta(seconds=longest + _LATENESS * self._patience.call)
+        assert record.creating_at is not None
+        longest = self._poll_policy.call + record.content / SLOWEST_BYTES_PER_SECOND
+        over = _time(record.creating_at) + timedelta(seconds=longest + _LATENESS * self._poll_policy.call)
         pause = _FIRST_PAUSE
         while True:
-            for taken in self._taken(chunk):
-                if batch := await courier.find(chunk, taken):
+            for taken in self._taken(record):
+                if batch := await client.find(record, taken):
                     return batch
             left = (over - self._clock.moment()).total_seconds()
             if left <= 0:
@@ -135,102 +135,102 @@ class BatchLifecycle:
                 raise TryLaterError("stopped before it was known whether a batch was made; a later run finds out")
             pause *= _PAUSE_GROWTH
 
-    def _taken(self, chunk: BatchRecord) -> Iterator[set[str]]:
+    def _taken(self, record: BatchRecord) -> Iterator[set[str]]:
         """Yield what a chunk's batch is not: first all that our other chunks claim, then what is theirs for certain.
 
         Two chunks of one size may have claimed each other's batch; each must find its own again.
         """
-        others = [each for each in self._chunks.all if each.batch_id and each.nonce != chunk.nonce]
-        sure = {each.name for each in others if each.is_confirmed or not each.is_open} | set(chunk.not_ours)
+        others = [each for each in self._store.all if each.batch_id and each.local_id != record.local_id]
+        sure = {each.name for each in others if each.is_confirmed or not each.is_open} | set(record.not_ours)
         claimed = sure | {each.name for each in others}
         yield claimed
         if claimed != sure:
             yield sure
 
     async def wait(
-        self, courier: BatchClient, chunk: BatchRecord, *, is_patient: bool
+        self, client: BatchClient, record: BatchRecord, *, is_patient: bool
     ) -> tuple[BatchRecord, Batch | None, Wait]:
         """Wait for the end of a batch; return its last state where it has ended, and how the waiting did.
 
         A batch that is late is cancelled, so that the rest of it can go live before the deadline.
         """
-        id = _id_of(chunk)
+        id = _id_of(record)
         pause, is_cancelled = _FIRST_PAUSE, False
         while True:
             batch = None
             with self._stop.cuts_short():
-                batch = await courier.poll(id)
+                batch = await client.poll(id)
             if batch:
-                chunk = await self._note_told(chunk, batch)
+                record = await self._save_reported(record, batch)
             if batch and batch.is_ended:
-                return chunk, batch, Wait.ENDED
-            if batch and chunk.is_confirmed and self.is_late(chunk):
+                return record, batch, Wait.ENDED
+            if batch and record.is_confirmed and self.is_late(record):
                 if not is_cancelled:
-                    chunk = await self._give_up(courier, chunk)
+                    record = await self._give_up(client, record)
                     pause, is_cancelled = _FIRST_PAUSE, True
                     continue
-                if self._is_too_late(chunk):
-                    return chunk, None, Wait.IGNORES_CANCEL
+                if self._is_too_late(record):
+                    return record, None, Wait.IGNORES_CANCEL
             if self._stop.is_called or not is_patient:
-                return chunk, None, Wait.GOES_ON
-            self._refuse_overdue(chunk)
-            turns = (self._seconds_to_switch(chunk), self._seconds_until(chunk, timedelta(0), share=4))
+                return record, None, Wait.GOES_ON
+            self._refuse_overdue(record)
+            turns = (self._seconds_to_switch(record), self._seconds_until(record, timedelta(0), share=4))
             with self._stop.cuts_short():
                 await anyio.sleep(min([pause, *(seconds for seconds in turns if seconds and seconds > 0)]))
-            pause = min(pause * _PAUSE_GROWTH, self._patience.poll_interval)
+            pause = min(pause * _PAUSE_GROWTH, self._poll_policy.poll_interval)
 
-    async def _note_told(self, chunk: BatchRecord, batch: Batch) -> BatchRecord:
+    async def _save_reported(self, record: BatchRecord, batch: Batch) -> BatchRecord:
         """Note what a provider tells of a batch, if that is news."""
-        told = _told(batch)
-        return await self.note(chunk, **told) if replace(chunk, **told) != chunk else chunk
+        reported = _reported(batch)
+        return await self.save(record, **reported) if replace(record, **reported) != record else record
 
-    async def _give_up(self, courier: BatchClient, chunk: BatchRecord) -> BatchRecord:
+    async def _give_up(self, client: BatchClient, record: BatchRecord) -> BatchRecord:
         """Cancel a batch that is late; that it is ours to cancel is noted first."""
-        id = _id_of(chunk)
-        self._say(f"{chunk.group}: batch {id} is cancelled; what it did not answer goes live")
-        chunk = await self.note(chunk, is_given_up=True)
-        await courier.cancel(id)
-        return chunk
+        id = _id_of(record)
+        self._notify(f"{record.group}: batch {id} is cancelled; what it did not answer goes live")
+        record = await self.save(record, is_given_up=True)
+        await client.cancel(id)
+        return record
 
-    def is_late(self, chunk: BatchRecord) -> bool:
+    def is_late(self, record: BatchRecord) -> bool:
         """Tell whether what is not answered of a chunk must go live now."""
-        seconds = self._seconds_to_switch(chunk)
+        seconds = self._seconds_to_switch(record)
         return seconds is not None and seconds <= 0
 
-    def _is_too_late(self, chunk: BatchRecord) -> bool:
+    def _is_too_late(self, record: BatchRecord) -> bool:
         """Tell whether the rest of a batch must go live although it has not ended: else it were not back in time."""
-        seconds = self._seconds_until(chunk, timedelta(0), share=4)
+        seconds = self._seconds_until(record, timedelta(0), share=4)
         return seconds is not None and seconds <= 0
 
-    def _seconds_to_switch(self, chunk: BatchRecord) -> float | None:
+    def _seconds_to_switch(self, record: BatchRecord) -> float | None:
         """Return when a batch must be cancelled; None where there is no deadline."""
-        return self._seconds_until(chunk, _LONGEST_CANCELLING, share=2)
+        return self._seconds_until(record, _LONGEST_CANCELLING, share=2)
 
-    def _seconds_until(self, chunk: BatchRecord, cancelling: timedelta, share: int) -> float | None:
+    def _seconds_until(self, record: BatchRecord, cancelling: timedelta, share: int) -> float | None:
         """Return the seconds until only the time is left that cancelling and going live need, or a share of it all."""
-        deadlines = [_time(chunk.deadline)] if chunk.deadline else []
-        deadlines += [self._patience.deadline] if self._patience.deadline else []
-        if self._patience.live_seconds is None or not deadlines:
+        deadlines = [_time(record.deadline)] if record.deadline else []
+        deadlines += [self._poll_policy.deadline] if self._poll_policy.deadline else []
+        if self._poll_policy.live_seconds is None or not deadlines:
             return None
-        deadline, begun = min(deadlines), max(_time(chunk.at), self._begun)
-        needed = timedelta(seconds=self._patience.live_seconds(chunk)) + cancelling
+        deadline, begun = min(deadlines), max(_time(record.at), self._begun)
+        needed = timedelta(seconds=self._poll_policy.live_seconds(record)) + cancelling
         return (deadline - min(needed, (deadline - begun) / share) - self._clock.moment()).total_seconds()
 
-    def _refuse_overdue(self, chunk: BatchRecord) -> None:
+    def _refuse_overdue(self, record: BatchRecord) -> None:
         """Wait for no batch that should have ended long ago. Raises `TryLaterError`."""
-        begun = _time(chunk.created_at or chunk.creating_at or chunk.at)
-        expires = _time(chunk.expires_at) if chunk.expires_at else begun + _WINDOW
+        begun = _time(record.created_at or record.creating_at or record.at)
+        expires = _time(record.expires_at) if record.expires_at else begun + _WINDOW
         if self._clock.moment() > expires + _OVERDUE:
-            text = f"batch {chunk.batch_id} should have expired at {expires:%Y-%m-%dT%H:%M:%SZ} and has not ended"
+            text = f"batch {record.batch_id} should have expired at {expires:%Y-%m-%dT%H:%M:%SZ} and has not ended"
             raise TryLaterError(text)
 
 
-def _id_of(chunk: BatchRecord) -> str:
-    assert chunk.batch_id is not None, "a batch is made first"
-    return chunk.batch_id
+def _id_of(record: BatchRecord) -> str:
+    assert record.batch_id is not None, "a batch is made first"
+    return record.batch_id
 
 
-def _told(batch: Batch) -> dict[str, Any]:
+def _reported(batch: Batch) -> dict[str, Any]:
     """Return what a chunk keeps of what a provider tells."""
     return {
         "batch_id": batch.id,

@@ -16,9 +16,8 @@ from pipeline.core import environment, http, object_store
 from pipeline.core import files as disk
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
-from pipeline.dispatch.batch import store as chunks
 from pipeline.dispatch.batch.client import BatchClient, batch_client
-from pipeline.dispatch.batch.store import BatchRecord, BatchStore, Step
+from pipeline.dispatch.batch.store import SUFFIX, BatchRecord, BatchStore, Step, read_records
 from pipeline.providers.batch import Batch
 from pipeline.results import object_store_writer
 
@@ -27,11 +26,11 @@ from pipeline.results import object_store_writer
 class Listed:
     """A batch, or a chunk that is still to become one, and whose results it brings."""
 
-    chunk: BatchRecord
+    record: BatchRecord
     results_file: Path
 
     def as_dict(self) -> dict[str, Any]:
-        return self.chunk.as_dict() | {"results_file": str(self.results_file)}
+        return self.record.as_dict() | {"results_file": str(self.results_file)}
 
 
 def listed(ledger: Path, settings: Config, files: Iterable[str] = ()) -> list[Listed]:
@@ -41,17 +40,17 @@ def listed(ledger: Path, settings: Config, files: Iterable[str] = ()) -> list[Li
     """
     known = dict.fromkeys(files) or dict.fromkeys(_results_files(ledger))
     found = [
-        Listed(chunk=chunk, results_file=file)
+        Listed(record=record, results_file=file)
         for file in (_file_of(each, settings) for each in known)
-        for chunk in chunks.read(disk.beside(file, chunks.SUFFIX))
-        if not chunk.simulated and (chunk.batch_id or chunk.is_open)
+        for record in read_records(disk.beside(file, SUFFIX))
+        if not record.simulated and (record.batch_id or record.is_open)
     ]
-    return sorted(found, key=lambda each: each.chunk.at)
+    return sorted(found, key=lambda each: each.record.at)
 
 
 def chosen(found: Sequence[Listed], ids: Sequence[str]) -> list[Listed]:
     """Return the batches with these ids; `UsageError` where there is none."""
-    by_id = {each.chunk.batch_id or each.chunk.nonce: each for each in found}
+    by_id = {each.record.batch_id or each.record.local_id: each for each in found}
     if unknown := [id for id in ids if id not in by_id]:
         raise UsageError(
             f"no run recorded a batch {unknown[0]!r}",
@@ -65,10 +64,10 @@ async def status(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
     async with http.Client(settings.sending) as client:
         told: list[Listed] = []
         for each in wanted:
-            if each.chunk.batch_id is None:
+            if each.record.batch_id is None:
                 told.append(each)
                 continue
-            batch = await _courier(settings, client, each.chunk).poll(each.chunk.batch_id)
+            batch = await _client(settings, client, each.record).poll(each.record.batch_id)
             told.append(_with(each, batch))
         return told
 
@@ -78,18 +77,18 @@ async def cancel(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
     async with http.Client(settings.sending) as client:
         told: list[Listed] = []
         for each in wanted:
-            chunk = each.chunk
-            if not chunk.is_open:
-                raise UsageError(f"batch {chunk.name} is {chunk.step.value} already")
-            if not chunk.may_have_batch:
+            record = each.record
+            if not record.is_open:
+                raise UsageError(f"batch {record.name} is {record.step.value} already")
+            if not record.may_have_batch:
                 told.append(give_up(each))
-            elif chunk.batch_id is None or not chunk.is_confirmed:
+            elif record.batch_id is None or not record.is_confirmed:
                 raise UsageError(
-                    f"it is not certain yet which batch is that of {chunk.name}",
+                    f"it is not certain yet which batch is that of {record.name}",
                     hint="repeat the run: it finds out; or give it up: pipeline batches cancel --forget ID",
                 )
             else:
-                batch = await _courier(settings, client, chunk).cancel(chunk.batch_id)
+                batch = await _client(settings, client, record).cancel(record.batch_id)
                 told.append(_with(each, batch))
         return told
 
@@ -101,20 +100,20 @@ def give_up(each: Listed) -> Listed:
     store = BatchStore(target)
     try:
         store.open()
-        chunk = store.reread(each.chunk)
-        if not chunk.is_open:
-            raise UsageError(f"batch {chunk.name} is {chunk.step.value} already")
-        if (chunk.step, chunk.batch_id) != (each.chunk.step, each.chunk.batch_id):
-            raise UsageError(f"a run has gone on with {each.chunk.name} meanwhile; look again")
-        store.close_chunk(chunk, Step.DROPPED)
+        record = store.reread(each.record)
+        if not record.is_open:
+            raise UsageError(f"batch {record.name} is {record.step.value} already")
+        if (record.step, record.batch_id) != (each.record.step, each.record.batch_id):
+            raise UsageError(f"a run has gone on with {each.record.name} meanwhile; look again")
+        store.close_record(record, Step.DROPPED)
     finally:
         store.release()
         disk.close(fd)
-    return replace(each, chunk=replace(chunk, step=Step.DROPPED))
+    return replace(each, record=replace(record, step=Step.DROPPED))
 
 
-def _courier(settings: Config, client: http.Client, chunk: BatchRecord) -> BatchClient:
-    return batch_client(settings, client, lambda message: None, chunk.provider)
+def _client(settings: Config, client: http.Client, record: BatchRecord) -> BatchClient:
+    return batch_client(settings, client, lambda message: None, record.provider)
 
 
 def _file_of(results: str, settings: Config) -> Path:
@@ -132,4 +131,4 @@ def _results_files(ledger: Path) -> list[str]:
 
 def _with(each: Listed, batch: Batch) -> Listed:
     changes = {"status": batch.status, "succeeded": batch.succeeded, "failed": batch.failed}
-    return replace(each, chunk=replace(each.chunk, **changes))  # type: ignore[arg-type]
+    return replace(each, record=replace(each.record, **changes))  # type: ignore[arg-type]

@@ -37,26 +37,26 @@ class ItemOutcome:
 class OutcomeClassifier:
     """Judges the outcomes of one chunk. `max_attempts` are those that may fail by a request's own fault."""
 
-    def __init__(self, chunk: BatchRecord, codec: Codec, pricing: Pricing, clock: Clock, max_attempts: int) -> None:
-        self._chunk = chunk
+    def __init__(self, record: BatchRecord, codec: Codec, pricing: Pricing, clock: Clock, max_attempts: int) -> None:
+        self._record = record
         self._codec = codec
         self._pricing = pricing
         self._clock = clock
         self._max_attempts = max_attempts
 
-    def judge(self, member: BatchItem, outcome: Outcome) -> ItemOutcome:
+    def classify(self, item: BatchItem, answer: Outcome) -> ItemOutcome:
         """Judge what the results tell of a request."""
-        if outcome.answer is None:
-            return self.unfinished(member, outcome.ending or "missing")
+        if answer.answer is None:
+            return self.unfinished(item, answer.ending or "missing")
         try:
-            reply = self._codec.decode(outcome.answer)
+            reply = self._codec.decode(answer.answer)
         except ProviderError as error:
-            return self._failed(member, error, outcome.answer)
+            return self._failed(item, error, answer.answer)
         usage = reply.usage
-        cost = self._pricing.cost(member.request, reply.model or member.request.model, usage) if usage else Cost()
-        return ItemOutcome(result=self._result(member, reply=reply, cost=cost), nanos=cost.nanos)
+        cost = self._pricing.cost(item.request, reply.model or item.request.model, usage) if usage else Cost()
+        return ItemOutcome(result=self._result(item, reply=reply, cost=cost), nanos=cost.nanos)
 
-    def unfinished(self, member: BatchItem, ending: str) -> ItemOutcome:
+    def unfinished(self, item: BatchItem, ending: str) -> ItemOutcome:
         """Judge a request without an answer: `expired`, `cancelled`, `failed`, `missing`, or `abandoned` by us."""
         message, may_be_billed = {
             "expired": ("the batch expired before it came to this request", False),
@@ -68,36 +68,36 @@ class OutcomeClassifier:
         attempt = Attempt(
             at=self._clock.utc(),
             type=f"batch_{ending}",
-            message=f"{message} ({self._chunk.batch_id})",
+            message=f"{message} ({self._record.batch_id})",
             latency_s=0.0,
             may_be_billed=may_be_billed,
         )
         is_own_fault = ending in ("expired", "failed", "missing")
-        verdict = self._again_or_failed(member, attempt, nanos=None if may_be_billed else 0, counts=is_own_fault)
-        return replace(verdict, is_cancelled=ending == "cancelled")
+        outcome = self._again_or_failed(item, attempt, nanos=None if may_be_billed else 0, counts=is_own_fault)
+        return replace(outcome, is_cancelled=ending == "cancelled")
 
-    def refused(self, member: BatchItem, error: ProviderError) -> ItemOutcome:
+    def refused(self, item: BatchItem, error: ProviderError) -> ItemOutcome:
         """Judge a request for which the provider refused a whole batch: it fails by what was said of it."""
         attempt = self._attempt(error)
-        return ItemOutcome(result=self._result(member, failed=attempt), attempt=attempt)
+        return ItemOutcome(result=self._result(item, failed=attempt), attempt=attempt)
 
-    def _failed(self, member: BatchItem, error: ProviderError, answer: HttpResponse) -> ItemOutcome:
+    def _failed(self, item: BatchItem, error: ProviderError, answer: HttpResponse) -> ItemOutcome:
         usage = self._codec.usage(answer) if answer.status == 200 else None
         error.may_be_billed = answer.status == 200
-        cost = self._pricing.cost(member.request, member.request.model, usage) if usage else Cost()
+        cost = self._pricing.cost(item.request, item.request.model, usage) if usage else Cost()
         attempt = replace(self._attempt(error), usage=usage, cost_nano=cost.nanos)
         nanos = cost.nanos if error.may_be_billed else 0
         if error.reach in (ErrorScope.RUN, ErrorScope.MODEL):
             return ItemOutcome(error=error, attempt=attempt, nanos=nanos)
         if error.reach is ErrorScope.REQUEST:
-            return ItemOutcome(result=self._result(member, failed=attempt), attempt=attempt, nanos=nanos)
-        return self._again_or_failed(member, attempt, nanos=nanos, counts=True)
+            return ItemOutcome(result=self._result(item, failed=attempt), attempt=attempt, nanos=nanos)
+        return self._again_or_failed(item, attempt, nanos=nanos, counts=True)
 
-    def _again_or_failed(self, member: BatchItem, attempt: Attempt, *, nanos: int | None, counts: bool) -> ItemOutcome:
-        counted = member.counted + counts
+    def _again_or_failed(self, item: BatchItem, attempt: Attempt, *, nanos: int | None, counts: bool) -> ItemOutcome:
+        counted = item.counted + counts
         if counted >= self._max_attempts:
-            return ItemOutcome(result=self._result(member, failed=attempt), attempt=attempt, nanos=nanos)
-        again = replace(member, attempts=(*member.attempts, attempt), counted=counted)
+            return ItemOutcome(result=self._result(item, failed=attempt), attempt=attempt, nanos=nanos)
+        again = replace(item, attempts=(*item.attempts, attempt), counted=counted)
         return ItemOutcome(again=again, attempt=attempt, nanos=nanos)
 
     def _attempt(self, error: ProviderError) -> Attempt:
@@ -114,14 +114,14 @@ class OutcomeClassifier:
 
     def _result(
         self,
-        member: BatchItem,
+        item: BatchItem,
         *,
         reply: Completion | None = None,
         failed: Attempt | None = None,
         cost: Cost | None = None,
     ) -> Result:
-        request = member.request
-        attempts: Sequence[Attempt] = (*member.attempts, failed) if failed else member.attempts
+        request = item.request
+        attempts: Sequence[Attempt] = (*item.attempts, failed) if failed else item.attempts
         failure = None
         if failed:
             failure = Failure(
@@ -144,7 +144,7 @@ class OutcomeClassifier:
             failure=failure,
             failed_attempts=tuple(attempts),
             lane=BATCH,
-            batch_id=self._chunk.batch_id,
+            batch_id=self._record.batch_id,
             cost=cost or Cost(),
             metadata=request.metadata,
         )

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +34,7 @@ SUFFIX = ".batches"
 _JOURNAL = "journal.jsonl"
 _DIRECTORY_MODE = 0o700
 _BLOCK_BYTES = 1024 * 1024
+_KEYS = {"local_id": "nonce"}  # fields that the journal knows by an older name
 _OURS = re.compile(r"journal\.jsonl(\.tmp)?|[0-9a-f]{12}\.(jsonl|results|left)")
 _REQUEST_FIELDS = (
     "custom_id",
@@ -66,7 +67,7 @@ _CLOSED = (Step.COLLECTED, Step.DROPPED)
 class BatchRecord:
     """The requests of one batch and how far it has come.
 
-    `nonce` names it; `size` and `sha256` are those of its file, `content` is the number of bytes that its requests
+    `local_id` names it; `size` and `sha256` are those of its file, `content` is the number of bytes that its requests
     measure on the wire. `model` is "" where a batch may hold several. `retries_failed` when it may hold requests that
     failed before. `deadline` is when its requests are sent live instead (UTC, ISO 8601). `batch_id` is the provider's;
     it is not `is_confirmed` while another batch may have been taken for ours, and `not_ours` are batches that turned
@@ -78,7 +79,7 @@ class BatchRecord:
     provider: str
     model: str
     at: str
-    nonce: str = ""
+    local_id: str = ""
     requests: int = 0
     size: int = 0
     content: int = 0
@@ -110,7 +111,7 @@ class BatchRecord:
     @property
     def name(self) -> str:
         """The provider's id of its batch, else our name for it."""
-        return self.batch_id or self.nonce
+        return self.batch_id or self.local_id
 
     @property
     def may_have_batch(self) -> bool:
@@ -160,10 +161,10 @@ class BatchItems:
         self._digest = sha256()
         self._lines: list[bytes] = []
 
-    def add(self, member: BatchItem) -> None:
+    def add(self, item: BatchItem) -> None:
         """Add a request; `write` puts it into the file."""
         self.requests += 1
-        self._lines.append(_encode(member))
+        self._lines.append(_encode(item))
 
     def take(self) -> list[bytes]:
         """Return what was added since the last time, for a thread to `write`."""
@@ -191,7 +192,7 @@ class BatchItems:
     def read(self) -> Iterator[BatchItem]:
         """Yield what was written."""
         if self.requests:
-            yield from (member for _, member in _members(self._path))
+            yield from (item for _, item in _items(self._path))
 
     def delete(self) -> None:
         """Delete the file."""
@@ -202,23 +203,23 @@ class OpenBatch(BatchItems):
     """A chunk that is being written, not known to the journal yet; `content` is what its upload measures so far."""
 
     def __init__(self, directory: Path) -> None:
-        self.nonce = secrets.token_hex(6)
-        super().__init__(directory / f"{self.nonce}.jsonl")
+        self.local_id = secrets.token_hex(6)
+        super().__init__(directory / f"{self.local_id}.jsonl")
         self.content = 0
         self.input_tokens = 0
 
-    def add_entry(self, member: BatchItem, content: int) -> None:
+    def add_entry(self, item: BatchItem, content: int) -> None:
         """Add a request whose upload measures so many bytes."""
-        self.add(member)
+        self.add(item)
         self.content += content
-        self.input_tokens += member.request.estimated_input_tokens
+        self.input_tokens += item.request.estimated_input_tokens
 
-    def seal(self, lines: list[bytes], chunk: BatchRecord) -> BatchRecord:
+    def finish(self, lines: list[bytes], record: BatchRecord) -> BatchRecord:
         """Write the last lines; return the chunk with what the file holds now, on the disk."""
         self.write(lines, sync=True)
         return replace(
-            chunk,
-            nonce=self.nonce,
+            record,
+            local_id=self.local_id,
             requests=self.requests,
             size=self.size,
             content=self.content,
@@ -241,45 +242,45 @@ class BatchStore:
 
     @property
     def still_open(self) -> Sequence[BatchRecord]:
-        return tuple(chunk for chunk in self._all.values() if chunk.is_open)
+        return tuple(record for record in self._all.values() if record.is_open)
 
     def open(self) -> None:
         """Read the journal, and delete what a crash left of chunks that it does not know. What is not ours stays."""
-        self._all = {chunk.nonce: chunk for chunk in read(self.directory)}
+        self._all = {record.local_id: record for record in read_records(self.directory)}
         if self._stranger():
             return
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            chunk = self._all.get(path.stem)
-            if path.name != _JOURNAL and (chunk is None or not chunk.is_open):
+            record = self._all.get(path.stem)
+            if path.name != _JOURNAL and (record is None or not record.is_open):
                 path.unlink(missing_ok=True)
 
-    def is_damaged(self, chunk: BatchRecord) -> bool:
+    def is_damaged(self, record: BatchRecord) -> bool:
         """Tell whether the file of a chunk is not what was written."""
         digest = sha256()
         try:
-            with self.path(chunk).open("rb") as file:
+            with self.path(record).open("rb") as file:
                 while block := file.read(_BLOCK_BYTES):
                     digest.update(block)
         except OSError:
             return True
-        return digest.hexdigest() != chunk.sha256
+        return digest.hexdigest() != record.sha256
 
-    def spool(self) -> OpenBatch:
+    def open_batch(self) -> OpenBatch:
         """Begin a chunk."""
         self._make_directory()
         return OpenBatch(self.directory)
 
-    def leftovers(self, chunk: BatchRecord) -> BatchItems:
+    def leftovers(self, record: BatchRecord) -> BatchItems:
         """Begin a file of what a chunk leaves over; a crash loses it, and leaves its requests pending."""
-        path = self.directory / f"{chunk.nonce}.left"
+        path = self.directory / f"{record.local_id}.left"
         path.unlink(missing_ok=True)
         return BatchItems(path)
 
-    def note(self, chunk: BatchRecord) -> None:
+    def save(self, record: BatchRecord) -> None:
         """Note how far a chunk has come; returns when that is on the disk. Raises `StorageError`."""
         if self._journal is None:
             self._make_directory()
-        self._all[chunk.nonce] = chunk
+        self._all[record.local_id] = record
         if self._journal is None:
             path = self.directory / _JOURNAL
             try:
@@ -288,17 +289,17 @@ class BatchStore:
                 raise StorageError(f"cannot write {str(path)!r}: {exc.strerror}") from exc
             self._journal = files.Appender(fd, path, sync=True)
             return
-        self._journal.append(_line(chunk))
+        self._journal.append(_line(record))
 
-    def close_chunk(self, chunk: BatchRecord, step: Step) -> None:
+    def close_record(self, record: BatchRecord, step: Step) -> None:
         """Note that nothing is left to be done for a chunk, and delete its requests."""
-        self.note(replace(chunk, step=step))
-        for path in (self.path(chunk), self.download_path(chunk)):
+        self.save(replace(record, step=step))
+        for path in (self.path(record), self.download_path(record)):
             path.unlink(missing_ok=True)
 
-    def reread(self, chunk: BatchRecord) -> BatchRecord:
+    def reread(self, record: BatchRecord) -> BatchRecord:
         """Return a chunk as the journal has it now."""
-        return self._all.get(chunk.nonce, chunk)
+        return self._all.get(record.local_id, record)
 
     def release(self) -> None:
         """Close the journal."""
@@ -306,31 +307,33 @@ class BatchStore:
             self._journal.close()
             self._journal = None
 
-    def members(self, chunk: BatchRecord) -> Iterator[tuple[int, BatchItem]]:
+    def items(self, record: BatchRecord) -> Iterator[tuple[int, BatchItem]]:
         """Yield the requests of a chunk, each with its place in the file."""
-        yield from _members(self.path(chunk))
+        yield from _items(self.path(record))
 
-    def reader(self, chunk: BatchRecord) -> IO[bytes]:
+    def reader(self, record: BatchRecord) -> IO[bytes]:
         """Open the file of a chunk, for `member_at`."""
-        return self.path(chunk).open("rb")
+        return self.path(record).open("rb")
 
-    def content(self, chunk: BatchRecord, *, separator: bytes, entry: Callable[[str, bytes], bytes]) -> Iterator[bytes]:
+    def content(
+        self, record: BatchRecord, *, separator: bytes, entry: Callable[[str, bytes], bytes]
+    ) -> Iterator[bytes]:
         """Yield what is uploaded, in blocks."""
         block = bytearray()
-        for place, member in self.members(chunk):
-            block += (separator if place else b"") + entry(member.name, member.request.body)
+        for place, item in self.items(record):
+            block += (separator if place else b"") + entry(item.name, item.request.body)
             if len(block) >= _BLOCK_BYTES:
                 yield bytes(block)
                 block.clear()
         yield bytes(block)
 
-    def download_path(self, chunk: BatchRecord) -> Path:
+    def download_path(self, record: BatchRecord) -> Path:
         """Return where the results of a chunk are put while they are fetched."""
-        return self.directory / f"{chunk.nonce}.results"
+        return self.directory / f"{record.local_id}.results"
 
-    def path(self, chunk: BatchRecord) -> Path:
+    def path(self, record: BatchRecord) -> Path:
         """Return the file of a chunk."""
-        return self.directory / f"{chunk.nonce}.jsonl"
+        return self.directory / f"{record.local_id}.jsonl"
 
     def _stranger(self) -> str | None:
         """Return the name of a file in the directory that is not ours, None if all are."""
@@ -356,7 +359,7 @@ class BatchStore:
             raise StorageError(f"cannot make {str(self.directory)!r}: {exc.strerror}") from exc
 
 
-def _members(path: Path) -> Iterator[tuple[int, BatchItem]]:
+def _items(path: Path) -> Iterator[tuple[int, BatchItem]]:
     place = 0
     try:
         with path.open("rb") as file:
@@ -376,7 +379,7 @@ def item_at(file: IO[bytes], place: int) -> BatchItem:
     return _decode(file.readline(), file.readline())
 
 
-def read(directory: Path) -> list[BatchRecord]:
+def read_records(directory: Path) -> list[BatchRecord]:
     """Return the chunks that a directory tells of, the oldest first; a line that a crash cut tells nothing."""
     try:
         content = (directory / _JOURNAL).read_bytes()
@@ -384,39 +387,48 @@ def read(directory: Path) -> list[BatchRecord]:
         return []
     except OSError as exc:
         raise StorageError(f"cannot read {str(directory / _JOURNAL)!r}: {exc.strerror}") from exc
-    chunks: dict[str, BatchRecord] = {}
+    store: dict[str, BatchRecord] = {}
     for line in content.split(b"\n"):
-        if chunk := _chunk(line):
-            chunks[chunk.nonce] = chunk
-    return list(chunks.values())
+        if record := _record(line):
+            store[record.local_id] = record
+    return list(store.values())
 
 
 # ── lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _line(chunk: BatchRecord) -> bytes:
-    return orjson.dumps(asdict(chunk), option=orjson.OPT_APPEND_NEWLINE)
+def _line(record: BatchRecord) -> bytes:
+    value = {_KEYS.get(name, name): each for name, each in asdict(record).items()}
+    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _chunk(line: bytes) -> BatchRecord | None:
+def _record(line: bytes) -> BatchRecord | None:
+    """Return what a journal line says; None for a line that a crash cut short, or one that is not ours."""
     try:
         value: dict[str, Any] = orjson.loads(line)
-        known = {field.name for field in fields(BatchRecord)}
-        read = {"step": Step(value["step"]), "not_ours": tuple(value.get("not_ours", ()))}
-        chunk = BatchRecord(**{name: each for name, each in value.items() if name in known} | read)
-        return chunk if isinstance(chunk.nonce, str) and _OURS.fullmatch(f"{chunk.nonce}.jsonl") else None
+        values = {field.name: value[_KEYS.get(field.name, field.name)] for field in _stored_fields(value)}
+        values["step"] = Step(value["step"])
+        values["not_ours"] = tuple(value.get("not_ours", ()))
+        record = BatchRecord(**values)
     except (orjson.JSONDecodeError, TypeError, AttributeError, KeyError, ValueError):
         return None
+    is_ours = isinstance(record.local_id, str) and _OURS.fullmatch(f"{record.local_id}.jsonl")
+    return record if is_ours else None
 
 
-def _encode(member: BatchItem) -> bytes:
+def _stored_fields(value: Mapping[str, Any]) -> list[Field[Any]]:
+    """Return the fields that a line holds; lines of older versions hold fewer."""
+    return [field for field in fields(BatchRecord) if _KEYS.get(field.name, field.name) in value]
+
+
+def _encode(item: BatchItem) -> bytes:
     """Return the two lines of a request: what is known of it, and its body, byte for byte."""
-    request = member.request
+    request = item.request
     head: dict[str, Any] = {name: getattr(request, name) for name in _REQUEST_FIELDS}
-    head["name"] = member.name
-    if member.attempts:
-        head["attempts"] = [codec.attempt_as_dict(attempt) for attempt in member.attempts]
-    head["counted"] = member.counted
+    head["name"] = item.name
+    if item.attempts:
+        head["attempts"] = [codec.attempt_as_dict(attempt) for attempt in item.attempts]
+    head["counted"] = item.counted
     return jsonl.dumps(head) + b"\n" + request.body + b"\n"
 
 

@@ -141,12 +141,12 @@ class QuotaSync:
         clock: Clock,
         *,
         rate_limiters: Callable[[], Mapping[str, RateLimiter]],
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._broker = broker
         self._clock = clock
         self._rate_limiters = rate_limiters
-        self._say = say
+        self._notify = notify
 
     async def keep(self) -> None:
         """Renew until cancelled. Where there are no leases each process goes by itself, which is said once."""
@@ -157,7 +157,7 @@ class QuotaSync:
                     self._take(await self._broker.renew(demands, self._clock.now()))
                 await anyio.sleep(RENEWED_EVERY)
         except OSError as exc:
-            self._say(f"limits are not shared with other runs on this machine: {exc}")
+            self._notify(f"limits are not shared with other runs on this machine: {exc}")
             self._take({})
         finally:
             with anyio.CancelScope(shield=True):

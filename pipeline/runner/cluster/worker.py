@@ -189,7 +189,7 @@ class Worker:
     async def keep_share(self, clock: Clock) -> None:
         """Keep all parts to the worker's share of the limits; one of them does it at a time."""
         async with self._sharing:
-            await QuotaSync(self._broker, clock, rate_limiters=self._shared_rate_limiters, say=_say_nothing).keep()
+            await QuotaSync(self._broker, clock, rate_limiters=self._shared_rate_limiters, notify=_say_nothing).keep()
 
     def _shared_rate_limiters(self) -> dict[str, RateLimiter]:
         rate_limiters: dict[str, RateLimiter] = {}

@@ -74,7 +74,7 @@ class Api:
 
     def __post_init__(self) -> None:
         self.start = anyio.current_time()
-        self.courier = courier(self.protocol, ask=self.ask)
+        self.client = client(self.protocol, ask=self.ask)
 
     async def ask(self, call: HttpRequest, content: Content | None) -> HttpResponse:
         self.calls.append(call)
@@ -100,53 +100,55 @@ async def _nobody(*_: Any) -> HttpResponse:
     raise AssertionError("nobody asked for that")
 
 
-def courier(
+def client(
     protocol: Protocol,
     ask: Any = _nobody,
     download: Any = _nobody,
     mask: Callable[[bytes], bytes] = lambda data: data,
     max_line_bytes: int = 1_000,
-    say: Callable[[str], None] = lambda message: None,
+    notify: Callable[[str], None] = lambda message: None,
 ) -> BatchClient:
     return BatchClient(
         codec=providers.codec(protocol),
         batches=providers.batch_codec(protocol),
-        way=BatchConnection(
+        connection=BatchConnection(
             endpoint=Config().providers[protocol], headers=(("x", "y"),), ask=ask, download=download, mask=mask
         ),
         policy=Policy(SETTINGS),
-        patience=PATIENCE,
+        max_outage=PATIENCE,
         max_line_bytes=max_line_bytes,
-        say=say,
+        notify=notify,
     )
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> Iterator[BatchStore]:
+def store(tmp_path: Path) -> Iterator[BatchStore]:
     opened = BatchStore(tmp_path / "answers.jsonl")
     yield opened
     opened.release()
 
 
-def written(chunks: BatchStore, protocol: Protocol, number: int = 3) -> BatchRecord:
+def written(store: BatchStore, protocol: Protocol, number: int = 3) -> BatchRecord:
     """Write a chunk of some requests."""
     codec = providers.batch_codec(protocol)
-    spool = chunks.spool()
+    open_batch = store.open_batch()
     for n in range(number):
         asked = request(f"r{n}")
         size = len(codec.entry(f"r{n}", asked.body)) + (len(codec.separator) if n else 0)
-        spool.add_entry(BatchItem(request=asked, name=f"r{n}"), size)
-    chunk = spool.seal(spool.take(), BatchRecord(run="run-1", provider=protocol.value, model="m", at=CREATING))
-    return replace(chunk, creating_at=CREATING, file_id="file-1" if protocol is OPENAI else None)
+        open_batch.add_entry(BatchItem(request=asked, name=f"r{n}"), size)
+    record = open_batch.finish(
+        open_batch.take(), BatchRecord(run="run-1", provider=protocol.value, model="m", at=CREATING)
+    )
+    return replace(record, creating_at=CREATING, file_id="file-1" if protocol is OPENAI else None)
 
 
 async def begin() -> None:
     """Note nothing."""
 
 
-def content(chunks: BatchStore, chunk: BatchRecord, protocol: Protocol) -> bytes:
+def content(store: BatchStore, record: BatchRecord, protocol: Protocol) -> bytes:
     codec = providers.batch_codec(protocol)
-    return b"".join(chunks.content(chunk, separator=codec.separator, entry=codec.entry))
+    return b"".join(store.content(record, separator=codec.separator, entry=codec.entry))
 
 
 MAY_BE_DONE = [
@@ -179,41 +181,41 @@ FINAL = [
 
 
 @pytest.mark.parametrize("first", [*MAY_BE_DONE, *NOT_DONE])
-async def test_an_upload_is_repeated(chunks: BatchStore, first: Step) -> None:
+async def test_an_upload_is_repeated(store: BatchStore, first: Step) -> None:
     """A file too many costs nothing, so whatever kept the answer away, it is sent again, whole."""
-    chunk = written(chunks, OPENAI)
+    record = written(store, OPENAI)
     api = Api(OPENAI, [first, first, ok({"id": "file-7"})])
 
-    assert await api.courier.upload(chunks, chunk) == "file-7"
-    assert api.bodies == [content(chunks, chunk, OPENAI)] * 3
+    assert await api.client.upload(store, record) == "file-7"
+    assert api.bodies == [content(store, record, OPENAI)] * 3
     assert api.asked() == ["POST files"] * 3
 
 
 @pytest.mark.parametrize("first", FINAL)
-async def test_an_upload_that_is_refused_is_not_repeated(chunks: BatchStore, first: Step) -> None:
+async def test_an_upload_that_is_refused_is_not_repeated(store: BatchStore, first: Step) -> None:
     """What no other attempt would pass is the provider's error, at once."""
     api = Api(OPENAI, [first])
 
     with pytest.raises(ProviderError):
-        await api.courier.upload(chunks, written(chunks, OPENAI))
+        await api.client.upload(store, written(store, OPENAI))
     assert len(api.calls) == 1
 
 
-async def test_anthropic_is_uploaded_nothing(chunks: BatchStore) -> None:
+async def test_anthropic_is_uploaded_nothing(store: BatchStore) -> None:
     """There is no such call."""
     api = Api(ANTHROPIC, [])
 
-    assert await api.courier.upload(chunks, written(chunks, ANTHROPIC)) is None
+    assert await api.client.upload(store, written(store, ANTHROPIC)) is None
     assert api.calls == []
 
 
-async def test_two_uploads_at_a_time(chunks: BatchStore) -> None:
+async def test_two_uploads_at_a_time(store: BatchStore) -> None:
     """They share one line: more at a time would only be slower each."""
     api = Api(OPENAI, [ok({"id": "file-7"})], latency=10.0)
 
     async with anyio.create_task_group() as tasks:
         for _ in range(5):
-            tasks.start_soon(api.courier.upload, chunks, written(chunks, OPENAI))
+            tasks.start_soon(api.client.upload, store, written(store, OPENAI))
 
     assert (api.most_in_flight, api.times) == (2, [0.0, 0.0, 10.0, 10.0, 20.0])
 
@@ -222,52 +224,52 @@ async def test_two_uploads_at_a_time(chunks: BatchStore) -> None:
 
 
 @both
-async def test_a_batch_is_made(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_a_batch_is_made(store: BatchStore, protocol: Protocol) -> None:
     """Anthropic's call carries the requests, OpenAI's names their file; the answer is the batch."""
-    chunk = written(chunks, protocol)
+    record = written(store, protocol)
     api = Api(protocol, [ok(batch(protocol, "b7"))])
 
-    made = await api.courier.create(chunks, chunk, begin)
+    made = await api.client.create(store, record, begin)
 
     assert (made.id, made.is_ended) == ("b7", False)
-    assert api.bodies == [content(chunks, chunk, protocol) if protocol is ANTHROPIC else None]
+    assert api.bodies == [content(store, record, protocol) if protocol is ANTHROPIC else None]
     assert api.calls[0].headers == (("x", "y"),)
 
 
 @both
 @pytest.mark.parametrize("answer", [*MAY_BE_DONE, *NO_REFUSAL])
 async def test_a_batch_that_may_have_been_made_is_not_made_again(
-    chunks: BatchStore, protocol: Protocol, answer: Step
+    store: BatchStore, protocol: Protocol, answer: Step
 ) -> None:
     """However the answer was lost or broken, the call is not repeated: nobody knows what was done."""
     api = Api(protocol, [answer])
 
     with pytest.raises(UncertainError):
-        await api.courier.create(chunks, written(chunks, protocol), begin)
+        await api.client.create(store, written(store, protocol), begin)
     assert len(api.calls) == 1
 
 
 @both
 @pytest.mark.parametrize("answer", NOT_DONE)
 async def test_a_batch_that_cannot_have_been_made_is_made_again(
-    chunks: BatchStore, protocol: Protocol, answer: Step
+    store: BatchStore, protocol: Protocol, answer: Step
 ) -> None:
     """Where nothing arrived or nothing was taken, the same call is made again, as often as it takes."""
-    chunk = written(chunks, protocol)
+    record = written(store, protocol)
     api = Api(protocol, [*[answer] * 7, ok(batch(protocol, "b7"))])
 
-    assert (await api.courier.create(chunks, chunk, begin)).id == "b7"
-    assert api.bodies == [content(chunks, chunk, protocol) if protocol is ANTHROPIC else None] * 8
+    assert (await api.client.create(store, record, begin)).id == "b7"
+    assert api.bodies == [content(store, record, protocol) if protocol is ANTHROPIC else None] * 8
 
 
 @both
 @pytest.mark.parametrize("answer", [*FINAL, pytest.param(refusal(501), id="501")])
-async def test_a_batch_that_is_refused_is_an_error(chunks: BatchStore, protocol: Protocol, answer: Step) -> None:
+async def test_a_batch_that_is_refused_is_an_error(store: BatchStore, protocol: Protocol, answer: Step) -> None:
     """A refusal is the provider's word that there is no batch."""
     api = Api(protocol, [answer if protocol is OPENAI or isinstance(answer, TransportError) else _claude(answer)])
 
     with pytest.raises(ProviderError):
-        await api.courier.create(chunks, written(chunks, protocol), begin)
+        await api.client.create(store, written(store, protocol), begin)
     assert len(api.calls) == 1
 
 
@@ -280,28 +282,28 @@ def _claude(answer: HttpResponse) -> HttpResponse:
 
 
 @both
-async def test_a_batch_whose_making_is_redirected_is_an_error(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_a_batch_whose_making_is_redirected_is_an_error(store: BatchStore, protocol: Protocol) -> None:
     """Who sends us elsewhere has made nothing, and nobody goes there with the key."""
     api = Api(protocol, [HttpResponse(status=307, headers={"location": "https://elsewhere.example/"})])
 
     with pytest.raises(ProviderError) as caught:
-        await api.courier.create(chunks, written(chunks, protocol), begin)
+        await api.client.create(store, written(store, protocol), begin)
     assert (caught.value.type, caught.value.reach, len(api.calls)) == ("redirect", ErrorScope.RUN, 1)
 
 
-async def test_what_was_refused_before_it_may_have_been_made(chunks: BatchStore) -> None:
+async def test_what_was_refused_before_it_may_have_been_made(store: BatchStore) -> None:
     """Each attempt is judged by itself: a refusal is repeated, a lost answer after it is not."""
     api = Api(OPENAI, [refusal(429, retry_after="5"), REFUSED, lost("timeout"), ok(batch(OPENAI))])
 
     with pytest.raises(UncertainError, match="timeout"):
-        await api.courier.create(chunks, written(chunks, OPENAI), begin)
+        await api.client.create(store, written(store, OPENAI), begin)
     assert len(api.calls) == 3
 
 
 @both
 @pytest.mark.parametrize("last", [ok({"id": "b7"}), lost("timeout"), refusal(400)])
 async def test_each_call_that_may_make_a_batch_is_told_before(
-    chunks: BatchStore, protocol: Protocol, last: Step
+    store: BatchStore, protocol: Protocol, last: Step
 ) -> None:
     """`begin` is awaited before every attempt, so a crash at any moment finds it noted; and never after the last."""
     api = Api(protocol, [REFUSED, refusal(429, retry_after="1"), last])
@@ -311,12 +313,12 @@ async def test_each_call_that_may_make_a_batch_is_told_before(
         told.append(len(api.calls))
 
     with suppress(ProviderError, UncertainError):
-        await api.courier.create(chunks, written(chunks, protocol), begin)
+        await api.client.create(store, written(store, protocol), begin)
 
     assert told == [0, 1, 2]
 
 
-async def test_what_cannot_be_noted_is_not_made(chunks: BatchStore) -> None:
+async def test_what_cannot_be_noted_is_not_made(store: BatchStore) -> None:
     """Where `begin` fails nothing is sent."""
     api = Api(OPENAI, [ok(batch(OPENAI))])
 
@@ -324,17 +326,17 @@ async def test_what_cannot_be_noted_is_not_made(chunks: BatchStore) -> None:
         raise StorageError("the disk is full")
 
     with pytest.raises(StorageError):
-        await api.courier.create(chunks, written(chunks, OPENAI), begin)
+        await api.client.create(store, written(store, OPENAI), begin)
     assert api.calls == []
 
 
-async def test_uploads_and_batches_with_requests_share_one_line(chunks: BatchStore) -> None:
+async def test_uploads_and_batches_with_requests_share_one_line(store: BatchStore) -> None:
     """Anthropic's batches carry their requests: two of them are made at a time, too."""
     api = Api(ANTHROPIC, [ok(batch(ANTHROPIC))], latency=10.0)
 
     async with anyio.create_task_group() as tasks:
         for _ in range(3):
-            tasks.start_soon(api.courier.create, chunks, written(chunks, ANTHROPIC), begin)
+            tasks.start_soon(api.client.create, store, written(store, ANTHROPIC), begin)
 
     assert (api.most_in_flight, api.times) == (2, [0.0, 0.0, 10.0])
 
@@ -342,25 +344,25 @@ async def test_uploads_and_batches_with_requests_share_one_line(chunks: BatchSto
 # ── patience ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_provider_says_how_long_to_wait(chunks: BatchStore) -> None:
+async def test_the_provider_says_how_long_to_wait(store: BatchStore) -> None:
     """A hint is kept to the millisecond."""
     api = Api(OPENAI, [refusal(429, retry_after="7"), refusal(429, retry_after="0.5"), ok(batch(OPENAI))])
 
-    await api.courier.create(chunks, written(chunks, OPENAI), begin)
+    await api.client.create(store, written(store, OPENAI), begin)
 
     assert api.times == [0.0, 7.0, 7.5]
 
 
 @both
 @pytest.mark.parametrize("kind", ["create", "poll", "list"])
-async def test_patience_ends(chunks: BatchStore, protocol: Protocol, kind: str) -> None:
+async def test_patience_ends(store: BatchStore, protocol: Protocol, kind: str) -> None:
     """A provider that is out of reach for longer than allowed ends the attempt; a later command goes on."""
     api = Api(protocol, [REFUSED])
-    chunk = written(chunks, protocol)
+    record = written(store, protocol)
     calls: dict[str, Callable[[], Any]] = {
-        "create": lambda: api.courier.create(chunks, chunk, begin),
-        "poll": lambda: api.courier.poll("b1"),
-        "list": lambda: api.courier.find(chunk, set()),
+        "create": lambda: api.client.create(store, record, begin),
+        "poll": lambda: api.client.poll("b1"),
+        "list": lambda: api.client.find(record, set()),
     }
 
     with pytest.raises(TryLaterError, match="out of reach"):
@@ -368,12 +370,12 @@ async def test_patience_ends(chunks: BatchStore, protocol: Protocol, kind: str) 
     assert PATIENCE - SETTINGS.backoff_max <= api.elapsed() <= PATIENCE + SLIP
 
 
-async def test_a_wait_that_is_too_long_is_for_a_later_command(chunks: BatchStore) -> None:
+async def test_a_wait_that_is_too_long_is_for_a_later_command(store: BatchStore) -> None:
     """A hint beyond the longest wait ends the attempt at once, with the number of seconds."""
     api = Api(OPENAI, [refusal(429, retry_after="3600")])
 
     with pytest.raises(TryLaterError, match="3,600 s"):
-        await api.courier.create(chunks, written(chunks, OPENAI), begin)
+        await api.client.create(store, written(store, OPENAI), begin)
     assert (len(api.calls), api.elapsed() < 1) == (1, True)
 
 
@@ -383,7 +385,7 @@ async def test_failures_of_any_kind_are_waited_out(protocol: Protocol, answer: S
     """Calls of a batch API are few: none is given up before patience ends, whatever kept its answer away."""
     api = Api(protocol, [*[answer] * 2 * SETTINGS.max_attempts, ok(batch(protocol, "b7"))])
 
-    assert (await api.courier.poll("b7")).id == "b7"
+    assert (await api.client.poll("b7")).id == "b7"
     assert PATIENCE > api.elapsed() > 0
 
 
@@ -393,7 +395,7 @@ async def test_patience_begins_anew_with_each_call() -> None:
     api = Api(OPENAI, [slow, slow, ok(batch(OPENAI))] * 3)
 
     for _ in range(3):
-        await api.courier.poll("b1")
+        await api.client.poll("b1")
     assert round(api.elapsed()) == 600 > PATIENCE
 
 
@@ -402,11 +404,11 @@ async def test_trouble_is_told_once() -> None:
     told: list[str] = []
     steps: list[Step] = [*[REFUSED] * 5, ok(batch(OPENAI))]
     api = Api(OPENAI, [REFUSED, ok(batch(OPENAI)), *steps, *steps])
-    api.courier = courier(OPENAI, ask=api.ask, say=told.append)
+    api.client = client(OPENAI, ask=api.ask, notify=told.append)
 
     numbers = []
     for _ in range(3):
-        await api.courier.poll("b1")
+        await api.client.poll("b1")
         numbers.append(len(told))
 
     assert numbers == [0, 1, 2]
@@ -422,7 +424,7 @@ async def test_a_poll_is_repeated(protocol: Protocol, first: Step) -> None:
     """Asking costs nothing."""
     api = Api(protocol, [first, first, ok(batch(protocol, "b7"))])
 
-    assert (await api.courier.poll("b7")).id == "b7"
+    assert (await api.client.poll("b7")).id == "b7"
     assert len(api.calls) == 3
 
 
@@ -432,7 +434,7 @@ async def test_a_batch_that_is_not_known_is_an_error(protocol: Protocol) -> None
     api = Api(protocol, [refusal(404)])
 
     with pytest.raises(ProviderError) as caught:
-        await api.courier.poll("b1")
+        await api.client.poll("b1")
     assert (caught.value.status, len(api.calls)) == (404, 1)
 
 
@@ -442,7 +444,7 @@ async def test_a_cancellation_is_repeated(protocol: Protocol, first: Step) -> No
     """A second one changes nothing."""
     api = Api(protocol, [first, ok(batch(protocol, "b7"))])
 
-    assert (await api.courier.cancel("b7")).id == "b7"
+    assert (await api.client.cancel("b7")).id == "b7"
     assert all(line.startswith("POST") and line.endswith("/cancel") for line in api.asked())
     assert len(api.calls) == 2
 
@@ -454,7 +456,7 @@ async def test_a_batch_that_ended_meanwhile_is_told_as_it_is(protocol: Protocol,
     refused = refusal(status, x_should_retry="false")
     api = Api(protocol, [refused, ok(batch(protocol, "b7"))])
 
-    assert (await api.courier.cancel("b7")).id == "b7"
+    assert (await api.client.cancel("b7")).id == "b7"
     assert [line.split()[0] for line in api.asked()] == ["POST", "GET"]
 
 
@@ -462,7 +464,7 @@ async def test_a_batch_that_ended_meanwhile_is_told_as_it_is(protocol: Protocol,
 async def test_a_cancelled_batch_that_nobody_knows_is_an_error(protocol: Protocol) -> None:
     """404 is told, so that the batch can be given up."""
     with pytest.raises(ProviderError) as caught:
-        await Api(protocol, [refusal(404)]).courier.cancel("b1")
+        await Api(protocol, [refusal(404)]).client.cancel("b1")
     assert caught.value.status == 404
 
 
@@ -489,13 +491,13 @@ def pages(*lists: list[dict[str, Any]]) -> list[Step]:
 
 
 async def found(
-    chunks: BatchStore, protocol: Protocol, *lists: list[dict[str, Any]], taken: Sequence[str] = ()
+    store: BatchStore, protocol: Protocol, *lists: list[dict[str, Any]], taken: Sequence[str] = ()
 ) -> tuple[str | None, int]:
     """Return the id of what is found in pages, and how many were read; `{nonce}` is that of the chunk."""
-    chunk = written(chunks, protocol)
-    marked = orjson.loads(orjson.dumps(lists).replace(b"{nonce}", chunk.nonce.encode()))
+    record = written(store, protocol)
+    marked = orjson.loads(orjson.dumps(lists).replace(b"{nonce}", record.local_id.encode()))
     api = Api(protocol, pages(*marked))
-    batch = await api.courier.find(chunk, set(taken))
+    batch = await api.client.find(record, set(taken))
     return (batch.id if batch else None), len(api.calls)
 
 
@@ -515,10 +517,10 @@ async def found(
     ],
 )
 async def test_openais_batches_are_found_by_their_mark(
-    chunks: BatchStore, lists: list[list[dict[str, Any]]], taken: list[str], expected: tuple[str | None, int]
+    store: BatchStore, lists: list[list[dict[str, Any]]], taken: list[str], expected: tuple[str | None, int]
 ) -> None:
     """Pages are read, the newest first, until the mark is found or all that follow are too old."""
-    assert await found(chunks, OPENAI, *lists, taken=taken) == expected
+    assert await found(store, OPENAI, *lists, taken=taken) == expected
 
 
 @pytest.mark.parametrize(
@@ -535,41 +537,41 @@ async def test_openais_batches_are_found_by_their_mark(
     ],
 )
 async def test_anthropics_batches_are_found_by_size_and_time(
-    chunks: BatchStore, lists: list[list[dict[str, Any]]], taken: list[str], expected: tuple[str | None, int]
+    store: BatchStore, lists: list[list[dict[str, Any]]], taken: list[str], expected: tuple[str | None, int]
 ) -> None:
     """They keep no mark: the newest that has as many requests, was made then, and is no other's."""
-    assert await found(chunks, ANTHROPIC, *lists, taken=taken) == expected
+    assert await found(store, ANTHROPIC, *lists, taken=taken) == expected
 
 
 @both
-async def test_pages_follow_one_another(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_pages_follow_one_another(store: BatchStore, protocol: Protocol) -> None:
     """Each page is asked for from behind the last batch of the page before; failed calls are repeated."""
     make = gpt if protocol is OPENAI else claude
     first, second = pages([make("a"), make("b/1")], [make("c")])
     api = Api(protocol, [refusal(500), first, lost("timeout"), second])
 
-    assert await api.courier.find(replace(written(chunks, protocol), requests=9), set()) is None
+    assert await api.client.find(replace(written(store, protocol), requests=9), set()) is None
     after = {OPENAI: "&after=b%2F1", ANTHROPIC: "&after_id=b%2F1"}[protocol]
     assert [after in line for line in api.asked()] == [False, False, True, True]
 
 
 @both
-async def test_a_list_that_does_not_get_on_ends(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_a_list_that_does_not_get_on_ends(store: BatchStore, protocol: Protocol) -> None:
     """A server that gives the same page again and again, and says that more follow, is not asked for ever."""
     make = gpt if protocol is OPENAI else claude
     same = ok({"data": [make("a"), make("b")], "has_more": True})
     api = Api(protocol, [same])
 
-    assert await api.courier.find(replace(written(chunks, protocol), requests=9), set()) is None
+    assert await api.client.find(replace(written(store, protocol), requests=9), set()) is None
     assert len(api.calls) == 2
 
 
-async def test_a_time_that_is_none_is_passed_over(chunks: BatchStore) -> None:
+async def test_a_time_that_is_none_is_passed_over(store: BatchStore) -> None:
     """Go's zero time, as gateways write it for what they do not know, is no time."""
     unknown = batch(ANTHROPIC, "a", created_at="0001-01-01T00:00:00Z", request_counts={"processing": 3})
     api = Api(ANTHROPIC, pages([unknown], [claude("b")]))
 
-    found = await api.courier.find(written(chunks, ANTHROPIC), set())
+    found = await api.client.find(written(store, ANTHROPIC), set())
 
     assert found is not None
     assert found.id == "b"
@@ -580,20 +582,20 @@ async def test_a_time_that_is_none_is_passed_over(chunks: BatchStore) -> None:
     "status",
     [404, 405, 501],
 )
-async def test_who_has_no_list_has_no_batch(chunks: BatchStore, protocol: Protocol, status: int) -> None:
+async def test_who_has_no_list_has_no_batch(store: BatchStore, protocol: Protocol, status: int) -> None:
     """A server without the call that lists batches has made none."""
     api = Api(protocol, [refusal(status)])
 
-    assert await api.courier.find(written(chunks, protocol), set()) is None
+    assert await api.client.find(written(store, protocol), set()) is None
     assert len(api.calls) == 1
 
 
 @both
 @pytest.mark.parametrize("status", [400, 401, 403])
-async def test_a_list_that_is_refused_tells_nothing(chunks: BatchStore, protocol: Protocol, status: int) -> None:
+async def test_a_list_that_is_refused_tells_nothing(store: BatchStore, protocol: Protocol, status: int) -> None:
     """That we may not look is no word on whether there is a batch."""
     with pytest.raises(ProviderError):
-        await Api(protocol, [refusal(status)]).courier.find(written(chunks, protocol), set())
+        await Api(protocol, [refusal(status)]).client.find(written(store, protocol), set())
 
 
 # ── fetch ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -634,7 +636,7 @@ async def test_a_download_cut_anywhere_is_gone_on_with(tmp_path: Path, piece: in
     for cut in range(len(RESULTS)):
         server = Files(RESULTS, [cut], has_ranges, piece)
 
-        await courier(OPENAI, download=server.download).fetch("f", tmp_path / "r")
+        await client(OPENAI, download=server.download).fetch("f", tmp_path / "r")
 
         assert (tmp_path / "r").read_bytes() == RESULTS
         assert server.starts == [0, RESULTS[:cut].rfind(b"\n") + 1], cut
@@ -645,7 +647,7 @@ async def test_a_download_whose_end_was_lost_is_made_again(tmp_path: Path, has_r
     """All was taken, but its end was not told: there is nothing to go on with (416), so all of it comes again."""
     server = Files(RESULTS, [len(RESULTS)], has_ranges)
 
-    await courier(OPENAI, download=server.download).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=server.download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == RESULTS
     assert server.starts == starts
@@ -659,7 +661,7 @@ async def test_a_download_cut_twice_is_whole_in_the_end(tmp_path: Path, has_rang
     for cuts in product(range(0, len(data) + 1, 2), range(1, len(data) + 1, 3)):
         server = Files(data, cuts, has_ranges, piece=5)
 
-        await courier(OPENAI, download=server.download).fetch("f", tmp_path / "r")
+        await client(OPENAI, download=server.download).fetch("f", tmp_path / "r")
 
         assert (tmp_path / "r").read_bytes() == RESULTS, cuts
 
@@ -682,7 +684,7 @@ async def test_a_download_cut_twice_is_whole_in_the_end(tmp_path: Path, has_rang
 async def test_the_last_line(tmp_path: Path, data: bytes, expected: bytes) -> None:
     """A last line without its end is taken when it is whole, mended or not, as any other; the file always ends with
     the end of a line."""
-    await courier(OPENAI, download=Files(data).download).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=Files(data).download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == expected
 
@@ -695,7 +697,7 @@ async def test_a_file_that_became_shorter_leaves_nothing_of_the_longer(tmp_path:
         server.data = RESULTS if not server.starts else RESULTS[:28]
         return await server.download(call, write, start)
 
-    await courier(OPENAI, download=download).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == RESULTS[:28]
 
@@ -707,7 +709,7 @@ async def test_half_a_line_is_not_accepted(tmp_path: Path, rest: bytes) -> None:
     begun = anyio.current_time()
 
     with pytest.raises(TryLaterError, match="amid a line"):
-        await courier(OPENAI, download=server.download).fetch("f", tmp_path / "r")
+        await client(OPENAI, download=server.download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == b'{"a":1}\n'
     assert server.starts == [0] + [8] * (len(server.starts) - 1)
@@ -725,7 +727,7 @@ async def test_half_a_line_is_completed(tmp_path: Path, rest: bytes) -> None:
         return await server.download(call, write, start)
 
     server.data = RESULTS[:28] + rest
-    await courier(OPENAI, download=download).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == RESULTS[:28] + b'{"b":"x\xc3\xa9"}\n'
     assert server.starts == [0, 28, 28, 28]
@@ -735,7 +737,7 @@ async def test_an_older_download_is_replaced(tmp_path: Path) -> None:
     """What a crash left of an earlier one does not stay."""
     (tmp_path / "r").write_bytes(b"x" * 1_000)
 
-    await courier(OPENAI, download=Files(RESULTS).download).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=Files(RESULTS).download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == RESULTS
 
@@ -746,7 +748,7 @@ async def test_the_key_is_masked(tmp_path: Path) -> None:
     second, third = data.index(b'{"b"'), data.index(b'{"c"')
     server = Files(data, [second + 20, third + 3], piece=10)
 
-    await courier(OPENAI, download=server.download, mask=redactor(KEY)).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=server.download, mask=redactor(KEY)).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == b'{"a":"[key]"}\n{"b":"[key][key]"}\n{"c":1}\n'
     assert server.starts == [0, second, third]
@@ -771,7 +773,7 @@ async def test_a_line_that_is_too_long_is_left_out(tmp_path: Path, piece: int, d
     """It must not fill the memory, nor cost the lines around it; the request that it tells of is judged as missing."""
     server = Files(data, piece=piece)
 
-    await courier(OPENAI, download=server.download).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=server.download).fetch("f", tmp_path / "r")
 
     fetched = (tmp_path / "r").read_bytes()
     assert b"".join(line for line in fetched.splitlines(True) if len(line) <= 1_001) == expected
@@ -786,7 +788,7 @@ async def test_a_download_cut_around_a_line_that_is_too_long(tmp_path: Path, pie
     for cut in range(0, len(data), 101):
         server = Files(data, [cut, min(cut + 500, len(data))], piece=piece)
 
-        await courier(OPENAI, download=server.download).fetch("f", tmp_path / "r")
+        await client(OPENAI, download=server.download).fetch("f", tmp_path / "r")
 
         assert (tmp_path / "r").read_bytes() == b'{"a":1}\n{"b":2}\n', cut
 
@@ -812,7 +814,7 @@ async def test_a_download_that_is_refused(
         return refusal(status)
 
     with pytest.raises(ProviderError) as caught:
-        await courier(protocol, download=download).fetch("f", tmp_path / "r")
+        await client(protocol, download=download).fetch("f", tmp_path / "r")
 
     assert (caught.value.status, caught.value.reach, len(starts)) == (status, reach, calls)
 
@@ -828,7 +830,7 @@ async def test_a_download_waits_out_a_refusal(tmp_path: Path, status: int) -> No
         return refusal(status, retry_after="9") if len(calls) == 2 else await server.download(call, write, start)
 
     begun = anyio.current_time()
-    await courier(OPENAI, download=download).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == RESULTS
     assert server.starts == [0, 28]
@@ -845,7 +847,7 @@ async def test_a_download_that_gets_on_is_not_given_up(tmp_path: Path) -> None:
         return await server.download(call, write, start)
 
     begun = anyio.current_time()
-    await courier(OPENAI, download=download).fetch("f", tmp_path / "r")
+    await client(OPENAI, download=download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == data
     assert len(server.starts) == 50
@@ -875,7 +877,7 @@ async def test_patience_ends_for_downloads(tmp_path: Path, step: Step) -> None:
 
     begun = anyio.current_time()
     with pytest.raises(TryLaterError, match="out of reach"), anyio.fail_after(2 * PATIENCE):
-        await courier(OPENAI, download=download).fetch("f", tmp_path / "r")
+        await client(OPENAI, download=download).fetch("f", tmp_path / "r")
     assert PATIENCE - SETTINGS.backoff_max <= anyio.current_time() - begun <= PATIENCE + SLIP
 
 
@@ -887,7 +889,7 @@ async def test_a_download_that_does_not_get_on_is_given_up(tmp_path: Path, cut: 
     begun = anyio.current_time()
 
     with pytest.raises(TryLaterError, match="out of reach"), anyio.fail_after(3 * PATIENCE):
-        await courier(OPENAI, download=server.download).fetch("f", tmp_path / "r")
+        await client(OPENAI, download=server.download).fetch("f", tmp_path / "r")
 
     assert anyio.current_time() - begun > PATIENCE - SETTINGS.backoff_max
 
@@ -907,8 +909,8 @@ async def test_the_rest_of_a_file_is_asked_for_by_range(tmp_path: Path) -> None:
         asked.append(request.headers.get("range"))
         return httpx.Response(206, content=rest()) if len(asked) > 1 else httpx.Response(200, content=broken())
 
-    async with Client(SETTINGS, httpx.MockTransport(handle)) as client:
-        await courier(OPENAI, download=client.download).fetch("f", tmp_path / "r")
+    async with Client(SETTINGS, httpx.MockTransport(handle)) as http_client:
+        await client(OPENAI, download=http_client.download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == RESULTS
     assert asked == [None, "bytes=28-"]
@@ -932,8 +934,8 @@ async def test_a_part_from_elsewhere_is_not_taken_for_the_rest(tmp_path: Path) -
             return httpx.Response(206, headers={"content-range": "bytes 30-60/77"}, content=blocks(RESULTS[30:]))
         return httpx.Response(206, headers={"content-range": whole}, content=blocks(RESULTS))
 
-    async with Client(SETTINGS, httpx.MockTransport(handle)) as client:
-        await courier(OPENAI, download=client.download).fetch("f", tmp_path / "r")
+    async with Client(SETTINGS, httpx.MockTransport(handle)) as http_client:
+        await client(OPENAI, download=http_client.download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == RESULTS
     assert asked == [None, "bytes=28-", "bytes=28-"]
@@ -945,14 +947,14 @@ async def test_a_part_from_elsewhere_is_not_taken_for_the_rest(tmp_path: Path) -
 async def test_a_full_disk_while_fetching() -> None:
     """It ends the run by our error, not by one of Python's."""
     with pytest.raises(StorageError, match="/dev/full"):
-        await courier(OPENAI, download=Files(RESULTS).download).fetch("f", Path("/dev/full"))
+        await client(OPENAI, download=Files(RESULTS).download).fetch("f", Path("/dev/full"))
 
 
 async def test_results_are_their_owners_only(tmp_path: Path) -> None:
     """What is fetched is nobody else's to read, whatever the umask."""
     old = os.umask(0)
     try:
-        await courier(OPENAI, download=Files(RESULTS).download).fetch("f", tmp_path / "r")
+        await client(OPENAI, download=Files(RESULTS).download).fetch("f", tmp_path / "r")
     finally:
         os.umask(old)
 
@@ -964,23 +966,23 @@ async def test_a_link_in_the_place_of_a_download_is_not_followed(tmp_path: Path)
     (tmp_path / "r").symlink_to(tmp_path / "elsewhere")
 
     with pytest.raises(StorageError):
-        await courier(OPENAI, download=Files(RESULTS).download).fetch("f", tmp_path / "r")
+        await client(OPENAI, download=Files(RESULTS).download).fetch("f", tmp_path / "r")
     assert not (tmp_path / "elsewhere").exists()
 
 
 @both
-async def test_a_chunk_whose_requests_are_gone_is_not_uploaded(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_a_chunk_whose_requests_are_gone_is_not_uploaded(store: BatchStore, protocol: Protocol) -> None:
     """Requests that cannot be read, or are damaged, end the run by our error; nothing else is sent for them."""
     for damage in (Path.unlink, lambda path: path.write_bytes(b"x\n{}\n")):
-        chunk = written(chunks, protocol)
-        damage(chunks.path(chunk))
+        record = written(store, protocol)
+        damage(store.path(record))
         api = Api(protocol, [ok({"id": "f"})])
 
         carry: dict[Protocol, Callable[[], Any]] = {
-            OPENAI: partial(api.courier.upload, chunks, chunk),
-            ANTHROPIC: partial(api.courier.create, chunks, chunk, begin),
+            OPENAI: partial(api.client.upload, store, record),
+            ANTHROPIC: partial(api.client.create, store, record, begin),
         }
-        with pytest.raises(StorageError, match=chunk.nonce):
+        with pytest.raises(StorageError, match=record.local_id):
             await carry[protocol]()
 
 

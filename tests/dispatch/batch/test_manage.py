@@ -21,10 +21,9 @@ from pipeline.core.config import Config
 from pipeline.core.errors import ProviderError, TryLaterError, UsageError
 from pipeline.core.types import Protocol, Request
 from pipeline.dispatch.batch import manage
-from pipeline.dispatch.batch import store as chunks
 from pipeline.dispatch.batch.client import batch_client
 from pipeline.dispatch.batch.manage import Listed
-from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step, read_records
 from pipeline.simulator import Options, Server, serving
 
 ROOT = Path(__file__).parents[3]
@@ -71,11 +70,11 @@ class Desk:
                 )
         return path
 
-    def chunk(self, results_file: Path, protocol: Protocol = OPENAI, *, at: int = 0, **changes: Any) -> BatchRecord:
+    def record(self, results_file: Path, protocol: Protocol = OPENAI, *, at: int = 0, **changes: Any) -> BatchRecord:
         """Write a chunk of two requests beside a results file."""
         codec, store = providers.batch_codec(protocol), BatchStore(results_file)
         store.open()
-        spool = store.spool()
+        open_batch = store.open_batch()
         for name in ("r1", "r2"):
             fields = {"model": MODELS[protocol], LIMIT[protocol]: 9, "messages": [{"role": "user", "content": name}]}
             request = Request(
@@ -87,28 +86,28 @@ class Desk:
                 model=MODELS[protocol],
                 body=orjson.dumps(fields),
             )
-            named = BatchItem(request=request, name=codec.name(spool.nonce, name, "0" * 32))
-            size = len(codec.entry(named.name, request.body)) + (len(codec.separator) if spool.requests else 0)
-            spool.add_entry(named, size)
+            named = BatchItem(request=request, name=codec.name(open_batch.local_id, name, "0" * 32))
+            size = len(codec.entry(named.name, request.body)) + (len(codec.separator) if open_batch.requests else 0)
+            open_batch.add_entry(named, size)
         model = MODELS[protocol] if codec.is_for_one_model else ""
-        blank = BatchRecord(run="run-0", provider=protocol.value, model=model, at=TIME.format(at))
-        chunk = replace(spool.seal(spool.take(), blank), **changes)
-        store.note(chunk)
+        new_record = BatchRecord(run="run-0", provider=protocol.value, model=model, at=TIME.format(at))
+        record = replace(open_batch.finish(open_batch.take(), new_record), **changes)
+        store.save(record)
         store.release()
-        return chunk
+        return record
 
     async def made(self, results_file: Path, protocol: Protocol) -> BatchRecord:
         """Write a chunk and make its batch."""
-        chunk, store = self.chunk(results_file, protocol), BatchStore(results_file)
+        record, store = self.record(results_file, protocol), BatchStore(results_file)
         store.open()
-        async with http.Client(self.settings.sending) as client:
-            courier = batch_client(self.settings, client, _say_nothing, protocol.value)
-            chunk = replace(chunk, file_id=await courier.upload(store, chunk))
-            batch = await courier.create(store, chunk, _begin)
-        chunk = replace(chunk, step=Step.CREATED, batch_id=batch.id, status=batch.status, created_at=batch.created_at)
-        store.note(chunk)
+        async with http.Client(self.settings.sending) as http_client:
+            client = batch_client(self.settings, http_client, _say_nothing, protocol.value)
+            record = replace(record, file_id=await client.upload(store, record))
+            batch = await client.create(store, record, _begin)
+        record = replace(record, step=Step.CREATED, batch_id=batch.id, status=batch.status, created_at=batch.created_at)
+        store.save(record)
         store.release()
-        return chunk
+        return record
 
     def listed(self, *files: Path) -> list[Listed]:
         return manage.listed(self.ledger, self.settings, [str(file) for file in files])
@@ -139,14 +138,14 @@ def desk(tmp_path: Path, server: Server) -> Desk:
 def test_batches_of_all_runs_are_listed(desk: Desk) -> None:
     """Every chunk beside every results file that the ledger knows, the oldest first, with what it belongs to."""
     first, second, other = desk.run("a.jsonl"), desk.run("b.jsonl"), desk.run("c.jsonl", is_recorded=False)
-    desk.chunk(first, at=3, batch_id="batch_3")
-    desk.chunk(first, at=1, batch_id="batch_1", step=Step.COLLECTED, status="completed", cost_nano=5)
-    desk.chunk(second, ANTHROPIC, at=2)
-    desk.chunk(other, at=0)
+    desk.record(first, at=3, batch_id="batch_3")
+    desk.record(first, at=1, batch_id="batch_1", step=Step.COLLECTED, status="completed", cost_nano=5)
+    desk.record(second, ANTHROPIC, at=2)
+    desk.record(other, at=0)
 
     found = desk.listed()
 
-    assert [each.chunk.at for each in found] == [TIME.format(second) for second in (1, 2, 3)]
+    assert [each.record.at for each in found] == [TIME.format(second) for second in (1, 2, 3)]
     told = [each.as_dict() for each in found]
     assert [(each["id"], each["provider"], each["model"]) for each in told] == [
         ("batch_1", "openai", "gpt-6-luna"),
@@ -159,13 +158,13 @@ def test_batches_of_all_runs_are_listed(desk: Desk) -> None:
 def test_batches_of_some_results_are_listed(desk: Desk) -> None:
     """Results that the ledger does not know, or one of many, are named; under a link, too."""
     known, unknown = desk.run("a.jsonl"), desk.run("b.jsonl", is_recorded=False)
-    desk.chunk(known, batch_id="batch_1")
-    desk.chunk(unknown, batch_id="batch_2")
+    desk.record(known, batch_id="batch_1")
+    desk.record(unknown, batch_id="batch_2")
     unknown.write_bytes(b"")
     (desk.directory / "link").symlink_to(unknown)
 
-    assert [each.chunk.batch_id for each in desk.listed(unknown)] == ["batch_2"]
-    assert [each.chunk.batch_id for each in desk.listed(desk.directory / "link")] == ["batch_2"]
+    assert [each.record.batch_id for each in desk.listed(unknown)] == ["batch_2"]
+    assert [each.record.batch_id for each in desk.listed(desk.directory / "link")] == ["batch_2"]
     assert desk.listed(desk.directory / "absent.jsonl") == []
 
 
@@ -176,24 +175,24 @@ def test_what_is_not_listed(desk: Desk) -> None:
     path = desk.run("a.jsonl")
     with Ledger.open(desk.ledger) as book:
         book.record(RunRow(run_id="stream", started_at=TIME.format(0), status="completed"), [])
-    desk.chunk(path, batch_id="batch_1")
-    desk.chunk(path, batch_id="batch_2", simulated=True)
+    desk.record(path, batch_id="batch_1")
+    desk.record(path, batch_id="batch_2", simulated=True)
 
-    assert [each.chunk.batch_id for each in desk.listed()] == ["batch_1"]
+    assert [each.record.batch_id for each in desk.listed()] == ["batch_1"]
 
 
 def test_batches_are_chosen_by_their_ids(desk: Desk) -> None:
     """By the provider's id or, of what has none yet, by ours; one that no run recorded is told with the way out."""
     path = desk.run("a.jsonl")
-    desk.chunk(path, batch_id="batch_1")
-    waiting = desk.chunk(path, at=1)
-    made = desk.chunk(path, at=2, batch_id="batch_2")
+    desk.record(path, batch_id="batch_1")
+    waiting = desk.record(path, at=1)
+    made = desk.record(path, at=2, batch_id="batch_2")
     found = desk.listed()
 
-    chosen = manage.chosen(found, ["batch_2", waiting.nonce])
+    chosen = manage.chosen(found, ["batch_2", waiting.local_id])
 
-    assert [each.chunk.batch_id for each in chosen] == ["batch_2", None]
-    for unknown in ("batch_9", made.nonce):
+    assert [each.record.batch_id for each in chosen] == ["batch_2", None]
+    for unknown in ("batch_9", made.local_id):
         with pytest.raises(UsageError, match=unknown) as caught:
             manage.chosen(found, ["batch_1", unknown])
         assert "pipeline batches" in str(caught.value.hint)
@@ -207,14 +206,14 @@ async def test_providers_are_asked(desk: Desk, protocol: Protocol) -> None:
     """The provider's word is told, and nothing on the disk is changed: it is for the next run to find."""
     path = desk.run("a.jsonl")
     made = await desk.made(path, protocol)
-    desk.chunk(path, protocol, at=1)
+    desk.record(path, protocol, at=1)
     before = desk.state()
 
     told = await manage.status(desk.settings, desk.listed())
 
-    assert [each.chunk.batch_id for each in told] == [made.batch_id, None]
-    assert told[0].chunk.status in ("validating", "in_progress")
-    assert told[1].chunk.step is Step.WRITTEN
+    assert [each.record.batch_id for each in told] == [made.batch_id, None]
+    assert told[0].record.status in ("validating", "in_progress")
+    assert told[1].record.step is Step.WRITTEN
     assert desk.state() == before
 
 
@@ -233,7 +232,7 @@ async def test_a_batch_that_has_ended_is_told_with_its_counts(tmp_path: Path) ->
 @both
 async def test_a_batch_that_its_provider_does_not_know_is_an_error(desk: Desk, protocol: Protocol) -> None:
     """A batch of another key, or one that is gone, is told as such, not as underway."""
-    desk.chunk(desk.run("a.jsonl"), protocol, batch_id="batch_9", step=Step.CREATED)
+    desk.record(desk.run("a.jsonl"), protocol, batch_id="batch_9", step=Step.CREATED)
 
     with pytest.raises(ProviderError) as caught:
         await manage.status(desk.settings, desk.listed())
@@ -245,7 +244,7 @@ async def test_a_batch_that_its_provider_does_not_know_is_an_error(desk: Desk, p
 )
 async def test_a_provider_that_cannot_be_asked(desk: Desk, provider: str, message: str) -> None:
     """A provider that is not configured any more, or has no key, is the user's to put right."""
-    desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=Step.CREATED, provider=provider)
+    desk.record(desk.run("a.jsonl"), batch_id="batch_1", step=Step.CREATED, provider=provider)
 
     for ask in (manage.status, manage.cancel):
         with pytest.raises(UsageError, match=message):
@@ -263,18 +262,18 @@ async def test_batches_are_cancelled(desk: Desk, protocol: Protocol) -> None:
 
     (told,) = await manage.cancel(desk.settings, desk.listed())
 
-    assert told.chunk.status in ("canceling", "cancelling")
-    assert (told.chunk.batch_id, told.chunk.is_open) == (made.batch_id, True)
+    assert told.record.status in ("canceling", "cancelling")
+    assert (told.record.batch_id, told.record.is_open) == (made.batch_id, True)
     assert desk.state() == before
     assert desk.server.statistics()["batches"]["calls"]["cancel"] == 1
     (asked,) = await manage.status(desk.settings, desk.listed())
-    assert asked.chunk.status == told.chunk.status
+    assert asked.record.status == told.record.status
 
 
 @both
 async def test_what_the_provider_does_not_know_is_not_given_up_unasked(desk: Desk, protocol: Protocol) -> None:
     """It may be the key that is another's: that is told, and all stays as it was."""
-    desk.chunk(desk.run("a.jsonl"), protocol, batch_id="batch_9", step=Step.CREATED)
+    desk.record(desk.run("a.jsonl"), protocol, batch_id="batch_9", step=Step.CREATED)
     before = desk.state()
 
     with pytest.raises(ProviderError) as caught:
@@ -293,10 +292,10 @@ async def test_what_the_provider_does_not_know_is_not_given_up_unasked(desk: Des
 )
 async def test_what_is_uncertain_is_not_cancelled(desk: Desk, changes: dict[str, Any]) -> None:
     """No batch is cancelled that may not be ours, and none forgotten that may be there: the next run finds out."""
-    chunk = desk.chunk(desk.run("a.jsonl"), ANTHROPIC, **changes)
+    record = desk.record(desk.run("a.jsonl"), ANTHROPIC, **changes)
     before = desk.state()
 
-    with pytest.raises(UsageError, match=chunk.name) as caught:
+    with pytest.raises(UsageError, match=record.name) as caught:
         await manage.cancel(desk.settings, desk.listed())
 
     assert "--forget" in str(caught.value.hint)
@@ -306,21 +305,21 @@ async def test_what_is_uncertain_is_not_cancelled(desk: Desk, changes: dict[str,
 
 async def test_a_chunk_without_a_batch_is_given_up(desk: Desk) -> None:
     """Nobody needs to be asked: there is no batch."""
-    waiting = desk.chunk(desk.run("a.jsonl"))
+    waiting = desk.record(desk.run("a.jsonl"))
 
-    (told,) = await manage.cancel(desk.settings, manage.chosen(desk.listed(), [waiting.nonce]))
+    (told,) = await manage.cancel(desk.settings, manage.chosen(desk.listed(), [waiting.local_id]))
 
-    assert told.chunk.step is Step.DROPPED
-    assert [each.chunk.step for each in desk.listed()] == []
-    (kept,) = chunks.read(desk.directory / "a.batches")
-    assert (kept.nonce, kept.step) == (waiting.nonce, Step.DROPPED)
+    assert told.record.step is Step.DROPPED
+    assert [each.record.step for each in desk.listed()] == []
+    (kept,) = read_records(desk.directory / "a.batches")
+    assert (kept.local_id, kept.step) == (waiting.local_id, Step.DROPPED)
     assert desk.server.statistics()["batches"]["calls"].get("cancel", 0) == 0
 
 
 async def test_what_a_run_is_at_is_not_given_up(desk: Desk) -> None:
     """Who holds the results may be making the batch this moment."""
     path = desk.run("a.jsonl")
-    desk.chunk(path)
+    desk.record(path)
     fd = disk.open_locked(path)
     before = desk.state()
     try:
@@ -337,7 +336,7 @@ async def test_what_a_run_is_at_is_not_given_up(desk: Desk) -> None:
 async def test_a_batch_that_was_made_meanwhile_is_not_given_up(desk: Desk) -> None:
     """Listed, then a run makes the batch and leaves, then cancelled by its nonce: the batch is not forgotten."""
     path = desk.run("a.jsonl")
-    waiting = desk.chunk(path, step=Step.UPLOADED)
+    waiting = desk.record(path, step=Step.UPLOADED)
     found = desk.listed()
     _note(path, replace(waiting, step=Step.CREATED, batch_id="batch_1"))
 
@@ -345,14 +344,14 @@ async def test_a_batch_that_was_made_meanwhile_is_not_given_up(desk: Desk) -> No
         await manage.cancel(desk.settings, found)
 
     (now,) = desk.listed()
-    assert (now.chunk.batch_id, now.chunk.step) == ("batch_1", Step.CREATED)
+    assert (now.record.batch_id, now.record.step) == ("batch_1", Step.CREATED)
 
 
-def _note(results_file: Path, chunk: BatchRecord) -> None:
+def _note(results_file: Path, record: BatchRecord) -> None:
     """Note a step of a chunk, as a run does."""
     store = BatchStore(results_file)
     store.open()
-    store.note(chunk)
+    store.save(record)
     store.release()
 
 
@@ -372,19 +371,19 @@ def _note(results_file: Path, chunk: BatchRecord) -> None:
 async def test_what_is_to_be_forgotten_is_given_up(desk: Desk, protocol: Protocol, changes: dict[str, Any]) -> None:
     """Nobody is asked: the next run sends its requests anew; other batches stay."""
     path = desk.run("a.jsonl")
-    gone = desk.chunk(path, protocol, **changes)
-    other = desk.chunk(path, protocol, at=1, batch_id="batch_8", step=Step.CREATED)
+    gone = desk.record(path, protocol, **changes)
+    other = desk.record(path, protocol, at=1, batch_id="batch_8", step=Step.CREATED)
 
     told = manage.give_up(manage.chosen(desk.listed(), [gone.name])[0])
 
-    assert (told.chunk.nonce, told.chunk.step, told.chunk.is_open) == (gone.nonce, Step.DROPPED, False)
-    assert {each.nonce: each.step for each in chunks.read(desk.directory / "a.batches")} == {
-        gone.nonce: Step.DROPPED,
-        other.nonce: Step.CREATED,
+    assert (told.record.local_id, told.record.step, told.record.is_open) == (gone.local_id, Step.DROPPED, False)
+    assert {each.local_id: each.step for each in read_records(desk.directory / "a.batches")} == {
+        gone.local_id: Step.DROPPED,
+        other.local_id: Step.CREATED,
     }
     names = {Path(name).name for name in desk.state()}
-    assert f"{gone.nonce}.jsonl" not in names
-    assert f"{other.nonce}.jsonl" in names
+    assert f"{gone.local_id}.jsonl" not in names
+    assert f"{other.local_id}.jsonl" in names
     assert not any(desk.server.statistics()["batches"]["calls"].values())
 
 
@@ -398,7 +397,7 @@ async def test_what_is_to_be_forgotten_is_given_up(desk: Desk, protocol: Protoco
 def test_what_a_run_has_gone_on_with_is_not_given_up(desk: Desk, changes: dict[str, Any]) -> None:
     """What is given up is what was listed: a chunk that is elsewhere now stays as it is."""
     path = desk.run("a.jsonl")
-    made = desk.chunk(path, step=Step.CREATED, batch_id="batch_1")
+    made = desk.record(path, step=Step.CREATED, batch_id="batch_1")
     (found,) = desk.listed()
     now = replace(made, **changes)
     _note(path, now)
@@ -406,12 +405,12 @@ def test_what_a_run_has_gone_on_with_is_not_given_up(desk: Desk, changes: dict[s
     with pytest.raises(UsageError, match="meanwhile"):
         manage.give_up(found)
 
-    assert chunks.read(desk.directory / "a.batches") == [now]
+    assert read_records(desk.directory / "a.batches") == [now]
 
 
 def test_what_is_over_cannot_be_given_up(desk: Desk) -> None:
     """A batch whose results are in is not told to be given up."""
-    desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=Step.COLLECTED)
+    desk.record(desk.run("a.jsonl"), batch_id="batch_1", step=Step.COLLECTED)
 
     with pytest.raises(UsageError, match="collected already"):
         manage.give_up(desk.listed()[0])
@@ -420,7 +419,7 @@ def test_what_is_over_cannot_be_given_up(desk: Desk) -> None:
 @pytest.mark.parametrize("step", [Step.COLLECTED, Step.DROPPED])
 async def test_what_is_over_cannot_be_cancelled(desk: Desk, step: Step) -> None:
     """A batch whose results are in is told to be over, and nobody is asked."""
-    desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=step)
+    desk.record(desk.run("a.jsonl"), batch_id="batch_1", step=step)
 
     with pytest.raises(UsageError, match=f"batch_1 is {step.value} already"):
         await manage.cancel(desk.settings, desk.listed())
@@ -429,7 +428,7 @@ async def test_what_is_over_cannot_be_cancelled(desk: Desk, step: Step) -> None:
 
 async def test_a_refusal_gives_nothing_up(desk: Desk) -> None:
     """Only a batch that is not there is given up; any other error leaves all as it was."""
-    desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=Step.CREATED)
+    desk.record(desk.run("a.jsonl"), batch_id="batch_1", step=Step.CREATED)
     before = desk.state()
     with serving(Options(keys=frozenset({"another"}))) as strict, pytest.raises(ProviderError) as caught:
         await manage.cancel(config.simulated(Config(), strict.url), desk.listed())
@@ -470,8 +469,8 @@ def objects(done: subprocess.CompletedProcess[bytes]) -> list[dict[str, Any]]:
 def test_the_list_as_a_table_and_as_json(desk: Desk) -> None:
     """The table is for people, done batches first; `--json` is one object a batch, and neither needs a key."""
     path = desk.run("a.jsonl")
-    desk.chunk(path, batch_id="batch_1", step=Step.CREATED, status="in_progress")
-    desk.chunk(
+    desk.record(path, batch_id="batch_1", step=Step.CREATED, status="in_progress")
+    desk.record(
         path,
         at=1,
         batch_id="batch_2\x1b[2J",
@@ -513,7 +512,7 @@ def test_no_batches(desk: Desk) -> None:
 def test_the_list_of_some_results(desk: Desk) -> None:
     """Named results need not be known to the ledger."""
     path = desk.run("b.jsonl", is_recorded=False)
-    desk.chunk(path, batch_id="batch_2")
+    desk.record(path, batch_id="batch_2")
 
     done = call(desk, "list", str(path), "--json")
 
@@ -546,7 +545,7 @@ async def test_a_batch_is_forgotten_by_the_command(desk: Desk, protocol: Protoco
     done = call(desk, "cancel", "--forget", made.batch_id, environ={"OPENAI_API_KEY": "", "ANTHROPIC_API_KEY": ""})
 
     assert done.returncode == 0, done.stderr
-    (kept,) = chunks.read(desk.directory / "a.batches")
+    (kept,) = read_records(desk.directory / "a.batches")
     assert (kept.batch_id, kept.step) == (made.batch_id, Step.DROPPED)
     assert desk.server.statistics()["batches"]["calls"] == calls
 
@@ -564,7 +563,7 @@ async def test_a_batch_is_forgotten_by_the_command(desk: Desk, protocol: Protoco
 )
 def test_what_cannot_be_asked_is_told(desk: Desk, words: list[str], code: int, message: bytes) -> None:
     """Errors have their exit codes and a message, nothing on stdout."""
-    desk.chunk(desk.run("a.jsonl"), batch_id="batch_1", step=Step.CREATED)
+    desk.record(desk.run("a.jsonl"), batch_id="batch_1", step=Step.CREATED)
 
     done = call(desk, *words)
 

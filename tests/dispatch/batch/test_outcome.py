@@ -32,7 +32,7 @@ COST = 1_000 * 50 + 100 * 250
 """Nano-dollars of 1,000 tokens in and 100 out at half of $0.10 and $0.50 a million: what both models cost."""
 
 
-def member(custom_id: str = "r1", protocol: Protocol = OPENAI, **fields: Any) -> BatchItem:
+def item(custom_id: str = "r1", protocol: Protocol = OPENAI, **fields: Any) -> BatchItem:
     request = Request(
         custom_id=custom_id,
         digest=f"digest of {custom_id}",
@@ -49,16 +49,16 @@ def member(custom_id: str = "r1", protocol: Protocol = OPENAI, **fields: Any) ->
 
 def chunk_of(protocol: Protocol, **fields: Any) -> BatchRecord:
     basis: dict[str, Any] = {"requests": 1, "content": 1, "sha256": "", "input_tokens": 1, "at": NOW}
-    basis |= {"nonce": "0a1b2c3d4e5f", "run": "run-1", "provider": protocol.value, "model": "", "batch_id": "b1"}
+    basis |= {"local_id": "0a1b2c3d4e5f", "run": "run-1", "provider": protocol.value, "model": "", "batch_id": "b1"}
     return BatchRecord(**basis | fields)
 
 
-def judge(
-    protocol: Protocol, chunk: BatchRecord | None = None, *, lane: str = BATCH, max_attempts: int = 3
+def classifier(
+    protocol: Protocol, record: BatchRecord | None = None, *, lane: str = BATCH, max_attempts: int = 3
 ) -> OutcomeClassifier:
     clock = Clock()
     pricing = LanePricing(PRICES, clock, lane)
-    return OutcomeClassifier(chunk or chunk_of(protocol), providers.codec(protocol), pricing, clock, max_attempts)
+    return OutcomeClassifier(record or chunk_of(protocol), providers.codec(protocol), pricing, clock, max_attempts)
 
 
 def reply(protocol: Protocol, **changes: Any) -> dict[str, Any]:
@@ -99,10 +99,10 @@ def unanswered(protocol: Protocol, name: str, ending: Ending) -> dict[str, Any]:
     return {"custom_id": name, "result": {"type": ending.replace("cancelled", "canceled")}}
 
 
-def judged(protocol: Protocol, told: dict[str, Any], asked: BatchItem | None = None, **how: Any) -> ItemOutcome:
+def collected(protocol: Protocol, told: dict[str, Any], asked: BatchItem | None = None, **how: Any) -> ItemOutcome:
     """Return the verdict on a request of which a line tells."""
     outcome = providers.batch_codec(protocol).outcome(orjson.dumps(told))
-    return judge(protocol, **how).judge(asked or member(protocol=protocol), outcome)
+    return classifier(protocol, **how).classify(asked or item(protocol=protocol), outcome)
 
 
 def failed(type: str, **fields: Any) -> Attempt:
@@ -115,18 +115,18 @@ def failed(type: str, **fields: Any) -> Attempt:
 @both
 async def test_a_reply_is_a_result(protocol: Protocol) -> None:
     """It is the result that a live call would have brought, but for lane, batch and half the price."""
-    asked = member(protocol=protocol)
+    asked = item(protocol=protocol)
 
-    verdict = judged(protocol, line(protocol, "r1"), asked)
+    outcome = collected(protocol, line(protocol, "r1"), asked)
 
-    result = verdict.result
+    result = outcome.result
     assert result is not None
     assert (result.custom_id, result.digest, result.source, result.line) == ("r1", "digest of r1", "in.jsonl", 7)
     assert (result.success, result.content, result.attempts, result.failed_attempts) == (True, "fine", 1, ())
     assert (result.lane, result.batch_id, result.latency_s) == ("batch", "b1", None)
     assert (result.metadata, result.request) == ({"n": 2**70}, asked.request)
-    assert (result.cost, verdict.nanos) == (Cost(nanos=COST), COST)
-    assert (verdict.again, verdict.error, verdict.attempt, verdict.is_cancelled) == (None, None, None, False)
+    assert (result.cost, outcome.nanos) == (Cost(nanos=COST), COST)
+    assert (outcome.again, outcome.error, outcome.attempt, outcome.is_cancelled) == (None, None, None, False)
 
 
 @both
@@ -134,8 +134,8 @@ async def test_a_batch_costs_half(protocol: Protocol) -> None:
     """The same answer costs twice as much in the live lane."""
     live = line(protocol, "r1", body=reply(OPENAI) if protocol is OPENAI else _standard())
 
-    in_batch = judged(protocol, line(protocol, "r1")).nanos
-    alive = judged(protocol, live, lane=LIVE).nanos
+    in_batch = collected(protocol, line(protocol, "r1")).nanos
+    alive = collected(protocol, live, lane=LIVE).nanos
 
     assert (in_batch, alive) == (COST, 2 * COST)
 
@@ -170,29 +170,29 @@ def _standard() -> dict[str, Any]:
 )
 async def test_what_a_reply_costs(protocol: Protocol, usage: Any, nanos: int | None) -> None:
     """Discounts multiply; where no usage is told nobody knows, and that is not 0."""
-    verdict = judged(protocol, line(protocol, "r1", body=reply(protocol, usage=usage)))
+    outcome = collected(protocol, line(protocol, "r1", body=reply(protocol, usage=usage)))
 
-    assert verdict.result is not None
-    assert verdict.result.success
-    assert (verdict.nanos, verdict.result.cost.nanos) == (nanos, nanos)
+    assert outcome.result is not None
+    assert outcome.result.success
+    assert (outcome.nanos, outcome.result.cost.nanos) == (nanos, nanos)
 
 
 async def test_the_model_that_answered_is_paid() -> None:
     """A router may have another model answer than the one asked for: its price counts."""
-    verdict = judged(OPENAI, line(OPENAI, "r1", body=reply(OPENAI, model="gpt-6-astra")))
+    outcome = collected(OPENAI, line(OPENAI, "r1", body=reply(OPENAI, model="gpt-6-astra")))
 
-    assert verdict.nanos == 1_000 * 5_000 + 100 * 25_000
+    assert outcome.nanos == 1_000 * 5_000 + 100 * 25_000
 
 
 async def test_a_model_without_a_price_has_no_cost() -> None:
     """A model that nobody knows has its result, and no cost."""
-    asked = member()
+    asked = item()
     asked = replace(asked, request=replace(asked.request, model="nobodys-model"))
 
-    verdict = judged(OPENAI, line(OPENAI, "r1", body=reply(OPENAI, model="nobodys-model")), asked)
+    outcome = collected(OPENAI, line(OPENAI, "r1", body=reply(OPENAI, model="nobodys-model")), asked)
 
-    assert verdict.result is not None
-    assert (verdict.result.success, verdict.nanos) == (True, None)
+    assert outcome.result is not None
+    assert (outcome.result.success, outcome.nanos) == (True, None)
 
 
 @both
@@ -200,11 +200,11 @@ async def test_a_reply_after_failures_counts_them(protocol: Protocol) -> None:
     """Attempts of earlier batches stay with the result, and what they cost stays theirs."""
     earlier = (failed("batch_expired"), failed("api_error"))
 
-    verdict = judged(protocol, line(protocol, "r1"), member(protocol=protocol, attempts=earlier, counted=2))
+    outcome = collected(protocol, line(protocol, "r1"), item(protocol=protocol, attempts=earlier, counted=2))
 
-    assert verdict.result is not None
-    assert (verdict.result.attempts, verdict.result.failed_attempts) == (3, earlier)
-    assert (verdict.result.failure, verdict.nanos) == (None, COST)
+    assert outcome.result is not None
+    assert (outcome.result.attempts, outcome.result.failed_attempts) == (3, earlier)
+    assert (outcome.result.failure, outcome.nanos) == (None, COST)
 
 
 # ── failures ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -217,17 +217,17 @@ async def test_a_reply_after_failures_counts_them(protocol: Protocol) -> None:
 )
 async def test_a_request_that_is_refused_fails(protocol: Protocol, status: int, kind: str) -> None:
     """What no other attempt would pass is a failed result at once, and costs nothing."""
-    verdict = judged(protocol, line(protocol, "r1", status, kind))
+    outcome = collected(protocol, line(protocol, "r1", status, kind))
 
-    assert verdict.result is not None
-    failure = verdict.result.failure
+    assert outcome.result is not None
+    failure = outcome.result.failure
     assert failure is not None
     assert (failure.type, failure.message, failure.status, failure.request_id) == (kind, "no", status, "req_1")
-    assert (verdict.result.attempts, verdict.result.failed_attempts) == (1, (verdict.attempt,))
-    assert failure.attempts == (verdict.attempt,)
-    assert (verdict.nanos, verdict.again, verdict.error) == (0, None, None)
-    assert verdict.attempt is not None
-    assert not verdict.attempt.may_be_billed
+    assert (outcome.result.attempts, outcome.result.failed_attempts) == (1, (outcome.attempt,))
+    assert failure.attempts == (outcome.attempt,)
+    assert (outcome.nanos, outcome.again, outcome.error) == (0, None, None)
+    assert outcome.attempt is not None
+    assert not outcome.attempt.may_be_billed
 
 
 @both
@@ -242,16 +242,16 @@ async def test_a_request_that_is_refused_fails(protocol: Protocol, status: int, 
 )
 async def test_a_request_that_failed_goes_again(protocol: Protocol, status: int, kind: str) -> None:
     """What may pass goes again, unbilled, as a batch bills answers only; the last attempt ends it."""
-    first = judged(protocol, line(protocol, "r1", status, kind))
+    first = collected(protocol, line(protocol, "r1", status, kind))
 
     assert (first.result, first.error, first.nanos) == (None, None, 0)
     assert first.attempt is not None
     assert (first.attempt.type, first.attempt.status, first.attempt.may_be_billed) == (kind, status, False)
-    assert first.again == member(protocol=protocol, attempts=(first.attempt,), counted=1)
+    assert first.again == item(protocol=protocol, attempts=(first.attempt,), counted=1)
 
-    second = judged(protocol, line(protocol, "r1", status, kind), first.again)
+    second = collected(protocol, line(protocol, "r1", status, kind), first.again)
     assert second.again is not None
-    third = judged(protocol, line(protocol, "r1", status, kind), second.again)
+    third = collected(protocol, line(protocol, "r1", status, kind), second.again)
     assert third.again is None
     assert third.result is not None
     assert third.result.failure is not None
@@ -274,11 +274,11 @@ async def test_an_error_that_reaches_further_ends_more(
     protocol: Protocol, told: dict[str, Any], reach: ErrorScope
 ) -> None:
     """It is no result of the request, which stays pending, and ends its model or the run."""
-    verdict = judged(protocol, told)
+    outcome = collected(protocol, told)
 
-    assert verdict.error is not None
-    assert (verdict.error.reach, verdict.result, verdict.again, verdict.nanos) == (reach, None, None, 0)
-    assert verdict.attempt is not None
+    assert outcome.error is not None
+    assert (outcome.error.reach, outcome.result, outcome.again, outcome.nanos) == (reach, None, None, 0)
+    assert outcome.attempt is not None
 
 
 @pytest.mark.parametrize(
@@ -292,12 +292,12 @@ async def test_an_error_that_reaches_further_ends_more(
 )
 async def test_an_unusable_answer_is_paid_and_goes_again(protocol: Protocol, body: Any, nanos: int | None) -> None:
     """A 200 that holds no reply was billed: for what it tells, else for nobody knows what."""
-    verdict = judged(protocol, line(protocol, "r1", body=body))
+    outcome = collected(protocol, line(protocol, "r1", body=body))
 
-    assert verdict.attempt is not None
-    assert (verdict.attempt.type, verdict.attempt.may_be_billed) == ("invalid_response", True)
-    assert (verdict.nanos, verdict.attempt.cost_nano, verdict.attempt.is_unknown) == (nanos, nanos, nanos is None)
-    assert verdict.again == member(protocol=protocol, attempts=(verdict.attempt,), counted=1)
+    assert outcome.attempt is not None
+    assert (outcome.attempt.type, outcome.attempt.may_be_billed) == ("invalid_response", True)
+    assert (outcome.nanos, outcome.attempt.cost_nano, outcome.attempt.is_unknown) == (nanos, nanos, nanos is None)
+    assert outcome.again == item(protocol=protocol, attempts=(outcome.attempt,), counted=1)
 
 
 @pytest.mark.parametrize(
@@ -310,12 +310,12 @@ async def test_an_unusable_answer_is_paid_and_goes_again(protocol: Protocol, bod
 )
 async def test_a_line_that_tells_nothing_may_be_billed(protocol: Protocol, told: dict[str, Any]) -> None:
     """Nobody knows what it cost; the request goes again."""
-    verdict = judged(protocol, told)
+    outcome = collected(protocol, told)
 
-    assert verdict.attempt is not None
-    assert (verdict.nanos, verdict.attempt.is_unknown) == (None, True)
-    assert verdict.again is not None
-    assert verdict.again.counted == 1
+    assert outcome.attempt is not None
+    assert (outcome.nanos, outcome.attempt.is_unknown) == (None, True)
+    assert outcome.again is not None
+    assert outcome.again.counted == 1
 
 
 # ── requests without an answer ────────────────────────────────────────────────────────────────────────────────────
@@ -336,23 +336,23 @@ async def test_a_request_without_an_answer_goes_again(
     protocol: Protocol, ending: str, counted: int, nanos: int | None, is_cancelled: bool
 ) -> None:
     """What was not done is not billed; what we did not wait for may be; only some of it counts against the request."""
-    verdict = judge(protocol).unfinished(member(protocol=protocol), ending)
+    outcome = classifier(protocol).unfinished(item(protocol=protocol), ending)
 
-    assert verdict.attempt is not None
-    assert (verdict.attempt.type, verdict.attempt.status) == (f"batch_{ending}", None)
-    assert "(b1)" in verdict.attempt.message
-    assert (verdict.nanos, verdict.attempt.is_unknown) == (nanos, nanos is None)
-    assert verdict.again == member(protocol=protocol, attempts=(verdict.attempt,), counted=counted)
-    assert (verdict.result, verdict.error, verdict.is_cancelled) == (None, None, is_cancelled)
+    assert outcome.attempt is not None
+    assert (outcome.attempt.type, outcome.attempt.status) == (f"batch_{ending}", None)
+    assert "(b1)" in outcome.attempt.message
+    assert (outcome.nanos, outcome.attempt.is_unknown) == (nanos, nanos is None)
+    assert outcome.again == item(protocol=protocol, attempts=(outcome.attempt,), counted=counted)
+    assert (outcome.result, outcome.error, outcome.is_cancelled) == (None, None, is_cancelled)
 
 
 @both
 @pytest.mark.parametrize("ending", ["expired", "cancelled"])
 async def test_what_a_line_says_of_it_is_the_same(protocol: Protocol, ending: Ending) -> None:
     """Told by a line of its own or by the end of the batch, it is the same verdict."""
-    told = judged(protocol, unanswered(protocol, "r1", ending))
+    told = collected(protocol, unanswered(protocol, "r1", ending))
 
-    assert told == judge(protocol).unfinished(member(protocol=protocol), ending)
+    assert told == classifier(protocol).unfinished(item(protocol=protocol), ending)
 
 
 @pytest.mark.parametrize(
@@ -363,30 +363,30 @@ async def test_the_last_attempt(ending: str, ends: bool) -> None:
     """A request that expires or is left out again and again fails; others' cancelling never fails it."""
     earlier = (failed("a"), failed("b"))
 
-    verdict = judge(OPENAI).unfinished(member(attempts=earlier, counted=2), ending)
+    outcome = classifier(OPENAI).unfinished(item(attempts=earlier, counted=2), ending)
 
-    assert (verdict.result is not None, verdict.again is None) == (ends, ends)
-    attempts = verdict.result.failed_attempts if verdict.result else verdict.again and verdict.again.attempts
-    assert attempts == (*earlier, verdict.attempt)
-    if verdict.result:
-        assert verdict.result.attempts == 3
-        assert verdict.result.failure is not None
-        assert verdict.result.failure.type == f"batch_{ending}"
+    assert (outcome.result is not None, outcome.again is None) == (ends, ends)
+    attempts = outcome.result.failed_attempts if outcome.result else outcome.again and outcome.again.attempts
+    assert attempts == (*earlier, outcome.attempt)
+    if outcome.result:
+        assert outcome.result.attempts == 3
+        assert outcome.result.failure is not None
+        assert outcome.result.failure.type == f"batch_{ending}"
 
 
 async def test_a_request_of_a_refused_batch_fails_by_what_was_said() -> None:
     """The provider's words on its line are its failure, unbilled."""
     error = providers.batch_codec(OPENAI).failure(Problem(code="invalid_url", message="no such url", line=3))
 
-    verdict = judge(OPENAI).refused(member(attempts=(failed("a"),), counted=1), error)
+    outcome = classifier(OPENAI).refused(item(attempts=(failed("a"),), counted=1), error)
 
-    assert verdict.result is not None
-    failure = verdict.result.failure
+    assert outcome.result is not None
+    failure = outcome.result.failure
     assert failure is not None
     assert (failure.type, failure.code, failure.message) == ("invalid_url", "invalid_url", "no such url")
-    assert (verdict.result.attempts, verdict.nanos, verdict.again) == (2, 0, None)
-    assert verdict.attempt is not None
-    assert not verdict.attempt.may_be_billed
+    assert (outcome.result.attempts, outcome.nanos, outcome.again) == (2, 0, None)
+    assert outcome.attempt is not None
+    assert not outcome.attempt.may_be_billed
 
 
 # ── harvest ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -396,7 +396,7 @@ async def test_a_request_of_a_refused_batch_fails_by_what_was_said() -> None:
 class Field:
     """A chunk on the disk, and the files of results that its provider has."""
 
-    chunks: BatchStore
+    store: BatchStore
     protocol: Protocol
     names: Sequence[str]
     is_confirmed: bool = True
@@ -406,16 +406,18 @@ class Field:
 
     def __post_init__(self) -> None:
         codec = providers.batch_codec(self.protocol)
-        spool = self.chunks.spool()
+        open_batch = self.store.open_batch()
         for name in self.names:
-            named = codec.name(spool.nonce, name, "0" * 32)
-            spool.add_entry(replace(member(name, self.protocol), name=named), 1)
-        chunk = spool.seal(spool.take(), BatchRecord(run="r", provider=self.protocol.value, model="", at=NOW))
-        self.chunk = replace(chunk, batch_id="b1", is_confirmed=self.is_confirmed)
+            named = codec.name(open_batch.local_id, name, "0" * 32)
+            open_batch.add_entry(replace(item(name, self.protocol), name=named), 1)
+        record = open_batch.finish(
+            open_batch.take(), BatchRecord(run="r", provider=self.protocol.value, model="", at=NOW)
+        )
+        self.record = replace(record, batch_id="b1", is_confirmed=self.is_confirmed)
 
     def name(self, custom_id: str) -> str:
         """Return the name of a request in the batch."""
-        return providers.batch_codec(self.protocol).name(self.chunk.nonce, custom_id, "0" * 32)
+        return providers.batch_codec(self.protocol).name(self.record.local_id, custom_id, "0" * 32)
 
     def answers(self, *custom_ids: str) -> list[dict[str, Any]]:
         return [line(self.protocol, self.name(custom_id)) for custom_id in custom_ids]
@@ -426,14 +428,14 @@ class Field:
         await write(0, self.files[name])
         return HttpResponse(status=200)
 
-    def harvest(self) -> ResultCollector:
+    def collector(self) -> ResultCollector:
         async def ask(*_: Any) -> HttpResponse:
             raise AssertionError("nobody asks for anything but files")
 
-        courier = BatchClient(
+        client = BatchClient(
             codec=providers.codec(self.protocol),
             batches=providers.batch_codec(self.protocol),
-            way=BatchConnection(
+            connection=BatchConnection(
                 endpoint=Config().providers[self.protocol],
                 headers=(),
                 ask=ask,
@@ -441,15 +443,15 @@ class Field:
                 mask=lambda data: data,
             ),
             policy=Policy(Sending(max_attempts=1)),
-            patience=1.0,
+            max_outage=1.0,
             max_line_bytes=10**6,
         )
         return ResultCollector(
-            self.chunks,
-            self.chunk,
-            courier,
-            judge(self.protocol, self.chunk),
-            lambda member: member.request.custom_id in self.known,
+            self.store,
+            self.record,
+            client,
+            classifier(self.protocol, self.record),
+            lambda item: item.request.custom_id in self.known,
         )
 
     async def gather(
@@ -462,7 +464,7 @@ class Field:
         raw = [b"".join(_raw(each) + b"\n" for each in file) for file in files]
         self.files = dict(zip(paths, raw, strict=True))
         under = [path.removeprefix("messages/batches/") for path in paths]
-        self.gathered = self.harvest()
+        self.gathered = self.collector()
         batch = Batch(id="b1", status="x", is_ended=True, files=under, ending=ending, problems=problems)
         return _by_id([each async for each in self.gathered.gather(batch)])
 
@@ -474,39 +476,39 @@ def _raw(value: Any) -> bytes:
 def _by_id(groups: list[Sequence[CollectedItem]]) -> dict[str, list[CollectedItem]]:
     found: dict[str, list[CollectedItem]] = {}
     for each in (each for group in groups for each in group):
-        found.setdefault(each.member.request.custom_id, []).append(each)
+        found.setdefault(each.item.request.custom_id, []).append(each)
     return found
 
 
-def kinds(judged: dict[str, list[CollectedItem]]) -> dict[str, list[str]]:
+def kinds(collected: dict[str, list[CollectedItem]]) -> dict[str, list[str]]:
     """Return in a word what became of each request, as often as it was judged."""
-    return {custom_id: [_kind(each.verdict) for each in found] for custom_id, found in judged.items()}
+    return {custom_id: [_kind(each.outcome) for each in found] for custom_id, found in collected.items()}
 
 
-def _kind(verdict: ItemOutcome) -> str:
-    if verdict.result:
-        return "reply" if verdict.result.success else "failure"
-    return "error" if verdict.error else f"again: {verdict.attempt.type}" if verdict.attempt else "again"
+def _kind(outcome: ItemOutcome) -> str:
+    if outcome.result:
+        return "reply" if outcome.result.success else "failure"
+    return "error" if outcome.error else f"again: {outcome.attempt.type}" if outcome.attempt else "again"
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> Iterator[BatchStore]:
+def store(tmp_path: Path) -> Iterator[BatchStore]:
     opened = BatchStore(tmp_path / "answers.jsonl")
     yield opened
     opened.release()
 
 
 @both
-async def test_every_request_is_judged_once(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_every_request_is_judged_once(store: BatchStore, protocol: Protocol) -> None:
     """In whatever order results come, over more than one group, each has its own request and no other."""
     names = [f"r{n}" for n in range(700)]
-    harvest = Field(chunks, protocol, names)
+    collector = Field(store, protocol, names)
 
-    found = await harvest.gather(harvest.answers(*names[::-1]))
+    found = await collector.gather(collector.answers(*names[::-1]))
 
     assert kinds(found) == {name: ["reply"] for name in names}
-    assert [each.verdict.result and each.verdict.result.custom_id for (each,) in found.values()] == names[::-1]
-    assert harvest.gathered.strangers == 0
+    assert [each.outcome.result and each.outcome.result.custom_id for (each,) in found.values()] == names[::-1]
+    assert collector.gathered.unmatched == 0
 
 
 @both
@@ -515,114 +517,114 @@ async def test_every_request_is_judged_once(chunks: BatchStore, protocol: Protoc
     [(None, "batch_missing"), ("expired", "batch_expired"), ("cancelled", "batch_cancelled")],
 )
 async def test_what_nothing_tells_of_is_judged_by_the_end_of_the_batch(
-    chunks: BatchStore, protocol: Protocol, ending: Ending | None, kind: str
+    store: BatchStore, protocol: Protocol, ending: Ending | None, kind: str
 ) -> None:
     """Requests without a result are not forgotten."""
-    harvest = Field(chunks, protocol, ["r1", "r2", "r3"])
+    collector = Field(store, protocol, ["r1", "r2", "r3"])
 
-    found = await harvest.gather(harvest.answers("r2"), ending=ending)
+    found = await collector.gather(collector.answers("r2"), ending=ending)
 
     assert kinds(found) == {"r2": ["reply"], "r1": [f"again: {kind}"], "r3": [f"again: {kind}"]}
 
 
 @both
-async def test_what_a_failed_batch_does_not_tell_of_has_failed(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_what_a_failed_batch_does_not_tell_of_has_failed(store: BatchStore, protocol: Protocol) -> None:
     """A batch that failed after it had answered some keeps these; the others go again, and were not billed."""
-    harvest = Field(chunks, protocol, ["r1", "r2"])
+    collector = Field(store, protocol, ["r1", "r2"])
 
-    found = await harvest.gather(harvest.answers("r2"), problems=[Problem(code="internal_error", message="no")])
+    found = await collector.gather(collector.answers("r2"), problems=[Problem(code="internal_error", message="no")])
 
     assert kinds(found) == {"r2": ["reply"], "r1": ["again: batch_failed"]}
-    assert found["r1"][0].verdict.nanos == 0
+    assert found["r1"][0].outcome.nanos == 0
 
 
 @both
-async def test_the_first_word_on_a_request_counts(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_the_first_word_on_a_request_counts(store: BatchStore, protocol: Protocol) -> None:
     """A result that is there twice, in one file or in two, is one: it is neither counted nor paid twice."""
-    harvest = Field(chunks, protocol, ["r1", "r2"])
-    twice = line(protocol, harvest.name("r1"), 400, "invalid_request_error")
+    collector = Field(store, protocol, ["r1", "r2"])
+    twice = line(protocol, collector.name("r1"), 400, "invalid_request_error")
 
-    found = await harvest.gather([*harvest.answers("r1"), twice, *harvest.answers("r1", "r2")], [twice])
+    found = await collector.gather([*collector.answers("r1"), twice, *collector.answers("r1", "r2")], [twice])
 
     assert kinds(found) == {"r1": ["reply"], "r2": ["reply"]}
-    assert harvest.gathered.strangers == 0
+    assert collector.gathered.unmatched == 0
 
 
 @both
-async def test_files_count_in_their_order(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_files_count_in_their_order(store: BatchStore, protocol: Protocol) -> None:
     """Answers come before errors: who has both was answered."""
-    harvest = Field(chunks, protocol, ["r1", "r2"])
-    errors = [line(protocol, harvest.name(name), 400, "invalid_request_error") for name in ("r1", "r2")]
+    collector = Field(store, protocol, ["r1", "r2"])
+    errors = [line(protocol, collector.name(name), 400, "invalid_request_error") for name in ("r1", "r2")]
 
-    found = await harvest.gather(harvest.answers("r1"), errors)
+    found = await collector.gather(collector.answers("r1"), errors)
 
     assert kinds(found) == {"r1": ["reply"], "r2": ["failure"]}
-    assert harvest.fetched == list(harvest.files)
+    assert collector.fetched == list(collector.files)
 
 
 @both
-async def test_results_that_nobody_asked_for_are_counted(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_results_that_nobody_asked_for_are_counted(store: BatchStore, protocol: Protocol) -> None:
     """Strangers and what is no line of results harm nothing, and are told."""
-    harvest = Field(chunks, protocol, ["r1"])
-    strangers = [line(protocol, "r9"), line(protocol, harvest.name("r9")), b"no JSON", b"{}", b"\xff\x00", b"[]"]
+    collector = Field(store, protocol, ["r1"])
+    unmatched = [line(protocol, "r9"), line(protocol, collector.name("r9")), b"no JSON", b"{}", b"\xff\x00", b"[]"]
 
-    found = await harvest.gather([*strangers, *harvest.answers("r1")])
+    found = await collector.gather([*unmatched, *collector.answers("r1")])
 
     assert kinds(found) == {"r1": ["reply"]}
-    assert harvest.gathered.strangers == len(strangers)
+    assert collector.gathered.unmatched == len(unmatched)
 
 
 @both
-async def test_a_batch_without_files(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_a_batch_without_files(store: BatchStore, protocol: Protocol) -> None:
     """Where nothing was answered there is no file, and every request is judged all the same."""
-    harvest = Field(chunks, protocol, ["r1", "r2"])
+    collector = Field(store, protocol, ["r1", "r2"])
 
-    found = await harvest.gather(ending="expired")
+    found = await collector.gather(ending="expired")
 
     assert kinds(found) == {name: ["again: batch_expired"] for name in ("r1", "r2")}
 
 
 @both
-async def test_what_was_recorded_before_is_known(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_what_was_recorded_before_is_known(store: BatchStore, protocol: Protocol) -> None:
     """After a crash amid the collecting, results that are there already are told apart; their cost is counted anew."""
-    harvest = Field(chunks, protocol, ["r1", "r2", "r3"], known=frozenset({"r2", "r3"}))
+    collector = Field(store, protocol, ["r1", "r2", "r3"], known=frozenset({"r2", "r3"}))
 
-    found = await harvest.gather(harvest.answers("r1", "r2"))
+    found = await collector.gather(collector.answers("r1", "r2"))
 
     assert {custom_id: each.is_known for custom_id, (each,) in found.items()} == {"r1": False, "r2": True, "r3": True}
-    assert found["r2"][0].verdict.nanos == COST
+    assert found["r2"][0].outcome.nanos == COST
 
 
-async def test_another_batch_was_taken_for_ours(chunks: BatchStore) -> None:
+async def test_another_batch_was_taken_for_ours(store: BatchStore) -> None:
     """A batch found by size and time is told by its first result, before any verdict."""
-    harvest = Field(chunks, ANTHROPIC, ["r1", "r2"], is_confirmed=False)
+    collector = Field(store, ANTHROPIC, ["r1", "r2"], is_confirmed=False)
     others = [line(ANTHROPIC, "ffffffffffff-r1"), line(ANTHROPIC, "ffffffffffff-r2")]
 
     with pytest.raises(WrongBatchError):
-        await harvest.gather(others)
+        await collector.gather(others)
     with pytest.raises(WrongBatchError):
-        await harvest.gather([])
-    assert kinds(await harvest.gather(harvest.answers("r2", "r1"))) == {"r1": ["reply"], "r2": ["reply"]}
+        await collector.gather([])
+    assert kinds(await collector.gather(collector.answers("r2", "r1"))) == {"r1": ["reply"], "r2": ["reply"]}
 
 
-async def test_results_of_a_batch_that_is_ours_for_sure(chunks: BatchStore) -> None:
+async def test_results_of_a_batch_that_is_ours_for_sure(store: BatchStore) -> None:
     """Where the making was confirmed, strange results are strangers, and nothing is looked for again."""
-    harvest = Field(chunks, ANTHROPIC, ["r1"])
+    collector = Field(store, ANTHROPIC, ["r1"])
 
-    found = await harvest.gather([line(ANTHROPIC, "ffffffffffff-r1")])
+    found = await collector.gather([line(ANTHROPIC, "ffffffffffff-r1")])
 
-    assert (kinds(found), harvest.gathered.strangers) == ({"r1": ["again: batch_missing"]}, 1)
+    assert (kinds(found), collector.gathered.unmatched) == ({"r1": ["again: batch_missing"]}, 1)
 
 
 @both
-async def test_a_batch_that_is_abandoned(chunks: BatchStore, protocol: Protocol) -> None:
+async def test_a_batch_that_is_abandoned(store: BatchStore, protocol: Protocol) -> None:
     """All of it goes elsewhere, at the risk of being paid twice, which is told."""
-    harvest = Field(chunks, protocol, [f"r{n}" for n in range(300)])
+    collector = Field(store, protocol, [f"r{n}" for n in range(300)])
 
-    found = _by_id([each async for each in harvest.harvest().rest("abandoned")])
+    found = _by_id([each async for each in collector.collector().rest("abandoned")])
 
     assert len(found) == 300
-    assert {each.verdict.attempt and each.verdict.attempt.is_unknown for (each,) in found.values()} == {True}
+    assert {each.outcome.attempt and each.outcome.attempt.is_unknown for (each,) in found.values()} == {True}
 
 
 def _error(reach: ErrorScope, code: str) -> ProviderError:
@@ -644,17 +646,17 @@ def _error(reach: ErrorScope, code: str) -> ProviderError:
     ],
 )
 async def test_a_batch_that_was_refused(
-    chunks: BatchStore, named: dict[int, ErrorScope], whole: ErrorScope | None, expected: list[str]
+    store: BatchStore, named: dict[int, ErrorScope], whole: ErrorScope | None, expected: list[str]
 ) -> None:
     """Lines that the provider names fail, counted from 1; the others go again as they were, unless nothing can pass."""
-    harvest = Field(chunks, OPENAI, ["r1", "r2", "r3"])
+    collector = Field(store, OPENAI, ["r1", "r2", "r3"])
     errors = {number: _error(reach, "invalid_url") for number, reach in named.items()}
-    refused = harvest.harvest().refused(errors, _error(whole, "x") if whole else None)
+    refused = collector.collector().refused(errors, _error(whole, "x") if whole else None)
 
     found = _by_id([each async for each in refused])
 
     assert kinds(found) == {f"r{n}": [kind] for n, kind in enumerate(expected, start=1)}
     for (each,) in found.values():
-        assert each.verdict.nanos == 0
-        assert each.verdict.again in (None, each.member)
-        assert each.verdict.error is None or each.verdict.error.reach in (ErrorScope.MODEL, ErrorScope.RUN)
+        assert each.outcome.nanos == 0
+        assert each.outcome.again in (None, each.item)
+        assert each.outcome.error is None or each.outcome.error.reach in (ErrorScope.MODEL, ErrorScope.RUN)

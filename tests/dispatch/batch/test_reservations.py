@@ -59,10 +59,10 @@ def left(budget: Budget) -> int:
     return low
 
 
-def filled(reserves: BatchReservations, nonce: str, *worsts: int) -> None:
+def filled(reservations: BatchReservations, local_id: str, *worsts: int) -> None:
     for worst in worsts:
-        assert reserves.try_reserve(request(worst)) == worst
-        reserves.assign(nonce, worst)
+        assert reservations.try_reserve(request(worst)) == worst
+        reservations.assign(local_id, worst)
 
 
 class Life(RuleBasedStateMachine):
@@ -74,7 +74,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.budget = Budget(CAP)
-        self.reserves = BatchReservations(self.budget, Bounds())
+        self.reservations = BatchReservations(self.budget, Bounds())
         self.open: dict[str, list[int]] = defaultdict(list)
         self.spent = self.held = 0
         self.most = CAP
@@ -87,48 +87,48 @@ class Life(RuleBasedStateMachine):
     def level(self) -> int:
         return self.spent + self.held + self.reserved
 
-    @rule(nonce=NONCES, worst=WORST)
-    def load(self, nonce: str, worst: int) -> None:
+    @rule(local_id=NONCES, worst=WORST)
+    def load(self, local_id: str, worst: int) -> None:
         fits = self.level + worst <= CAP
 
-        assert self.reserves.try_reserve(request(worst)) == (worst if fits else None)
+        assert self.reservations.try_reserve(request(worst)) == (worst if fits else None)
 
         if fits:
-            self.reserves.assign(nonce, worst)
-            self.open[nonce].append(worst)
+            self.reservations.assign(local_id, worst)
+            self.open[local_id].append(worst)
 
-    @rule(nonce=NONCES, data=st.data())
-    def settle(self, nonce: str, data: st.DataObject) -> None:
-        if not self.open[nonce]:
+    @rule(local_id=NONCES, data=st.data())
+    def settle(self, local_id: str, data: st.DataObject) -> None:
+        if not self.open[local_id]:
             return
-        worst = self.open[nonce].pop(data.draw(st.integers(0, len(self.open[nonce]) - 1)))
+        worst = self.open[local_id].pop(data.draw(st.integers(0, len(self.open[local_id]) - 1)))
         spent = data.draw(st.none() | st.integers(0, worst))
 
-        self.reserves.settle(nonce, request(worst), spent)
+        self.reservations.settle(local_id, request(worst), spent)
 
         self.spent += worst if spent is None else spent
 
-    @rule(nonce=NONCES)
-    def close(self, nonce: str) -> None:
-        self.reserves.close(nonce)
-        self.open.pop(nonce, None)
+    @rule(local_id=NONCES)
+    def close(self, local_id: str) -> None:
+        self.reservations.close(local_id)
+        self.open.pop(local_id, None)
 
-    @rule(nonce=NONCES)
-    def hold(self, nonce: str) -> None:
-        self.reserves.hold(nonce)
-        self.held += sum(self.open.pop(nonce, []))
+    @rule(local_id=NONCES)
+    def hold(self, local_id: str) -> None:
+        self.reservations.hold(local_id)
+        self.held += sum(self.open.pop(local_id, []))
 
-    @rule(nonce=NONCES, worsts=st.lists(st.none() | WORST, max_size=4))
-    def take_over(self, nonce: str, worsts: list[int | None]) -> None:
-        self.reserves.take_over(nonce, [request(worst) for worst in worsts])
-        self.open[nonce] += [worst for worst in worsts if worst is not None]
+    @rule(local_id=NONCES, worsts=st.lists(st.none() | WORST, max_size=4))
+    def take_over(self, local_id: str, worsts: list[int | None]) -> None:
+        self.reservations.take_over(local_id, [request(worst) for worst in worsts])
+        self.open[local_id] += [worst for worst in worsts if worst is not None]
         self.most = max(self.most, self.level)
 
-    @rule(nonce=NONCES, worst=WORST)
-    def settle_what_is_gone(self, nonce: str, worst: int) -> None:
+    @rule(local_id=NONCES, worst=WORST)
+    def settle_what_is_gone(self, local_id: str, worst: int) -> None:
         """A chunk that was closed has nothing to give, and nothing unknown is spent from it."""
-        if not self.open[nonce]:
-            self.reserves.settle(nonce, request(worst), None)
+        if not self.open[local_id]:
+            self.reservations.settle(local_id, request(worst), None)
 
     @invariant()
     def the_account_is_right(self) -> None:
@@ -143,8 +143,8 @@ class Life(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When every chunk has come to its end nothing is set aside any more."""
-        for nonce in tuple(self.open):
-            self.close(nonce)
+        for local_id in tuple(self.open):
+            self.close(local_id)
         assert self.reserved == 0
         assert left(self.budget) == max(-1, CAP - self.budget.used)
 
@@ -159,24 +159,24 @@ TestLife = Life.TestCase
 def test_what_a_request_cost_is_spent(spent: int | None, expected: int) -> None:
     """The rest of what was set aside for it is free at once; what is unknown may all be spent."""
     budget = Budget(100)
-    reserves = BatchReservations(budget, Bounds())
-    filled(reserves, "a", 30, 20)
+    reservations = BatchReservations(budget, Bounds())
+    filled(reservations, "a", 30, 20)
 
-    reserves.settle("a", request(30), spent)
+    reservations.settle("a", request(30), spent)
 
     assert (budget.spent, budget.held, left(budget)) == (expected, 0, 100 - expected - 20)
-    reserves.close("a")
+    reservations.close("a")
     assert left(budget) == 100 - expected
 
 
 def test_what_cost_more_than_the_worst_case_is_spent() -> None:
     """A price that was wrong does not make the account wrong: what was paid counts."""
     budget = Budget(100)
-    reserves = BatchReservations(budget, Bounds())
-    filled(reserves, "a", 30)
+    reservations = BatchReservations(budget, Bounds())
+    filled(reservations, "a", 30)
 
-    reserves.settle("a", request(30), 95)
-    reserves.close("a")
+    reservations.settle("a", request(30), 95)
+    reservations.close("a")
 
     assert (budget.spent, left(budget)) == (95, 5)
 
@@ -184,18 +184,18 @@ def test_what_cost_more_than_the_worst_case_is_spent() -> None:
 def test_a_chunk_is_settled_from_its_own() -> None:
     """Closing and holding touch no other chunk, and do nothing the second time."""
     budget = Budget(100)
-    reserves = BatchReservations(budget, Bounds())
-    filled(reserves, "a", 10)
-    filled(reserves, "b", 20)
-    filled(reserves, "c", 40)
+    reservations = BatchReservations(budget, Bounds())
+    filled(reservations, "a", 10)
+    filled(reservations, "b", 20)
+    filled(reservations, "c", 40)
 
-    reserves.close("a")
-    reserves.hold("b")
+    reservations.close("a")
+    reservations.hold("b")
     for _ in range(2):
-        reserves.close("a")
-        reserves.hold("a")
-        reserves.close("b")
-        reserves.hold("b")
+        reservations.close("a")
+        reservations.hold("a")
+        reservations.close("b")
+        reservations.hold("b")
 
     assert (budget.held, budget.used, left(budget)) == (20, 20, 40)
 
@@ -212,13 +212,13 @@ def test_a_chunk_is_settled_from_its_own() -> None:
 def test_what_an_earlier_run_sent_is_set_aside(worsts: Sequence[int | None], rest: int) -> None:
     """It is bought already, so it counts whether it fits or not; its end gives it back."""
     budget = Budget(100)
-    reserves = BatchReservations(budget, Bounds())
+    reservations = BatchReservations(budget, Bounds())
 
-    reserves.take_over("a", [request(worst) for worst in worsts])
+    reservations.take_over("a", [request(worst) for worst in worsts])
 
     assert left(budget) == rest
     for worst in worsts:
-        reserves.settle("a", request(worst), 0)
+        reservations.settle("a", request(worst), 0)
     assert (budget.spent, left(budget)) == (0, 100)
 
 
@@ -232,14 +232,14 @@ def test_a_price_that_nobody_knows_is_not_reserved() -> None:
 
 def test_without_a_budget_nothing_is_done() -> None:
     """No price is asked for, and everything fits."""
-    reserves = BatchReservations(None, Bounds())
+    reservations = BatchReservations(None, Bounds())
 
-    assert reserves.try_reserve(request(None)) == 0
-    reserves.assign("a", 0)
-    reserves.take_over("a", [request(None)])
-    reserves.settle("a", request(None), None)
-    reserves.hold("a")
-    reserves.close("a")
+    assert reservations.try_reserve(request(None)) == 0
+    reservations.assign("a", 0)
+    reservations.take_over("a", [request(None)])
+    reservations.settle("a", request(None), None)
+    reservations.hold("a")
+    reservations.close("a")
 
 
 @pytest.mark.parametrize(
@@ -248,13 +248,13 @@ def test_without_a_budget_nothing_is_done() -> None:
 async def test_who_waits_is_woken_by_the_end_of_a_chunk(end: str, is_reserved: bool) -> None:
     """What is given back goes to the one who waits; what is held comes never, so he is told and not left waiting."""
     budget = Budget(100)
-    reserves = BatchReservations(budget, Bounds())
-    filled(reserves, "a", 80)
+    reservations = BatchReservations(budget, Bounds())
+    filled(reservations, "a", 80)
     outcome: list[bool] = []
 
     async def wait() -> None:
         try:
-            await reserves.reserve(request(50), anyio.lowlevel.checkpoint)
+            await reservations.reserve(request(50), anyio.lowlevel.checkpoint)
         except BudgetReachedError:
             outcome.append(False)
         else:
@@ -263,30 +263,30 @@ async def test_who_waits_is_woken_by_the_end_of_a_chunk(end: str, is_reserved: b
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(wait)
-            while reserves.waiting == 0:
+            while reservations.waiting == 0:
                 await checkpoint()
             assert outcome == []
             if end == "settle":
-                reserves.settle("a", request(80), 10)
+                reservations.settle("a", request(80), 10)
             elif end == "close":
-                reserves.close("a")
+                reservations.close("a")
             else:
-                reserves.hold("a")
+                reservations.hold("a")
 
-    assert (outcome, reserves.waiting) == ([is_reserved], 0)
+    assert (outcome, reservations.waiting) == ([is_reserved], 0)
 
 
 async def test_all_who_wait_are_heard() -> None:
     """One chunk's end may be enough for several; who still does not fit goes on waiting, and then is told."""
     budget = Budget(100)
-    reserves = BatchReservations(budget, Bounds())
-    filled(reserves, "a", 90)
-    filled(reserves, "b", 10)
+    reservations = BatchReservations(budget, Bounds())
+    filled(reservations, "a", 90)
+    filled(reservations, "b", 10)
     outcomes: dict[int, bool] = {}
 
     async def wait(worst: int) -> None:
         try:
-            reserves.assign("c", await reserves.reserve(request(worst), anyio.lowlevel.checkpoint))
+            reservations.assign("c", await reservations.reserve(request(worst), anyio.lowlevel.checkpoint))
             outcomes[worst] = True
         except BudgetReachedError:
             outcomes[worst] = False
@@ -295,27 +295,27 @@ async def test_all_who_wait_are_heard() -> None:
         async with anyio.create_task_group() as tasks:
             for worst in (40, 50, 101):
                 tasks.start_soon(wait, worst)
-            while reserves.waiting < 3:
+            while reservations.waiting < 3:
                 await checkpoint()
-            reserves.close("a")
-            while reserves.waiting > 1:
+            reservations.close("a")
+            while reservations.waiting > 1:
                 await checkpoint()
             assert outcomes == {40: True, 50: True}
-            reserves.close("b")
-            reserves.close("c")
+            reservations.close("b")
+            reservations.close("c")
 
-    assert (outcomes, reserves.waiting, left(budget)) == ({40: True, 50: True, 101: False}, 0, 100)
+    assert (outcomes, reservations.waiting, left(budget)) == ({40: True, 50: True, 101: False}, 0, 100)
 
 
 async def test_who_is_cancelled_waits_no_more() -> None:
     """A wait that is cut short sets nothing aside and is not counted."""
     budget = Budget(100)
-    reserves = BatchReservations(budget, Bounds())
-    filled(reserves, "a", 100)
+    reservations = BatchReservations(budget, Bounds())
+    filled(reservations, "a", 100)
 
     with anyio.move_on_after(0.01):
-        await reserves.reserve(request(50), anyio.lowlevel.checkpoint)
+        await reservations.reserve(request(50), anyio.lowlevel.checkpoint)
 
-    assert reserves.waiting == 0
-    reserves.close("a")
+    assert reservations.waiting == 0
+    reservations.close("a")
     assert left(budget) == 100

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from pipeline import providers
 from pipeline.core.errors import StorageError, UsageError
 from pipeline.core.types import Attempt, Protocol, Request, Usage
-from pipeline.dispatch.batch import store
-from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step
+from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step, item_at, read_records
 
 NOW = "2026-11-22T02:40:07Z"
 CODECS = [providers.batch_codec(protocol) for protocol in Protocol]
@@ -49,7 +48,7 @@ FAILED = Attempt(
 BARE = Attempt(at=NOW, type="batch_expired", message="", latency_s=0.0)
 
 
-def member(custom_id: str = "r1", body: bytes = b'{"a":1}', **fields: Any) -> BatchItem:
+def item(custom_id: str = "r1", body: bytes = b'{"a":1}', **fields: Any) -> BatchItem:
     request = {name: fields.pop(name) for name in ("metadata", "max_output_tokens") if name in fields}
     return BatchItem(
         request=Request(
@@ -67,28 +66,28 @@ def member(custom_id: str = "r1", body: bytes = b'{"a":1}', **fields: Any) -> Ba
     )
 
 
-def blank(**fields: Any) -> BatchRecord:
+def new_record(**fields: Any) -> BatchRecord:
     """Return a chunk that nothing was put into."""
     return BatchRecord(**{"run": "run-1", "provider": "openai", "model": "gpt-6-luna", "at": NOW} | fields)
 
 
-def written(chunks: BatchStore, *members: BatchItem, note: bool = True, **fields: Any) -> BatchRecord:
+def written(store: BatchStore, *items: BatchItem, save: bool = True, **fields: Any) -> BatchRecord:
     """Write a chunk, each request by a call of its own, and let the journal know it."""
-    spool = chunks.spool()
-    for each in members[:-1]:
-        spool.add_entry(each, len(each.request.body))
-        spool.write(spool.take())
-    spool.add_entry(members[-1], len(members[-1].request.body))
-    chunk = spool.seal(spool.take(), blank(**fields))
-    if note:
-        chunks.note(chunk)
-    return chunk
+    open_batch = store.open_batch()
+    for each in items[:-1]:
+        open_batch.add_entry(each, len(each.request.body))
+        open_batch.write(open_batch.take())
+    open_batch.add_entry(items[-1], len(items[-1].request.body))
+    record = open_batch.finish(open_batch.take(), new_record(**fields))
+    if save:
+        store.save(record)
+    return record
 
 
-def chunk(**fields: Any) -> BatchRecord:
+def record(**fields: Any) -> BatchRecord:
     """Return a chunk without a file."""
     basis: dict[str, Any] = {
-        "nonce": "0a1b2c3d4e5f",
+        "local_id": "0a1b2c3d4e5f",
         "run": "run-1",
         "provider": "openai",
         "model": "m",
@@ -102,20 +101,20 @@ def chunk(**fields: Any) -> BatchRecord:
     return BatchRecord(**basis | fields)
 
 
-def members_of(chunks: BatchStore, chunk: BatchRecord) -> list[BatchItem]:
-    return [each for _, each in chunks.members(chunk)]
+def members_of(store: BatchStore, record: BatchRecord) -> list[BatchItem]:
+    return [each for _, each in store.items(record)]
 
 
-def reopened(chunks: BatchStore) -> BatchStore:
+def reopened(store: BatchStore) -> BatchStore:
     """Return what a later run finds."""
-    chunks.release()
-    again = BatchStore(chunks.directory.with_name("answers.jsonl"))
+    store.release()
+    again = BatchStore(store.directory.with_name("answers.jsonl"))
     again.open()
     return again
 
 
 @pytest.fixture
-def chunks(tmp_path: Path) -> Iterator[BatchStore]:
+def store(tmp_path: Path) -> Iterator[BatchStore]:
     opened = BatchStore(tmp_path / "answers.jsonl")
     opened.open()
     yield opened
@@ -128,30 +127,30 @@ def chunks(tmp_path: Path) -> Iterator[BatchStore]:
 @pytest.mark.parametrize(
     "each",
     [
-        pytest.param(member(), id="plain"),
-        pytest.param(member(metadata={"n": 2**64 + 1, "m": -(10**300)}), id="integers beyond 64 bits"),
-        pytest.param(member(metadata={"f": 0.1, "g": 1e300, "n": 2**70}), id="floats beside them"),
-        pytest.param(member(metadata='é\u2028\u2029\x00\x7f\r\n"😀'), id="any character"),
-        pytest.param(member(metadata=[[], {}, "", 0, False]), id="empty things"),
-        pytest.param(member(custom_id='a "b"\\\n\u2028é'), id="an id of any characters"),
-        pytest.param(member(custom_id="x" * 512, name="f" * 32), id="a name that is not the id"),
-        pytest.param(member(body=b'{"n":18446744073709551617,"f":1.0,"e":"\xc3\xa9\\u00e9"}'), id="body byte for byte"),
-        pytest.param(member(body=b'{"a" :\t1 }\r'), id="spaces in a body"),
-        pytest.param(member(body=b'"%b"' % (b"x" * 3_000_000)), id="a large body"),
-        pytest.param(member(attempts=(FAILED, BARE), counted=1), id="attempts"),
-        pytest.param(member(max_output_tokens=10**9), id="bound"),
+        pytest.param(item(), id="plain"),
+        pytest.param(item(metadata={"n": 2**64 + 1, "m": -(10**300)}), id="integers beyond 64 bits"),
+        pytest.param(item(metadata={"f": 0.1, "g": 1e300, "n": 2**70}), id="floats beside them"),
+        pytest.param(item(metadata='é\u2028\u2029\x00\x7f\r\n"😀'), id="any character"),
+        pytest.param(item(metadata=[[], {}, "", 0, False]), id="empty things"),
+        pytest.param(item(custom_id='a "b"\\\n\u2028é'), id="an id of any characters"),
+        pytest.param(item(custom_id="x" * 512, name="f" * 32), id="a name that is not the id"),
+        pytest.param(item(body=b'{"n":18446744073709551617,"f":1.0,"e":"\xc3\xa9\\u00e9"}'), id="body byte for byte"),
+        pytest.param(item(body=b'{"a" :\t1 }\r'), id="spaces in a body"),
+        pytest.param(item(body=b'"%b"' % (b"x" * 3_000_000)), id="a large body"),
+        pytest.param(item(attempts=(FAILED, BARE), counted=1), id="attempts"),
+        pytest.param(item(max_output_tokens=10**9), id="bound"),
     ],
 )
-def test_a_request_is_read_back_equal(chunks: BatchStore, each: BatchItem) -> None:
+def test_a_request_is_read_back_equal(store: BatchStore, each: BatchItem) -> None:
     """Body, metadata and earlier attempts come out as they went in, whatever they hold; neighbours, too."""
-    others = [member("first"), each, member("last")]
+    others = [item("first"), each, item("last")]
 
-    whole = written(chunks, *others)
+    whole = written(store, *others)
 
-    assert members_of(chunks, whole) == others
-    places = [place for place, _ in chunks.members(whole)]
-    with chunks.reader(whole) as file:
-        assert [store.item_at(file, place) for place in reversed(places)] == others[::-1]
+    assert members_of(store, whole) == others
+    places = [place for place, _ in store.items(whole)]
+    with store.reader(whole) as file:
+        assert [item_at(file, place) for place in reversed(places)] == others[::-1]
 
 
 values = st.recursive(
@@ -164,157 +163,160 @@ values = st.recursive(
 @given(metadata=values, custom_id=st.text(min_size=1), message=st.text())
 def test_any_metadata_id_and_message_are_read_back(metadata: Any, custom_id: str, message: str) -> None:
     """No value of JSON and no text is changed by its way through the file."""
-    each = member(custom_id, metadata=metadata, attempts=(replace(FAILED, message=message),))
+    each = item(custom_id, metadata=metadata, attempts=(replace(FAILED, message=message),))
     with TemporaryDirectory() as directory:
-        chunks = BatchStore(Path(directory) / "answers.jsonl")
+        store = BatchStore(Path(directory) / "answers.jsonl")
 
-        assert members_of(chunks, written(chunks, each, note=False)) == [each]
+        assert members_of(store, written(store, each, save=False)) == [each]
 
 
-def test_a_chunk_tells_what_its_file_and_its_upload_are(chunks: BatchStore) -> None:
+def test_a_chunk_tells_what_its_file_and_its_upload_are(store: BatchStore) -> None:
     """Size and checksum are those of the file, `content` is what was told of each request; tokens are a sum."""
-    members = [member(f"r{n}", b"{}" + b" " * n) for n in range(10)]
-    whole = written(chunks, *members, model="m", deadline=NOW, simulated=True, retries_failed=True)
+    items = [item(f"r{n}", b"{}" + b" " * n) for n in range(10)]
+    whole = written(store, *items, model="m", deadline=NOW, simulated=True, retries_failed=True)
 
-    file = chunks.path(whole).read_bytes()
+    file = store.path(whole).read_bytes()
     assert (whole.size, whole.sha256) == (len(file), sha256(file).hexdigest())
     assert (whole.requests, whole.content, whole.input_tokens) == (10, 10 * 2 + sum(range(10)), 100)
-    assert whole.nonce == chunks.path(whole).stem
+    assert whole.local_id == store.path(whole).stem
     assert (whole.model, whole.deadline, whole.simulated, whole.retries_failed) == ("m", NOW, True, True)
     assert (whole.step, whole.batch_id) == (Step.WRITTEN, None)
 
 
-def test_what_is_uploaded_is_all_of_it_in_blocks(chunks: BatchStore) -> None:
+def test_what_is_uploaded_is_all_of_it_in_blocks(store: BatchStore) -> None:
     """Entries follow one another with the separator between them, in blocks, however many there are."""
-    members = [member(f"r{n}", b'{"x":"%b"}' % (b"y" * 300_000)) for n in range(10)]
-    whole = written(chunks, *members)
+    items = [item(f"r{n}", b'{"x":"%b"}' % (b"y" * 300_000)) for n in range(10)]
+    whole = written(store, *items)
     for codec in CODECS:
-        blocks = list(chunks.content(whole, separator=codec.separator, entry=codec.entry))
+        blocks = list(store.content(whole, separator=codec.separator, entry=codec.entry))
 
-        assert b"".join(blocks) == codec.separator.join(codec.entry(each.name, each.request.body) for each in members)
+        assert b"".join(blocks) == codec.separator.join(codec.entry(each.name, each.request.body) for each in items)
         assert max(map(len, blocks)) < 1_500_000
 
 
-def test_what_is_left_over_is_read_back(chunks: BatchStore) -> None:
+def test_what_is_left_over_is_read_back(store: BatchStore) -> None:
     """What goes again is kept in the same form, without a chunk of its own, and deleted after use."""
-    whole = written(chunks, member("a"), member("b"))
-    rest = chunks.leftovers(whole)
+    whole = written(store, item("a"), item("b"))
+    rest = store.leftovers(whole)
     assert list(rest.read()) == []
-    rest.add(member("a", attempts=(FAILED,)))
+    rest.add(item("a", attempts=(FAILED,)))
     rest.write(rest.take())
     rest.write(rest.take())
 
-    assert (list(rest.read()), rest.requests) == ([member("a", attempts=(FAILED,))], 1)
-    assert chunks.all == (whole,)
+    assert (list(rest.read()), rest.requests) == ([item("a", attempts=(FAILED,))], 1)
+    assert store.all == (whole,)
     rest.delete()
     rest.delete()
-    assert {path.name for path in chunks.directory.iterdir()} == {"journal.jsonl", f"{whole.nonce}.jsonl"}
+    assert {path.name for path in store.directory.iterdir()} == {"journal.jsonl", f"{whole.local_id}.jsonl"}
 
 
-def test_what_an_earlier_collecting_left_over_does_not_stay(chunks: BatchStore) -> None:
+def test_what_an_earlier_collecting_left_over_does_not_stay(store: BatchStore) -> None:
     """A chunk that is collected anew, as the first time was cut short, leaves over what it leaves over now."""
-    whole = written(chunks, member("a"), member("b"))
-    cut = chunks.leftovers(whole)
-    cut.add(member("a"))
+    whole = written(store, item("a"), item("b"))
+    cut = store.leftovers(whole)
+    cut.add(item("a"))
     cut.write(cut.take())
 
-    rest = chunks.leftovers(whole)
-    rest.add(member("b"))
+    rest = store.leftovers(whole)
+    rest.add(item("b"))
     rest.write(rest.take())
 
-    assert list(rest.read()) == [member("b")]
+    assert list(rest.read()) == [item("b")]
 
 
-def test_lines_that_were_taken_are_written_in_their_order(chunks: BatchStore) -> None:
+def test_lines_that_were_taken_are_written_in_their_order(store: BatchStore) -> None:
     """What is added while a thread writes is part of the next writing."""
-    spool = chunks.spool()
-    spool.add_entry(member("a"), 1)
-    first = spool.take()
-    spool.add_entry(member("b"), 1)
-    spool.write(first)
-    second = spool.take()
-    spool.add_entry(member("c"), 1)
-    spool.write(second)
+    open_batch = store.open_batch()
+    open_batch.add_entry(item("a"), 1)
+    first = open_batch.take()
+    open_batch.add_entry(item("b"), 1)
+    open_batch.write(first)
+    second = open_batch.take()
+    open_batch.add_entry(item("c"), 1)
+    open_batch.write(second)
 
-    whole = spool.seal(spool.take(), blank())
+    whole = open_batch.finish(open_batch.take(), new_record())
 
-    assert members_of(chunks, whole) == [member("a"), member("b"), member("c")]
-    assert not chunks.is_damaged(whole)
+    assert members_of(store, whole) == [item("a"), item("b"), item("c")]
+    assert not store.is_damaged(whole)
 
 
 # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_last_line_of_a_chunk_counts(chunks: BatchStore) -> None:
+def test_the_last_line_of_a_chunk_counts(store: BatchStore) -> None:
     """Whoever reads the journal later knows how far each chunk has come, in the order in which they were begun."""
-    first, second = written(chunks, member("a")), written(chunks, member("b"))
-    chunks.note(replace(second, step=Step.UPLOADED, file_id="file-1"))
-    chunks.note(replace(first, step=Step.CREATING, creating_at=NOW))
+    first, second = written(store, item("a")), written(store, item("b"))
+    store.save(replace(second, step=Step.UPLOADED, file_id="file-1"))
+    store.save(replace(first, step=Step.CREATING, creating_at=NOW))
     last = replace(first, step=Step.CREATED, batch_id="batch_1", status="in_progress", succeeded=0, failed=0)
-    chunks.note(last)
+    store.save(last)
 
-    again = reopened(chunks)
+    again = reopened(store)
 
     expected = ["batch_1", None]
-    assert [(each.nonce, each.batch_id) for each in again.all] == list(
-        zip([first.nonce, second.nonce], expected, strict=True)
+    assert [(each.local_id, each.batch_id) for each in again.all] == list(
+        zip([first.local_id, second.local_id], expected, strict=True)
     )
     assert [each.step for each in again.all] == [Step.CREATED, Step.UPLOADED]
     assert [(each.run, each.sha256, each.content) for each in again.all] == [
         (each.run, each.sha256, each.content) for each in (first, second)
     ]
-    assert again.all == again.still_open == tuple(store.read(chunks.directory))
-    assert members_of(again, again.all[1]) == [member("b")]
+    assert again.all == again.still_open == tuple(read_records(store.directory))
+    assert members_of(again, again.all[1]) == [item("b")]
     assert (again.all[0].creating_at, again.all[1].creating_at) == (None, None)
 
 
 @pytest.mark.parametrize("step", list(Step))
-def test_which_chunks_are_open(chunks: BatchStore, step: Step) -> None:
+def test_which_chunks_are_open(store: BatchStore, step: Step) -> None:
     """Only what was collected or dropped is over, at once and for a later run."""
-    chunks.note(chunk(step=step))
+    store.save(record(step=step))
 
-    again = reopened(chunks)
+    again = reopened(store)
 
     (only,) = again.all
     assert only.step is step
-    assert len(again.still_open) == len(chunks.still_open) == (step not in (Step.COLLECTED, Step.DROPPED))
+    assert len(again.still_open) == len(store.still_open) == (step not in (Step.COLLECTED, Step.DROPPED))
 
 
 @pytest.mark.parametrize("step", [Step.COLLECTED, Step.DROPPED])
-def test_a_closed_chunk_leaves_a_line_and_no_requests(chunks: BatchStore, step: Step) -> None:
+def test_a_closed_chunk_leaves_a_line_and_no_requests(store: BatchStore, step: Step) -> None:
     """Prompts do not stay on the disk longer than they are needed; that there was a batch stays known."""
-    whole, other = written(chunks, member("a")), written(chunks, member("b"))
-    chunks.download_path(whole).write_bytes(b"x")
+    whole, other = written(store, item("a")), written(store, item("b"))
+    store.download_path(whole).write_bytes(b"x")
 
-    chunks.close_chunk(replace(whole, cost_nano=5), step)
+    store.close_record(replace(whole, cost_nano=5), step)
 
-    names = {path.name for path in chunks.directory.iterdir()}
-    assert names == {"journal.jsonl", f"{other.nonce}.jsonl"}
-    again = reopened(chunks)
+    names = {path.name for path in store.directory.iterdir()}
+    assert names == {"journal.jsonl", f"{other.local_id}.jsonl"}
+    again = reopened(store)
     assert [(each.step, each.cost_nano) for each in again.all] == [(step, 5), (Step.WRITTEN, 0)]
-    chunks.close_chunk(whole, step)
+    store.close_record(whole, step)
 
 
-def test_a_later_run_notes_on(chunks: BatchStore) -> None:
+def test_a_later_run_notes_on(store: BatchStore) -> None:
     """The first note of a run writes the journal anew, one line for each chunk; nothing is forgotten."""
-    first = written(chunks, member("a"))
+    first = written(store, item("a"))
     for number in range(20):
-        chunks.note(replace(first, step=Step.CREATED, batch_id="batch_1", status=f"s{number}"))
-    again = reopened(chunks)
+        store.save(replace(first, step=Step.CREATED, batch_id="batch_1", status=f"s{number}"))
+    again = reopened(store)
 
-    second = written(again, member("b"))
+    second = written(again, item("b"))
 
     assert (again.directory / "journal.jsonl").read_bytes().count(b"\n") == 2
-    assert [(each.nonce, each.status) for each in reopened(again).all] == [(first.nonce, "s19"), (second.nonce, None)]
+    assert [(each.local_id, each.status) for each in reopened(again).all] == [
+        (first.local_id, "s19"),
+        (second.local_id, None),
+    ]
 
 
-def test_a_chunk_as_the_journal_has_it_now(chunks: BatchStore) -> None:
+def test_a_chunk_as_the_journal_has_it_now(store: BatchStore) -> None:
     """Who holds an older state learns the newer one; of a chunk that was never noted it is the state that he has."""
-    whole, other = written(chunks, member("a")), written(chunks, member("b"), note=False)
-    chunks.note(replace(whole, step=Step.CREATED, batch_id="batch_1"))
+    whole, other = written(store, item("a")), written(store, item("b"), save=False)
+    store.save(replace(whole, step=Step.CREATED, batch_id="batch_1"))
 
-    assert chunks.reread(whole) == replace(whole, step=Step.CREATED, batch_id="batch_1")
-    assert chunks.reread(other) == other
+    assert store.reread(whole) == replace(whole, step=Step.CREATED, batch_id="batch_1")
+    assert store.reread(other) == other
 
 
 @pytest.mark.parametrize(
@@ -326,12 +328,12 @@ def test_a_chunk_as_the_journal_has_it_now(chunks: BatchStore) -> None:
         pytest.param({"succeeded": 0, "failed": 2, "cost_nano": 2**63, "unpriced": 1, "file_id": "é\n"}, id="counts"),
     ],
 )
-def test_a_chunk_is_read_back_equal(chunks: BatchStore, fields: dict[str, Any]) -> None:
+def test_a_chunk_is_read_back_equal(store: BatchStore, fields: dict[str, Any]) -> None:
     """A later run knows of a chunk all that this one did."""
-    noted = chunk(step=Step.CREATED, **fields)
-    chunks.note(noted)
+    noted = record(step=Step.CREATED, **fields)
+    store.save(noted)
 
-    assert reopened(chunks).all == (noted,)
+    assert reopened(store).all == (noted,)
 
 
 # ── crashes ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,16 +343,16 @@ def test_a_journal_cut_anywhere_tells_the_step_before(tmp_path: Path) -> None:
     """A crash that cuts the last line leaves the chunk one step back, never one ahead, never lost."""
     directory = tmp_path / "answers.batches"
     directory.mkdir()
-    chunks = BatchStore(tmp_path / "answers.jsonl")
-    chunks.note(chunk(step=Step.UPLOADED, file_id="file-é"))
+    store = BatchStore(tmp_path / "answers.jsonl")
+    store.save(record(step=Step.UPLOADED, file_id="file-é"))
     whole = (directory / "journal.jsonl").read_bytes()
-    chunks.note(chunk(step=Step.CREATING, file_id="file-é"))
-    chunks.release()
+    store.save(record(step=Step.CREATING, file_id="file-é"))
+    store.release()
     longer = (directory / "journal.jsonl").read_bytes()
 
     for end in range(len(longer) + 1):
         (directory / "journal.jsonl").write_bytes(longer[:end])
-        steps = [each.step for each in store.read(directory)]
+        steps = [each.step for each in read_records(directory)]
         last = Step.CREATING if end >= len(longer) - 1 else Step.UPLOADED
         assert steps == ([last] if end >= len(whole) - 1 else []), end
 
@@ -363,64 +365,67 @@ WHOLE_LINE = b'{"step":"written","run":"r","provider":"openai","model":"m","at":
     [
         *(b"", b"\0" * 50, b"\xff", b"[1]", b"null", b"5", b'"x"', b"{}", b'{"nonce":"0a1b2c3d4e5f"}'),
         *(b'{"step":"written"}', b'{"step":5}', b'{"nonce":"0a1b2c3d4e5f","step":"unknown"}', b'{"step":{}}'),
-        *(WHOLE_LINE % nonce for nonce in (b"[]", b"{}", b"5", b"null", b'""', b'"../../0a1b2c"', b'"0A1B2C3D4E5F"')),
+        *(
+            WHOLE_LINE % local_id
+            for local_id in (b"[]", b"{}", b"5", b"null", b'""', b'"../../0a1b2c"', b'"0A1B2C3D4E5F"')
+        ),
         WHOLE_LINE.replace(b"{", b'{"not_ours":5,') % b'"0a1b2c3d4e5f"',
     ],
 )
-def test_a_damaged_line_tells_nothing(chunks: BatchStore, line: bytes) -> None:
+def test_a_damaged_line_tells_nothing(store: BatchStore, line: bytes) -> None:
     """Whatever stands in the journal, reading it neither fails nor forgets the other lines."""
-    chunks.note(chunk(step=Step.CREATED, batch_id="batch_1"))
-    path = chunks.directory / "journal.jsonl"
+    store.save(record(step=Step.CREATED, batch_id="batch_1"))
+    path = store.directory / "journal.jsonl"
     path.write_bytes(line + b"\n" + path.read_bytes() + line + b"\n" + line)
 
-    assert [each.batch_id for each in store.read(chunks.directory)] == ["batch_1"]
+    assert [each.batch_id for each in read_records(store.directory)] == ["batch_1"]
 
 
-def test_a_line_with_a_good_name_is_a_chunk(chunks: BatchStore) -> None:
+def test_a_line_with_a_good_name_is_a_chunk(store: BatchStore) -> None:
     """The damaged lines above are damaged by their names only: with ours it is read."""
-    chunks.note(chunk())
-    path = chunks.directory / "journal.jsonl"
+    store.save(record())
+    path = store.directory / "journal.jsonl"
     path.write_bytes(WHOLE_LINE % b'"ffffffffffff"')
 
-    assert [each.nonce for each in store.read(chunks.directory)] == ["ffffffffffff"]
+    assert [each.local_id for each in read_records(store.directory)] == ["ffffffffffff"]
 
 
-def test_fields_of_a_newer_version_are_passed_over(chunks: BatchStore) -> None:
+def test_fields_of_a_newer_version_are_passed_over(store: BatchStore) -> None:
     """A journal that a newer version wrote is read."""
-    chunks.note(chunk(batch_id="batch_1"))
-    path = chunks.directory / "journal.jsonl"
+    store.save(record(batch_id="batch_1"))
+    path = store.directory / "journal.jsonl"
     path.write_bytes(path.read_bytes().replace(b'{"run"', b'{"new":{"a":1},"run"'))
 
-    assert [each.batch_id for each in store.read(chunks.directory)] == ["batch_1"]
+    assert [each.batch_id for each in read_records(store.directory)] == ["batch_1"]
 
 
-def test_orphans_are_deleted(chunks: BatchStore) -> None:
+def test_orphans_are_deleted(store: BatchStore) -> None:
     """What belongs to chunks that the journal does not know, or that are over, goes when a run begins; nothing else."""
-    known = written(chunks, member("a"))
-    unknown = written(chunks, member("b"), note=False)
-    closed = written(chunks, member("c"))
-    chunks.close_chunk(closed, Step.COLLECTED)
+    known = written(store, item("a"))
+    unknown = written(store, item("b"), save=False)
+    closed = written(store, item("c"))
+    store.close_record(closed, Step.COLLECTED)
     for name in (
-        f"{unknown.nonce}.results",
-        f"{unknown.nonce}.left",
-        f"{closed.nonce}.jsonl",
-        f"{closed.nonce}.left",
-        f"{known.nonce}.results",
+        f"{unknown.local_id}.results",
+        f"{unknown.local_id}.left",
+        f"{closed.local_id}.jsonl",
+        f"{closed.local_id}.left",
+        f"{known.local_id}.results",
         "journal.jsonl.tmp",
     ):
-        (chunks.directory / name).write_bytes(b"x")
+        (store.directory / name).write_bytes(b"x")
 
-    again = reopened(chunks)
+    again = reopened(store)
 
     names = {path.name for path in again.directory.iterdir()}
-    assert names == {"journal.jsonl", f"{known.nonce}.jsonl", f"{known.nonce}.results"}
-    assert members_of(again, known) == [member("a")]
+    assert names == {"journal.jsonl", f"{known.local_id}.jsonl", f"{known.local_id}.results"}
+    assert members_of(again, known) == [item("a")]
 
 
 @pytest.mark.parametrize("kind", ["a file", "a directory", "a link", "a name like ours", "another's answers"])
 def test_a_directory_of_somebody_elses_is_not_touched(tmp_path: Path, kind: str) -> None:
     """Where anything lies that is not ours, nothing is deleted or written; that it is not ours is told."""
-    chunks = BatchStore(tmp_path / "answers.jsonl")
+    store = BatchStore(tmp_path / "answers.jsonl")
     orphan = "0a1b2c3d4e5f.jsonl"
     (tmp_path / "answers.batches").mkdir(mode=0o755)
     (tmp_path / "answers.batches" / orphan).write_bytes(b"x")
@@ -433,60 +438,60 @@ def test_a_directory_of_somebody_elses_is_not_touched(tmp_path: Path, kind: str)
     else:
         stranger.write_bytes(b"mine")
 
-    chunks.open()
-    for work in (chunks.spool, lambda: chunks.note(chunk())):
+    store.open()
+    for work in (store.open_batch, lambda: store.save(record())):
         with pytest.raises(UsageError, match=name) as caught:
             work()
         assert "-o" in str(caught.value.hint)
 
-    assert {path.name for path in chunks.directory.iterdir()} == {orphan, name}
-    assert (chunks.directory / orphan).read_bytes() == b"x"
-    assert stat.S_IMODE(chunks.directory.stat().st_mode) == 0o755
+    assert {path.name for path in store.directory.iterdir()} == {orphan, name}
+    assert (store.directory / orphan).read_bytes() == b"x"
+    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o755
 
 
-def test_a_batch_beside_a_strangers_file_is_not_forgotten(chunks: BatchStore) -> None:
+def test_a_batch_beside_a_strangers_file_is_not_forgotten(store: BatchStore) -> None:
     """A file that somebody's file manager left among ours hides no batch: it is known, or the run ends by our error."""
-    whole = written(chunks, member("a"))
-    chunks.note(replace(whole, step=Step.CREATED, batch_id="batch_1"))
-    (chunks.directory / ".DS_Store").write_bytes(b"x")
+    whole = written(store, item("a"))
+    store.save(replace(whole, step=Step.CREATED, batch_id="batch_1"))
+    (store.directory / ".DS_Store").write_bytes(b"x")
 
     with suppress(UsageError):
-        assert [each.batch_id for each in reopened(chunks).still_open] == ["batch_1"]
+        assert [each.batch_id for each in reopened(store).still_open] == ["batch_1"]
 
 
 def test_a_directory_named_as_a_chunk_is_not_touched(tmp_path: Path) -> None:
     """What has one of our names and is a directory is somebody else's, too."""
-    chunks = BatchStore(tmp_path / "answers.jsonl")
+    store = BatchStore(tmp_path / "answers.jsonl")
     (tmp_path / "answers.batches" / "0a1b2c3d4e5f.jsonl").mkdir(parents=True)
 
-    chunks.open()
+    store.open()
     with pytest.raises(UsageError, match=r"0a1b2c3d4e5f\.jsonl"):
-        chunks.spool()
+        store.open_batch()
 
     assert (tmp_path / "answers.batches" / "0a1b2c3d4e5f.jsonl").is_dir()
 
 
 def test_a_link_in_the_place_of_the_directory_is_not_followed(tmp_path: Path) -> None:
     """Prompts go to no other place, and nothing is deleted there."""
-    chunks = BatchStore(tmp_path / "answers.jsonl")
+    store = BatchStore(tmp_path / "answers.jsonl")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "0a1b2c3d4e5f.jsonl").write_bytes(b"x")
     (tmp_path / "answers.batches").symlink_to(tmp_path / "elsewhere")
 
-    chunks.open()
+    store.open()
     with pytest.raises(UsageError, match=r"answers\.batches"):
-        chunks.spool()
+        store.open_batch()
 
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["0a1b2c3d4e5f.jsonl"]
 
 
 def test_opening_makes_nothing(tmp_path: Path) -> None:
     """A run that makes no batch leaves no directory."""
-    chunks = BatchStore(tmp_path / "answers.jsonl")
-    chunks.open()
-    chunks.release()
+    store = BatchStore(tmp_path / "answers.jsonl")
+    store.open()
+    store.release()
 
-    assert (chunks.all, list(tmp_path.iterdir())) == ((), [])
+    assert (store.all, list(tmp_path.iterdir())) == ((), [])
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "a file"])
@@ -498,7 +503,7 @@ def test_reading_where_nothing_is(tmp_path: Path, kind: str) -> None:
     elif kind == "a file":
         directory.write_bytes(b"")
 
-    assert store.read(directory) == []
+    assert read_records(directory) == []
 
 
 # ── the disk ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -506,18 +511,18 @@ def test_reading_where_nothing_is(tmp_path: Path, kind: str) -> None:
 
 def test_nobody_else_can_read_it(tmp_path: Path) -> None:
     """Prompts are their owner's only, whatever the umask."""
-    chunks = BatchStore(tmp_path / "answers.jsonl")
+    store = BatchStore(tmp_path / "answers.jsonl")
     old = os.umask(0)
     try:
-        written(chunks, member("a"))
-        chunks.note(replace(chunks.all[0], step=Step.UPLOADED))
+        written(store, item("a"))
+        store.save(replace(store.all[0], step=Step.UPLOADED))
     finally:
         os.umask(old)
-        chunks.release()
+        store.release()
 
-    modes = {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in chunks.directory.iterdir()}
-    assert stat.S_IMODE(chunks.directory.stat().st_mode) == 0o700
-    assert len(list(chunks.directory.iterdir())) == 2
+    modes = {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in store.directory.iterdir()}
+    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
+    assert len(list(store.directory.iterdir())) == 2
     assert modes == {".jsonl": 0o600}
 
 
@@ -534,10 +539,10 @@ def test_it_lies_beside_the_results_themselves(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path) -> None:
     """Where the directory cannot be made, the run ends with its own error, before anything is sent."""
     (tmp_path / "answers.batches").write_bytes(b"mine")
-    chunks = BatchStore(tmp_path / "answers.jsonl")
+    store = BatchStore(tmp_path / "answers.jsonl")
 
-    chunks.open()
-    for work in (chunks.spool, lambda: chunks.note(chunk())):
+    store.open()
+    for work in (store.open_batch, lambda: store.save(record())):
         with pytest.raises(UsageError, match=r"answers\.batches"):
             work()
     assert (tmp_path / "answers.batches").read_bytes() == b"mine"
@@ -545,12 +550,12 @@ def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
     """Where there is no place for the directory, the run ends with our error, too."""
-    chunks = BatchStore(tmp_path / "absent" / "answers.jsonl")
+    store = BatchStore(tmp_path / "absent" / "answers.jsonl")
 
     with pytest.raises(StorageError, match=r"answers\.batches"):
-        chunks.spool()
+        store.open_batch()
     with pytest.raises(StorageError, match=r"answers\.batches"):
-        chunks.note(chunk())
+        store.save(record())
 
 
 @contextmanager
@@ -564,30 +569,30 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_a_storage_error(chunks: BatchStore) -> None:
+def test_a_full_disk_is_a_storage_error(store: BatchStore) -> None:
     """Requests that cannot be written, all at once or later, end the run by our error."""
-    spool = chunks.spool()
-    spool.add_entry(member("a"), 1)
-    spool.write(spool.take())
-    spool.add_entry(member("b"), 1)
+    open_batch = store.open_batch()
+    open_batch.add_entry(item("a"), 1)
+    open_batch.write(open_batch.take())
+    open_batch.add_entry(item("b"), 1)
 
-    with full_disk(), pytest.raises(StorageError, match=spool.nonce):
-        spool.write(spool.take())
-    spool.add_entry(member("c"), 1)
-    with full_disk(), pytest.raises(StorageError, match=spool.nonce):
-        spool.seal(spool.take(), blank())
+    with full_disk(), pytest.raises(StorageError, match=open_batch.local_id):
+        open_batch.write(open_batch.take())
+    open_batch.add_entry(item("c"), 1)
+    with full_disk(), pytest.raises(StorageError, match=open_batch.local_id):
+        open_batch.finish(open_batch.take(), new_record())
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
-def test_a_step_that_cannot_be_noted_is_a_storage_error(chunks: BatchStore, is_begun: bool) -> None:
+def test_a_step_that_cannot_be_noted_is_a_storage_error(store: BatchStore, is_begun: bool) -> None:
     """Where the journal takes nothing, the first step or a later one, the run ends; what it held stays readable."""
     if is_begun:
-        chunks.note(chunk())
+        store.save(record())
 
     with full_disk(), pytest.raises(StorageError, match="journal"):
-        chunks.note(chunk(step=Step.CREATING))
+        store.save(record(step=Step.CREATING))
 
-    assert [each.step for each in store.read(chunks.directory)] == [Step.WRITTEN] * is_begun
+    assert [each.step for each in read_records(store.directory)] == [Step.WRITTEN] * is_begun
 
 
 @pytest.mark.parametrize(
@@ -601,55 +606,55 @@ def test_a_step_that_cannot_be_noted_is_a_storage_error(chunks: BatchStore, is_b
     ],
 )
 def test_a_chunk_that_is_damaged_is_a_storage_error(
-    chunks: BatchStore, content: bytes | None, place: int | None
+    store: BatchStore, content: bytes | None, place: int | None
 ) -> None:
     """Requests that are not what was written are not taken for it; whoever reads them is told where."""
-    whole = written(chunks, member("a"), member("b"))
-    assert not chunks.is_damaged(whole)
-    chunks.path(whole).unlink()
+    whole = written(store, item("a"), item("b"))
+    assert not store.is_damaged(whole)
+    store.path(whole).unlink()
     if content is not None:
-        chunks.path(whole).write_bytes(content)
+        store.path(whole).write_bytes(content)
 
-    assert chunks.is_damaged(whole)
+    assert store.is_damaged(whole)
     if place is not None or content is None:
-        with pytest.raises(StorageError, match=whole.nonce):
-            list(chunks.members(whole))
-        with pytest.raises(StorageError, match=whole.nonce):
-            list(chunks.content(whole, separator=b",", entry=lambda name, body: body))
+        with pytest.raises(StorageError, match=whole.local_id):
+            list(store.items(whole))
+        with pytest.raises(StorageError, match=whole.local_id):
+            list(store.content(whole, separator=b",", entry=lambda name, body: body))
 
 
-def test_any_changed_byte_is_damage(chunks: BatchStore) -> None:
+def test_any_changed_byte_is_damage(store: BatchStore) -> None:
     """Whatever bit is turned or byte is cut off: the file is not what was written, and is never read as anything else
     than requests or damage."""
-    whole = written(chunks, member("a", attempts=(FAILED,)), member("b"))
-    content = chunks.path(whole).read_bytes()
+    whole = written(store, item("a", attempts=(FAILED,)), item("b"))
+    content = store.path(whole).read_bytes()
 
     for place in range(len(content)):
         for changed in (content[:place], content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]):
-            chunks.path(whole).write_bytes(changed)
-            assert chunks.is_damaged(whole)
+            store.path(whole).write_bytes(changed)
+            assert store.is_damaged(whole)
             with suppress(StorageError):
-                list(chunks.members(whole))
+                list(store.items(whole))
 
 
-def test_a_link_in_the_place_of_a_chunk_is_not_followed(chunks: BatchStore, tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_a_chunk_is_not_followed(store: BatchStore, tmp_path: Path) -> None:
     """Requests go into a file of our own, nowhere else."""
-    spool = chunks.spool()
-    spool.add_entry(member("a"), 1)
-    (chunks.directory / f"{spool.nonce}.jsonl").symlink_to(tmp_path / "elsewhere")
+    open_batch = store.open_batch()
+    open_batch.add_entry(item("a"), 1)
+    (store.directory / f"{open_batch.local_id}.jsonl").symlink_to(tmp_path / "elsewhere")
 
     with pytest.raises(StorageError):
-        spool.write(spool.take())
+        open_batch.write(open_batch.take())
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_journal_that_cannot_be_read_is_a_storage_error(chunks: BatchStore) -> None:
+def test_a_journal_that_cannot_be_read_is_a_storage_error(store: BatchStore) -> None:
     """Not knowing which batches there are is no reason to make them again."""
-    chunks.spool()
-    (chunks.directory / "journal.jsonl").mkdir()
+    store.open_batch()
+    (store.directory / "journal.jsonl").mkdir()
 
     with pytest.raises(StorageError, match="journal"):
-        store.read(chunks.directory)
+        read_records(store.directory)
 
 
 # ── what is told of it ────────────────────────────────────────────────────────────────────────────────────────────
@@ -679,7 +684,7 @@ def test_a_journal_that_cannot_be_read_is_a_storage_error(chunks: BatchStore) ->
 )
 def test_what_a_summary_shows_of_a_chunk(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     """The provider's word where it has one, else ours; a cost only when all of it is known."""
-    told = chunk(**fields).as_dict()
+    told = record(**fields).as_dict()
 
     assert {name: told[name] for name in expected} == expected
     assert (told["requests"], told["run"]) == (2, "run-1")
@@ -687,8 +692,8 @@ def test_what_a_summary_shows_of_a_chunk(fields: dict[str, Any], expected: dict[
 
 def test_whose_batch_it_is() -> None:
     """Provider and model, or the provider where a batch may hold several; the provider's id for it, else ours."""
-    assert (chunk().group, chunk(model="").group) == ("openai/m", "openai")
-    assert (chunk().name, chunk(batch_id="batch_1").name) == ("0a1b2c3d4e5f", "batch_1")
+    assert (record().group, record(model="").group) == ("openai/m", "openai")
+    assert (record().name, record(batch_id="batch_1").name) == ("0a1b2c3d4e5f", "batch_1")
 
 
 @pytest.mark.parametrize(
@@ -700,4 +705,4 @@ def test_whose_batch_it_is() -> None:
 )
 def test_whether_there_may_be_a_batch(step: Step, expected: bool) -> None:
     """From the first call that makes one to its end."""
-    assert chunk(step=step).may_have_batch is expected
+    assert record(step=step).may_have_batch is expected

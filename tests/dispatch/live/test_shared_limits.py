@@ -112,7 +112,7 @@ async def test_without_the_file_each_goes_by_itself(tmp_path: Path) -> None:
 
     with anyio.fail_after(10):
         await QuotaSync(
-            SqliteBroker(leases), Clock(), rate_limiters=lambda: {"q": rate_limiter}, say=said.append
+            SqliteBroker(leases), Clock(), rate_limiters=lambda: {"q": rate_limiter}, notify=said.append
         ).keep()
 
     assert (len(said), rate_limiter.share) == (1, 1.0)
