@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
+from pipeline import providers
 from pipeline.accounting.rates import BATCH, STANDARD_TIERS, Rates, library, load_data, own_rates, published_rates
-from pipeline.core import jsonl
+from pipeline.core import config, jsonl
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
@@ -125,7 +126,8 @@ class Prices:
             return None
         # OpenAI caches without being asked. Anthropic caches what is marked. The marks are searched for in the raw
         # text: a false match only makes the bound a little higher.
-        may_write = endpoint.protocol == "openai" or b'"cache_control"' in request.body
+        codec = providers.codec(config.protocol(endpoint), request.endpoint)
+        may_write = codec.caches_unasked or b'"cache_control"' in request.body
         may_write_1h = may_write and b'"1h"' in request.body
         costs = []
         for tier in {None, asked_tier(request.body)}:

@@ -24,7 +24,8 @@ from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.core.config import Price
-from pipeline.core.types import Usage
+from pipeline.core.protocols import PROTOCOLS
+from pipeline.core.types import Protocol, Usage
 
 if TYPE_CHECKING:
     from genai_prices.data_snapshot import DataSnapshot
@@ -38,9 +39,6 @@ _NANOS_PER_PIECE = 1_000_000
 
 STANDARD_TIERS = (None, "", "auto", "default", "standard", "standard_only", "on_demand")
 """Names that responses and requests use for the standard-price service tier. `on_demand` is Groq's."""
-
-_HALF_IN_BATCH = ("anthropic", "openai")
-"""Providers that document 50 % off in batches for every model, also for those without batch rates in the data."""
 
 _OPEN_WEIGHTS = "gpt-oss-"
 """OpenAI does not sell these models. The data list them under OpenAI with OpenRouter's prices."""
@@ -184,7 +182,7 @@ def published_rates(
     context = {"processing": BATCH} if is_batch else _context(tier)
     factor = Fraction(1)
     if context and not _has_rates_for(seller, model, context, at):
-        if not is_batch or seller.id not in _HALF_IN_BATCH:
+        if not is_batch or not _is_half_price_in_batch(seller.id):
             return None
         context = {}
         factor = Fraction(1, 2)
@@ -211,6 +209,11 @@ def published_rates(
         request=prices.get("requests_kcount", Decimal(0)),
         search=prices.get("web_searches_kcount"),
     )
+
+
+def _is_half_price_in_batch(seller: str) -> bool:
+    """Return True if a seller documents 50 % off for every model, also for those without batch rates in the data."""
+    return seller in set(Protocol) and PROTOCOLS[Protocol(seller)].half_price_in_batch
 
 
 def _context(tier: str | None) -> dict[str, str]:

@@ -15,6 +15,10 @@ class Protocol(StrEnum):
     OPENAI = "openai"
 
 
+CHAT = "chat"
+"""The endpoint for conversations, which every protocol has. Others are in `providers.registry`."""
+
+
 class OutputFormat(StrEnum):
     """The dialect of result lines."""
 
@@ -29,7 +33,8 @@ class Request:
 
     `body` is the JSON that goes on the wire. `digest` (32 hex digits) identifies what is sent and to whom, so that a
     changed line, model or parameter is a different request. `max_output_tokens` is the answer's upper bound where
-    the body names one. `estimated_input_tokens` is a guess from the size of the text.
+    the body names one. `estimated_input_tokens` is a guess from the size of the text. `endpoint` is the provider's
+    endpoint that `body` is for.
     """
 
     custom_id: str
@@ -42,6 +47,7 @@ class Request:
     max_output_tokens: int | None = None
     estimated_input_tokens: int = 0
     metadata: Any = None
+    endpoint: str = CHAT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,14 +13,16 @@ import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.core import jsonl
 from pipeline.core.errors import LineError
-from pipeline.core.types import Protocol
+from pipeline.core.types import CHAT, Protocol
+from pipeline.providers.base import LineDialect
+from pipeline.providers.registry import LINE_DIALECTS
 
 MAX_CUSTOM_ID = 512
-OPENAI_BATCH_URL = "/v1/chat/completions"
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _OWN_KEYS = ("custom_id", "provider", "metadata")
@@ -61,7 +63,8 @@ class Draft:
     """One input line, its parts named; provider and defaults are not settled yet.
 
     `protocol` is set for a provider's own dialect: then `fields` is the body as written. Else the draft is
-    portable, and `fields` is the line in portable form, `model` included, without our own keys.
+    portable, and `fields` is the line in portable form, `model` included, without our own keys. `endpoint` is the
+    provider's endpoint that the line is for.
     """
 
     custom_id: str | None
@@ -70,6 +73,7 @@ class Draft:
     protocol: Protocol | None
     fields: Mapping[str, Any]
     metadata: Any = None
+    endpoint: str = CHAT
 
     @property
     def is_portable(self) -> bool:
@@ -98,22 +102,6 @@ def _native(line: dict[str, Any]) -> Draft:
     return _draft(line, {name: item for name, item in line.items() if name not in _OWN_KEYS})
 
 
-def _openai_batch(line: dict[str, Any]) -> Draft:
-    _refuse_unknown(line, "custom_id", "method", "url", "body", "metadata")
-    if line.get("url") != OPENAI_BATCH_URL:
-        raise LineError(
-            f"url must be {OPENAI_BATCH_URL!r} in an OpenAI Batch line, not {reprlib.repr(line.get('url'))}"
-        )
-    if line.get("method", "POST") != "POST":
-        raise LineError(f"method must be 'POST' in an OpenAI Batch line, not {reprlib.repr(line['method'])}")
-    return _batch(line, "body", Protocol.OPENAI)
-
-
-def _anthropic_batch(line: dict[str, Any]) -> Draft:
-    _refuse_unknown(line, "custom_id", "params", "metadata")
-    return _batch(line, "params", Protocol.ANTHROPIC)
-
-
 def _sharegpt(line: dict[str, Any]) -> Draft:
     """Read turns of `from` and `value`; a last one of the assistant's is the label and is not sent."""
     _refuse_unknown(line, *_SHAREGPT_KEYS)
@@ -132,9 +120,27 @@ def _sharegpt(line: dict[str, Any]) -> Draft:
     return _draft({"custom_id": line.get("id"), **line}, fields)
 
 
+def _provider_line(dialect: LineDialect, line: dict[str, Any]) -> Draft:
+    """Read a line of a provider's batch API. Its body is sent as written."""
+    _refuse_unknown(line, *dialect.known_keys)
+    endpoint = dialect.endpoint(line)
+    body = line[dialect.body_key]
+    if not isinstance(body, dict):
+        raise LineError(f"{dialect.body_key} must be an object, not {_kind(body)}")
+    return Draft(
+        custom_id=_custom_id(line.get("custom_id")),
+        provider=None,
+        model=_name(body, "model"),
+        protocol=dialect.protocol,
+        endpoint=endpoint,
+        fields=body,
+        metadata=line.get("metadata"),
+    )
+
+
+# By the key that tells the dialect. A line with several of them is of the first.
 _READERS: Mapping[str, Callable[[dict[str, Any]], Draft]] = {
-    "body": _openai_batch,
-    "params": _anthropic_batch,
+    **{dialect.body_key: partial(_provider_line, dialect) for dialect in LINE_DIALECTS},
     "conversations": _sharegpt,
     "messages": _native,
 }
@@ -148,21 +154,6 @@ def _draft(line: Mapping[str, Any], fields: Mapping[str, Any]) -> Draft:
         model=_name(line, "model"),
         protocol=None,
         fields=fields,
-        metadata=line.get("metadata"),
-    )
-
-
-def _batch(line: Mapping[str, Any], key: str, protocol: Protocol) -> Draft:
-    """Return the draft of a line in a provider's own dialect."""
-    body = line[key]
-    if not isinstance(body, dict):
-        raise LineError(f"{key} must be an object, not {_kind(body)}")
-    return Draft(
-        custom_id=_custom_id(line.get("custom_id")),
-        provider=None,
-        model=_name(body, "model"),
-        protocol=protocol,
-        fields=body,
         metadata=line.get("metadata"),
     )
 

@@ -23,7 +23,7 @@ from pipeline.core.clock import Clock
 from pipeline.core.config import Config, Endpoint
 from pipeline.core.errors import LineError, UsageError
 from pipeline.core.hashing import FingerprintSet, fingerprint
-from pipeline.core.types import Failure, IdRange, Request, Result
+from pipeline.core.types import CHAT, Failure, IdRange, Request, Result
 from pipeline.inputs import dialects
 from pipeline.inputs.dialects import Draft
 from pipeline.inputs.reader import Line
@@ -114,7 +114,7 @@ class Planner:
     def _request(self, draft: Draft, custom_id: str, line: Line) -> Request:
         name, model = self._destination(draft)
         endpoint, protocol = self._config.providers[name], self._protocols[name]
-        codec = providers.codec(protocol)
+        codec = providers.codec(protocol, draft.endpoint)
         if draft.is_portable:
             body: Mapping[str, Any] = codec.body(draft.fields, endpoint, self._config.request, model)
         else:
@@ -123,7 +123,7 @@ class Planner:
         encoded = jsonl.dumps(body)
         return Request(
             custom_id=custom_id,
-            digest=_digest(f"{self._salt}{name}\n".encode() + encoded),
+            digest=_digest(f"{self._salt}{_target(name, draft.endpoint)}\n".encode() + encoded),
             source=line.source,
             line=line.number,
             provider=name,
@@ -132,6 +132,7 @@ class Planner:
             max_output_tokens=_as_limit(codec.max_output_tokens(body)),
             estimated_input_tokens=providers.estimate_input_tokens(body, protocol, model),
             metadata=draft.metadata,
+            endpoint=draft.endpoint,
         )
 
     def _destination(self, draft: Draft) -> tuple[str, str]:
@@ -234,6 +235,13 @@ def _known(name: str, endpoints: Mapping[str, Endpoint]) -> str:
     if name not in endpoints:
         raise LineError(f"provider {name!r} is not configured; known are {', '.join(sorted(endpoints))}")
     return name
+
+
+def _target(provider: str, endpoint: str) -> str:
+    """Return what a digest says of the destination. Digests of conversations say the provider only, as ever."""
+    if endpoint == CHAT:
+        return provider
+    return f"{provider} {endpoint}"
 
 
 def _digest(content: bytes) -> str:

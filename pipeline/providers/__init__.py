@@ -1,19 +1,15 @@
-"""Providers: two codecs each for calls and batches, and what can be told from a model's name alone."""
+"""Providers: codecs of their endpoints and batch APIs, and facts about models by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from pipeline.core.config import Config
 from pipeline.core.types import Protocol
-from pipeline.providers.anthropic import AnthropicCodec
-from pipeline.providers.anthropic_batch import AnthropicBatches
 from pipeline.providers.base import USER_AGENT, Codec
 from pipeline.providers.batch import BatchCodec
 from pipeline.providers.deprecations import retirement
-from pipeline.providers.openai import OpenAICodec
-from pipeline.providers.openai_batch import OpenAIBatches
+from pipeline.providers.registry import batch_codec, codec
 from pipeline.providers.tokens import estimate_input_tokens
 
 __all__ = [
@@ -27,25 +23,13 @@ __all__ = [
     "retirement",
 ]
 
-_CODECS: Mapping[Protocol, Codec] = {Protocol.ANTHROPIC: AnthropicCodec(), Protocol.OPENAI: OpenAICodec()}
-_BATCHES: Mapping[Protocol, BatchCodec] = {Protocol.ANTHROPIC: AnthropicBatches(), Protocol.OPENAI: OpenAIBatches()}
 _BUILT_IN = tuple(Protocol)
 
 
-def codec(protocol: Protocol) -> Codec:
-    """Return the codec of a protocol: stateless, one for all."""
-    return _CODECS[protocol]
-
-
-def batch_codec(protocol: Protocol) -> BatchCodec:
-    """Return the codec of a protocol's batch API: stateless, one for all."""
-    return _BATCHES[protocol]
-
-
 def provider_of(model: str, config: Config) -> str | None:
-    """Return the name of the provider whose `models` patterns match, None if none does.
+    """Return the provider whose `models` patterns match the name of a model. None if none does.
 
-    The user's own come before the built-in ones (`anthropic`, `openai`), in the order of the file.
+    The user's own providers come before the built-in ones (`anthropic`, `openai`), in the order of the file.
     """
     own_first = sorted(config.providers, key=lambda name: name in _BUILT_IN)
     for name in own_first:

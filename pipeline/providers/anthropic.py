@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.core.config import Endpoint, RequestDefaults
 from pipeline.core.errors import AnthropicAPIError, ErrorScope, ProviderError, TransportError
-from pipeline.core.types import Completion, HttpResponse, Limit, ToolCall, Usage
+from pipeline.core.types import CHAT, Completion, HttpResponse, Limit, Protocol, ToolCall, Usage
 from pipeline.providers import (
     anthropic_convert,
     base,
@@ -48,7 +48,15 @@ _LIMITS = {
 
 
 class AnthropicCodec:
-    """`Provider` for every endpoint that speaks Anthropic's protocol."""
+    """`Codec` for the Messages API of every server that speaks Anthropic's protocol."""
+
+    protocol = Protocol.ANTHROPIC
+    endpoint: str = CHAT
+    line_url: str | None = None
+    caches_unasked = False
+
+    def url(self, endpoint: Endpoint) -> str:
+        return endpoint.url
 
     def headers(self, endpoint: Endpoint, key: str | None) -> base.Headers:
         own = {"anthropic-version": endpoint.version or DEFAULT_VERSION}

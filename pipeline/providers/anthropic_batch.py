@@ -16,9 +16,9 @@ import orjson
 
 from pipeline.core.config import Endpoint
 from pipeline.core.errors import AnthropicAPIError, LineError, ProviderError
-from pipeline.core.types import HttpRequest, HttpResponse
+from pipeline.core.types import CHAT, HttpRequest, HttpResponse, OutputFormat, Protocol, Result
 from pipeline.providers import batch as batches
-from pipeline.providers import responses
+from pipeline.providers import output, responses
 from pipeline.providers.anthropic import RULES
 from pipeline.providers.base import Headers
 from pipeline.providers.batch import Batch, Ending, Outcome, Problem
@@ -110,6 +110,41 @@ class AnthropicBatches:
 
     def failure(self, problem: Problem) -> ProviderError:
         raise NotImplementedError("these batches are refused when they are made")
+
+
+class AnthropicLines:
+    """`LineDialect` of Anthropic's Message Batches API."""
+
+    format = OutputFormat.ANTHROPIC_BATCH
+    name = "Anthropic Batch"
+    body_key = "params"
+    known_keys: tuple[str, ...] = ("custom_id", "params", "metadata")
+    protocol = Protocol.ANTHROPIC
+
+    def endpoint(self, line: Mapping[str, Any]) -> str:
+        return CHAT
+
+    def result(self, result: Result) -> dict[str, Any]:
+        outcome: dict[str, Any]
+        if result.reply:
+            message = output.own_or_rewritten(result, result.reply, "stop_reason", output.as_message)
+            outcome = {"type": "succeeded", "message": message}
+        else:
+            assert result.failure is not None
+            error = {"type": result.failure.type, "message": result.failure.message}
+            outcome = {
+                "type": "errored",
+                "error": {"type": "error", "error": error, "request_id": result.failure.request_id},
+            }
+        return {"custom_id": result.custom_id, "result": outcome}
+
+    def is_result(self, line: Mapping[str, Any]) -> bool:
+        return "result" in line
+
+    def outcome(self, line: Mapping[str, Any]) -> tuple[bool, str | None]:
+        outcome = line["result"]
+        success = outcome["type"] == "succeeded"
+        return success, outcome["message"].get("model") if success else None
 
 
 def _url(endpoint: Endpoint, id: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What a provider is to the rest of the program: a codec, without I/O, clock or retry."""
+"""The interfaces of codecs, which have no I/O, no clock and no retries."""
 
 from __future__ import annotations
 
@@ -8,14 +8,62 @@ from typing import Any
 
 from pipeline.core.config import Endpoint, RequestDefaults
 from pipeline.core.errors import ProviderError, TransportError
-from pipeline.core.types import Completion, HttpResponse, Limit, Usage
+from pipeline.core.types import Completion, HttpResponse, Limit, OutputFormat, Protocol, Result, Usage
 
 USER_AGENT = "pipeline-batch"
 Headers = tuple[tuple[str, str], ...]
 
 
+class LineDialect(typing.Protocol):
+    """The JSONL lines of a provider's batch API: requests that it reads, and results that it writes."""
+
+    format: OutputFormat
+    name: str
+    """What messages call these lines, as `OpenAI Batch`."""
+
+    body_key: str
+    """The key of an input line that has the request's body. No other dialect has it."""
+
+    known_keys: tuple[str, ...]
+    """All keys that an input line may have."""
+
+    protocol: Protocol
+
+    def endpoint(self, line: Mapping[str, Any]) -> str:
+        """Return the endpoint that an input line is for. Raise `LineError` if it is unknown."""
+        ...
+
+    def result(self, result: Result) -> dict[str, Any]:
+        """Return a result as the batch API would write it."""
+        ...
+
+    def is_result(self, line: Mapping[str, Any]) -> bool:
+        """Return True if a result line that is not native is in this dialect."""
+        ...
+
+    def outcome(self, line: Mapping[str, Any]) -> tuple[bool, str | None]:
+        """Return if a result line is a success, and the model that answered.
+
+        Raises `KeyError`, `TypeError` or `AttributeError` for a damaged line.
+        """
+        ...
+
+
 class Codec(typing.Protocol):
-    """One wire protocol: requests to bodies, answers to replies or errors."""
+    """One endpoint of a wire protocol: requests to bodies, responses to completions or errors.
+
+    `line_url` is the `url` of this endpoint in a batch line, None if such lines have none. `caches_unasked` is True if
+    the provider caches prompts that no mark asks it to cache.
+    """
+
+    protocol: Protocol
+    endpoint: str
+    line_url: str | None
+    caches_unasked: bool
+
+    def url(self, endpoint: Endpoint) -> str:
+        """Return the address that requests are posted to."""
+        ...
 
     def headers(self, endpoint: Endpoint, key: str | None) -> Headers:
         """Return every header of a request, names in lower case, but for host and content-length."""

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pipeline.core.config import Endpoint, RequestDefaults
 from pipeline.core.errors import ErrorScope, OpenAIAPIError, ProviderError, TransportError
-from pipeline.core.types import Completion, HttpResponse, Limit, ToolCall, Usage
+from pipeline.core.types import CHAT, Completion, HttpResponse, Limit, Protocol, ToolCall, Usage
 from pipeline.providers import (
     base,
     openai_convert,
@@ -48,7 +48,15 @@ _LIMITS = {
 
 
 class OpenAICodec:
-    """`Provider` for every endpoint that speaks OpenAI's protocol."""
+    """`Codec` for the Chat Completions API of every server that speaks OpenAI's protocol."""
+
+    protocol = Protocol.OPENAI
+    endpoint: str = CHAT
+    line_url: str | None = "/v1/chat/completions"
+    caches_unasked = True
+
+    def url(self, endpoint: Endpoint) -> str:
+        return endpoint.url
 
     def headers(self, endpoint: Endpoint, key: str | None) -> base.Headers:
         own = {"openai-organization": endpoint.organization, "openai-project": endpoint.project}

@@ -7,6 +7,7 @@ of errors, either of which may not be there. A batch keeps metadata: by it one i
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -15,11 +16,11 @@ from urllib.parse import quote
 import orjson
 
 from pipeline.core.config import Endpoint
-from pipeline.core.errors import ErrorScope, OpenAIAPIError, ProviderError
+from pipeline.core.errors import ErrorScope, LineError, OpenAIAPIError, ProviderError
 from pipeline.core.text import MAX_MESSAGE, sanitize, word
-from pipeline.core.types import HttpRequest, HttpResponse
+from pipeline.core.types import HttpRequest, HttpResponse, OutputFormat, Protocol, Result
 from pipeline.providers import batch as batches
-from pipeline.providers import responses
+from pipeline.providers import output, responses
 from pipeline.providers.base import Headers
 from pipeline.providers.batch import Batch, Ending, Outcome, Problem
 from pipeline.providers.error_mapping import member
@@ -145,6 +146,63 @@ class OpenAIBatches:
         if problem.code in _WAITS:
             error.reach = ErrorScope.ATTEMPT
         return error
+
+
+class OpenAILines:
+    """`LineDialect` of OpenAI's Batch API. `endpoints` are the endpoints by the `url` of a line."""
+
+    format = OutputFormat.OPENAI_BATCH
+    name = "OpenAI Batch"
+    body_key = "body"
+    known_keys: tuple[str, ...] = ("custom_id", "method", "url", "body", "metadata")
+    protocol = Protocol.OPENAI
+
+    def __init__(self, endpoints: Mapping[str, str]) -> None:
+        self._endpoints = endpoints
+
+    def endpoint(self, line: Mapping[str, Any]) -> str:
+        url = line.get("url")
+        endpoint = self._endpoints.get(url) if isinstance(url, str) else None
+        if endpoint is None:
+            known = " or ".join(repr(each) for each in self._endpoints)
+            raise LineError(f"url must be {known} in an OpenAI Batch line, not {reprlib.repr(url)}")
+        method = line.get("method", "POST")
+        if method != "POST":
+            raise LineError(f"method must be 'POST' in an OpenAI Batch line, not {reprlib.repr(method)}")
+        return endpoint
+
+    def result(self, result: Result) -> dict[str, Any]:
+        response: dict[str, Any] | None = None
+        error: dict[str, Any] | None = None
+        failure = result.failure
+        if result.reply:
+            body = output.own_or_rewritten(result, result.reply, "choices", output.as_chat_completion)
+            response = {"status_code": 200, "request_id": result.reply.request_id, "body": body}
+        elif failure and failure.status and failure.status >= 400:
+            details = {"message": failure.message, "type": failure.type, "param": None, "code": failure.code}
+            response = {
+                "status_code": failure.status,
+                "request_id": failure.request_id,
+                "body": {"error": details},
+            }
+        elif failure:
+            # Also a 200 that could not be used: a reader must not take it for a success.
+            error = {"code": failure.type, "message": failure.message}
+        return {
+            "id": f"batch_req_{result.digest}",
+            "custom_id": result.custom_id,
+            "response": response,
+            "error": error,
+        }
+
+    def is_result(self, line: Mapping[str, Any]) -> bool:
+        return "response" in line
+
+    def outcome(self, line: Mapping[str, Any]) -> tuple[bool, str | None]:
+        response = line["response"] or {}
+        body = response.get("body", {})
+        success = line["error"] is None and response.get("status_code") == 200 and "error" not in body
+        return success, body.get("model") if success else None
 
 
 def _url(endpoint: Endpoint, id: str) -> str:

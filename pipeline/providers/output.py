@@ -1,7 +1,8 @@
-"""A completion of one provider, rewritten as the response object of the other."""
+"""Write a completion as the response object of a protocol, whichever protocol it came from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +29,18 @@ _OPENAI_STOP = {
 }
 
 
-def _as_chat_completion(result: Result, reply: Completion) -> dict[str, Any]:
+def own_or_rewritten(
+    result: Result, reply: Completion, mark: str, rewrite: Callable[[Result, Completion], dict[str, Any]]
+) -> Any:
+    """Return the provider's own object if it has the key `mark`, which only one protocol has; else rewrite it."""
+    # Parsing every response costs more than this search.
+    if f'"{mark}"'.encode() in reply.raw and mark in orjson.loads(reply.raw):
+        return orjson.Fragment(jsonl.one_line(reply.raw))
+    return rewrite(result, reply)
+
+
+def as_chat_completion(result: Result, reply: Completion) -> dict[str, Any]:
+    """Return an OpenAI chat completion."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": reply.refusal}
     if reply.tool_calls:
         message["tool_calls"] = [
@@ -47,7 +59,8 @@ def _as_chat_completion(result: Result, reply: Completion) -> dict[str, Any]:
         "model": result.model,
         "choices": [{"index": 0, "finish_reason": finish, "logprobs": None, "message": message}],
     }
-    if usage := reply.usage:
+    usage = reply.usage
+    if usage:
         completion["usage"] = {
             "prompt_tokens": usage.input_tokens,
             "completion_tokens": usage.output_tokens,
@@ -58,7 +71,8 @@ def _as_chat_completion(result: Result, reply: Completion) -> dict[str, Any]:
     return completion
 
 
-def _as_message(result: Result, reply: Completion) -> dict[str, Any]:
+def as_message(result: Result, reply: Completion) -> dict[str, Any]:
+    """Return an Anthropic message."""
     content: list[dict[str, Any]] = [{"type": "text", "text": reply.content}] if reply.content else []
     content += [
         {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments} for call in reply.tool_calls
@@ -75,7 +89,8 @@ def _as_message(result: Result, reply: Completion) -> dict[str, Any]:
     if reply.refusal is not None:
         message["stop_reason"] = "refusal"
         message["stop_details"] = {"type": "refusal", "category": None, "explanation": reply.refusal}
-    if usage := reply.usage:
+    usage = reply.usage
+    if usage:
         message["usage"] = {
             "input_tokens": usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens,
             "output_tokens": usage.output_tokens,

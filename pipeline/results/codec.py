@@ -8,7 +8,7 @@ API it is rewritten in that provider's terms, so that tools which read such file
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BufferedReader
 from typing import Any
@@ -17,8 +17,8 @@ import orjson
 
 from pipeline.core import jsonl, money
 from pipeline.core.errors import LineError
-from pipeline.core.types import Attempt, Completion, Cost, Failure, OutputFormat, Request, Result, Usage, wasted
-from pipeline.providers.output import _as_chat_completion, _as_message
+from pipeline.core.types import Attempt, Cost, Failure, OutputFormat, Request, Result, Usage, wasted
+from pipeline.providers import registry
 
 MAX_LINE_BYTES = 1024 * 1024 * 1024
 BEGINNINGS = (b'{"custom_id":', b'{"id":"batch_req_')
@@ -53,7 +53,8 @@ def encode(
     result: Result, form: OutputFormat, *, run_id: str = "", echo_request: bool = False, is_simulated: bool = False
 ) -> bytes:
     """Return the line of a result, with its line end; `run_id` names the run that it belongs to."""
-    line = _ENCODERS[form](result)
+    dialect = registry.line_dialect(form)
+    line = _native(result) if dialect is None else dialect.result(result) | _tail(result)
     line["run"] = run_id
     if is_simulated:
         line["simulated"] = True
@@ -89,7 +90,7 @@ def decode(line: bytes) -> StoredResult:
     """Read a result line of any dialect back; `LineError` when it is not one."""
     try:
         value = orjson.loads(line)
-        return _checked(_DECODERS[_dialect(value)](value))
+        return _checked(_stored(value))
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise LineError(f"not a result line: {exc}") from exc
 
@@ -154,39 +155,6 @@ def _native(result: Result) -> dict[str, Any]:
     return line
 
 
-def _openai_batch(result: Result) -> dict[str, Any]:
-    line: dict[str, Any] = {"id": f"batch_req_{result.digest}", "custom_id": result.custom_id}
-    reply, failure = result.reply, result.failure
-    if reply:
-        body = _own_or(result, reply, "choices", _as_chat_completion)
-        line["response"] = {"status_code": 200, "request_id": reply.request_id, "body": body}
-        line["error"] = None
-    elif (
-        failure and failure.status and failure.status >= 400
-    ):  # of a 200 that could not be used no reader may think well
-        error = {"message": failure.message, "type": failure.type, "param": None, "code": failure.code}
-        line["response"] = {"status_code": failure.status, "request_id": failure.request_id, "body": {"error": error}}
-        line["error"] = None
-    elif failure:
-        line["response"] = None
-        line["error"] = {"code": failure.type, "message": failure.message}
-    return line | _tail(result)
-
-
-def _anthropic_batch(result: Result) -> dict[str, Any]:
-    reply, failure = result.reply, result.failure
-    if reply:
-        outcome: dict[str, Any] = {"type": "succeeded", "message": _own_or(result, reply, "stop_reason", _as_message)}
-    else:
-        assert failure is not None
-        error = {"type": failure.type, "message": failure.message}
-        outcome = {
-            "type": "errored",
-            "error": {"type": "error", "error": error, "request_id": failure.request_id},
-        }
-    return {"custom_id": result.custom_id, "result": outcome} | _tail(result)
-
-
 def _tail(result: Result) -> dict[str, Any]:
     """What a later run must know and the batch dialects have no place for."""
     tail = {
@@ -207,13 +175,6 @@ def _tail(result: Result) -> dict[str, Any]:
     if result.failed_attempts:
         tail["failed_attempts"] = [attempt_as_dict(attempt) for attempt in result.failed_attempts]
     return tail
-
-
-_ENCODERS = {
-    OutputFormat.NATIVE: _native,
-    OutputFormat.OPENAI_BATCH: _openai_batch,
-    OutputFormat.ANTHROPIC_BATCH: _anthropic_batch,
-}
 
 
 def _usage(usage: Usage | None) -> dict[str, Any] | None:
@@ -261,14 +222,6 @@ def _usd(nanos: int | None) -> float | None:
     return None if nanos is None else money.dollars(nanos)
 
 
-def _own_or(
-    result: Result, reply: Completion, mark: str, rewrite: Callable[[Result, Completion], dict[str, Any]]
-) -> Any:
-    """Return the answer untouched if it is in the dialect that has the key `mark`, else rewritten."""
-    is_own = f'"{mark}"'.encode() in reply.raw and mark in orjson.loads(reply.raw)
-    return orjson.Fragment(jsonl.one_line(reply.raw)) if is_own else rewrite(result, reply)
-
-
 def _spelled(value: Any) -> Any:
     """Return a value as the JSON text that the exact, slow encoder makes of it.
 
@@ -293,10 +246,14 @@ def _checked(found: StoredResult) -> StoredResult:
     return found
 
 
-def _dialect(value: Mapping[str, Any]) -> OutputFormat:
+def _stored(value: Mapping[str, Any]) -> StoredResult:
     if "success" in value:
-        return OutputFormat.NATIVE
-    return OutputFormat.ANTHROPIC_BATCH if "result" in value else OutputFormat.OPENAI_BATCH
+        return _from_native(value)
+    for dialect in registry.LINE_DIALECTS:
+        if dialect.is_result(value):
+            success, model = dialect.outcome(value)
+            return _from_batch(value, success, model)
+    raise KeyError("it is in no known format")
 
 
 def _from_native(value: Mapping[str, Any]) -> StoredResult:
@@ -317,19 +274,6 @@ def _from_native(value: Mapping[str, Any]) -> StoredResult:
     )
 
 
-def _from_openai_batch(value: Mapping[str, Any]) -> StoredResult:
-    response = value["response"] or {}
-    body = response.get("body", {})
-    success = value["error"] is None and response.get("status_code") == 200 and "error" not in body
-    return _from_batch(value, success, body.get("model") if success else None)
-
-
-def _from_anthropic_batch(value: Mapping[str, Any]) -> StoredResult:
-    outcome = value["result"]
-    success = outcome["type"] == "succeeded"
-    return _from_batch(value, success, outcome["message"].get("model") if success else None)
-
-
 def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> StoredResult:
     return StoredResult(
         custom_id=value["custom_id"],
@@ -348,11 +292,6 @@ def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> S
     )
 
 
-_DECODERS = {
-    OutputFormat.NATIVE: _from_native,
-    OutputFormat.OPENAI_BATCH: _from_openai_batch,
-    OutputFormat.ANTHROPIC_BATCH: _from_anthropic_batch,
-}
 _USAGE_FIELDS: Sequence[str] = (
     "input_tokens",
     "output_tokens",

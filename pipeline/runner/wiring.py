@@ -57,16 +57,17 @@ def sender(
     def open_queue(request: Request) -> ModelQueue:
         """Make the queue of a model: address, headers with the key, codec, rate limiter."""
         endpoint = settings.providers[request.provider]
-        codec = providers.codec(config.protocol(endpoint))
+        codec = providers.codec(config.protocol(endpoint), request.endpoint)
+        url = codec.url(endpoint)
         key = environment.api_key(request.provider, endpoint)
         lane = ModelQueue(
             provider=request.provider,
             model=request.model,
-            post=redacted_post(client.post_to(endpoint.url, codec.headers(endpoint, key)), key),
+            post=redacted_post(client.post_to(url, codec.headers(endpoint, key)), key),
             codec=codec,
             rate_limiter=rate_limiter_of(request.provider, request.model),
             concurrency=settings.sending.concurrency,
-            quota=quota_name(endpoint.url, key, request.model) if settings.sending.share_limits else "",
+            quota=quota_name(url, key, request.model) if settings.sending.share_limits else "",
         )
         lane.ended = ended.get((request.provider, request.model))
         return lane

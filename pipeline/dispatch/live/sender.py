@@ -100,7 +100,7 @@ class Sender:
         self._results = results
         self._pricing = pricing
         self._budget = budget
-        self._queues: dict[tuple[str, str], ModelQueue] = {}
+        self._queues: dict[tuple[str, str, str], ModelQueue] = {}
         self._ready: deque[ModelQueue] = deque()
         self._idle: deque[anyio.Event] = deque()
         self._slots = anyio.Semaphore(concurrency, fast_acquire=True)
@@ -197,7 +197,7 @@ class Sender:
 
     def _queue(self, request: Request) -> ModelQueue | None:
         """Return the lane of a request; None, and the run stops, where it cannot be opened (no key)."""
-        name = (request.provider, request.model)
+        name = (request.provider, request.model, request.endpoint)
         queue = self._queues.get(name)
         if queue is None:
             try:
