@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import click
@@ -91,3 +93,13 @@ def test_run_has_options_under_every_heading() -> None:
 def test_help_shows_an_example(path: tuple[str, ...]) -> None:
     """`--help` of each command shows how it is called."""
     assert " ".join(("pipeline", *path)) in _help(path).partition("\n")[2]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """The command line loads no HTTP client, schema library or rich until a command does its work: help is quick."""
+    heavy = ["anyio", "httpx", "obstore", "orjson", "pydantic", "pyreqwest", "rich", "yaml"]
+    script = f"import sys, pipeline.cli.main; print([name for name in {heavy} if name in sys.modules])"
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+
+    assert done.stdout == "[]\n"
