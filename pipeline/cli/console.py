@@ -77,10 +77,19 @@ class Console:
             return
         if table:
             self.terminal.print(table)
-        self._print(style.prefix + message, style.style)
+        # A command that rich wraps could not be copied in one piece.
+        self._print(style.prefix + message, style.style, wraps=event != "resume")
 
-    def _print(self, line: str, style: str = "") -> None:
-        self.terminal.print(line, style=style or None, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    def _print(self, line: str, style: str = "", *, wraps: bool = False) -> None:
+        """Print a line; on a terminal it may wrap between words, elsewhere it stays one line."""
+        self.terminal.print(
+            line,
+            style=style or None,
+            soft_wrap=not (wraps and self.terminal.is_terminal),
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
 
 
 def stderr_console(*, is_json: bool = False, is_quiet: bool = False) -> Console:

@@ -18,13 +18,13 @@ def show(terminal: rich.console.Console, estimate: Estimate) -> None:
     """Print what a run would send and cost, and what that is based on."""
     if estimate.rows:
         terminal.print(_costs(estimate))
-    lines = [_basis(row) for row in estimate.rows]
-    lines += _batch_savings(estimate)
+    lines = [Text(_basis(row)) for row in estimate.rows]
+    lines += [Text(line) for line in _batch_savings(estimate)]
+    lines += [Text(f"! {note}", style="yellow") for note in estimate.notes]
+    lines.append(Text(_lines(estimate)))
     for line in lines:
-        terminal.print(Text(line), soft_wrap=True)
-    for note in estimate.notes:
-        terminal.print(Text(f"! {note}", style="yellow"), soft_wrap=True)
-    terminal.print(Text(_lines(estimate)), soft_wrap=True)
+        # A terminal wraps between words; elsewhere a line stays one line, whatever its length.
+        terminal.print(line, soft_wrap=not terminal.is_terminal)
 
 
 def _batch_savings(estimate: Estimate) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import rich.console
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -99,7 +100,7 @@ class _Bar:
             Text(_count(progress)),
         )
         facts = Text(_facts(progress, self._meter.measure(progress)))
-        details = [Text(f"  {line}", style="yellow") for line in _details(progress)]
+        details = [Padding(Text(line, style="yellow"), (0, 0, 0, 2)) for line in _details(progress)]
         return rich.console.Group(head, facts, *details)
 
 

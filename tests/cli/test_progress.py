@@ -68,6 +68,22 @@ def test_json_escapes_control_characters_in_fields() -> None:
     assert '"name": "\\u009b31m\\u202e\\ud800\\u00e9"' in output.getvalue()
 
 
+def test_a_terminal_wraps_messages_between_words_but_not_commands() -> None:
+    """On a terminal a long message is wrapped at spaces; the command to continue stays one line, to be copied."""
+    output = io.StringIO()
+    terminal = rich.console.Console(file=output, width=20, force_terminal=True, color_system=None)
+    console = Console(terminal)
+
+    console.emit("message", "no word of this is broken")
+    console.emit("resume", "pipeline run questions.jsonl")
+
+    assert output.getvalue().splitlines() == [
+        "no word of this is ",
+        "broken",
+        "to continue: pipeline run questions.jsonl",
+    ]
+
+
 @pytest.mark.parametrize("is_json", [False, True])
 def test_a_quiet_console_prints_only_errors(is_json: bool) -> None:
     """A quiet console prints errors, hints, and why a run stopped; it shows no progress."""
