@@ -34,6 +34,7 @@ from pipeline.cli.options import (
     temperature_option,
 )
 from pipeline.core.errors import PipelineError, UsageError
+from pipeline.core.types import OutputFormat
 
 if TYPE_CHECKING:
     from pipeline.cli.console import Console
@@ -176,9 +177,9 @@ class RunOptions(RequestOptions):
     "--format",
     "form",
     heading=Heading.RESULTS,
-    type=click.Choice(["native", "openai-batch", "anthropic-batch"]),
+    type=click.Choice([form.value for form in OutputFormat]),
     metavar="FORMAT",
-    help="Format of result lines: native, openai-batch or anthropic-batch.",
+    help=f"Format of result lines: {', '.join(OutputFormat)}.",
 )
 @option("--ordered", heading=Heading.RESULTS, is_flag=True, help="Sort results into input order when the run ends.")
 @option(

@@ -122,6 +122,8 @@ def retirement(provider: str, endpoint: Endpoint, model: str) -> Retirement | No
     count, and the built-in providers when they point at this machine (the simulator).
     """
     protocol = Protocol(endpoint.protocol)
+    if protocol not in _ROWS:
+        return None
     if not _is_own_host(provider, endpoint, protocol):
         return None
     rows = _ROWS[protocol]
