@@ -287,11 +287,11 @@ def test_the_drawing_of_errors_is_true() -> None:
 
 EXTRA: dict[str, dict[str, Any]] = {
     "LineError": {"type": "duplicate_custom_id"},
-    "TransportError": {"type": "timeout", "is_sent": True, "reach": ErrorScope.RUN},
+    "TransportError": {"type": "timeout", "is_sent": True, "scope": ErrorScope.RUN},
 }
 OF_PROVIDERS = {
     "type": "rate_limit_error",
-    "reach": ErrorScope.MODEL,
+    "scope": ErrorScope.MODEL,
     "code": "c",
     "status": 429,
     "request_id": "req_1",
@@ -303,7 +303,7 @@ OF_PROVIDERS = {
 
 @pytest.mark.parametrize("cls", ERRORS, ids=lambda cls: cls.__name__)
 def test_errors_travel(cls: type[PipelineError]) -> None:
-    """Every error can be pickled and comes back with its class, message, fields, hint and reach."""
+    """Every error can be pickled and comes back with its class, message, fields, hint and scope."""
     fields = OF_PROVIDERS if issubclass(cls, errors.ProviderError) else EXTRA.get(cls.__name__, {"hint": "do this"})
     error = cls("what, 'ü'", **fields)
 
@@ -312,7 +312,7 @@ def test_errors_travel(cls: type[PipelineError]) -> None:
     assert type(back) is cls
     assert (str(back), back.args, vars(back)) == (str(error), error.args, vars(error))
     assert {name: getattr(back, name) for name in fields} == fields
-    assert (back.reach, back.exit_code) == (error.reach, error.exit_code)
+    assert (back.scope, back.exit_code) == (error.scope, error.exit_code)
 
 
 @pytest.mark.parametrize(

@@ -1,56 +1,88 @@
-"""Everything that can go wrong, in one tree; each error says how far it reaches.
+"""Every error that the program raises on purpose, in one tree. Each error says how much it invalidates.
 
     PipelineError
-    ├── UsageError            the command line, the configuration or an environment variable; nothing was sent
+    ├── UsageError            wrong command line, configuration or environment variable; nothing was sent
     │   └── ConfigError       config.yaml: all problems at once, each with its key and line
-    ├── BudgetReachedError    the cap on what a run may spend does not cover the next call
-    ├── StorageError          results, journal or totals cannot be written
-    ├── TryLaterError         somebody else's turn: another run holds the output, an outage
-    ├── LineError             one input line cannot become a request
-    ├── TransportError        no usable answer came back: connection, timeout, size
-    └── ProviderError         the provider refused, failed or answered nonsense
+    ├── BudgetReachedError    the spending cap does not cover the next call
+    ├── StorageError          results, attempt log or totals cannot be written
+    ├── TryLaterError         not now: another run holds the output, or a provider is down
+    ├── LineError             an input line cannot become a request
+    ├── TransportError        no usable response: connection, timeout, size
+    └── ProviderError         the provider refused, failed, or sent a response that cannot be used
         ├── AnthropicAPIError
         └── OpenAIAPIError
 
-Retrying and sending read `reach` and keep no lists of classes: an `ATTEMPT` error may be tried again, a `REQUEST`
-error ends that line, a `MODEL` error ends everything for that model, a `RUN` error ends the run.
+Code that retries or gives up reads an error's `scope` and keeps no lists of classes.
+
+Errors are immutable: several tasks may hold the same one. `replace` returns a changed copy.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self, TypeVar
+
+E = TypeVar("E", bound="PipelineError")
 
 
 class ErrorScope(StrEnum):
-    """How far an error reaches."""
+    """How much an error invalidates."""
 
     ATTEMPT = "attempt"
+    """This call only: another attempt may succeed."""
     REQUEST = "request"
+    """The request: its line fails."""
     MODEL = "model"
+    """Every request to the model: its lines stay pending."""
     RUN = "run"
+    """The whole run: it stops."""
 
 
 class PipelineError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the package's errors.
 
-    reach = ErrorScope.RUN
+    `message` says what happened, `hint` what to do next.
+    """
+
+    scope: ErrorScope = ErrorScope.RUN
     exit_code = 1
+    message: str
+    hint: str | None
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, **fields: Any) -> None:
+        """Set the fields; subclasses pass theirs as `fields`, since assignment is refused."""
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.__dict__.update(message=message, hint=hint, **fields)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed. Raises `TypeError` for a field that the error does not have."""
+        for name in changes:
+            if name != "scope" and name not in self.__dict__:
+                raise TypeError(f"{type(self).__name__} has no field {name!r}")
+        fields = self.__dict__ | changes
+        copy = _rebuild(type(self), (fields["message"],), fields)
+        copy.__cause__ = self.__cause__
+        return copy.with_traceback(self.__traceback__)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Python itself sets __traceback__, __context__, __notes__ and the like.
+        if not name.startswith("__"):
+            raise AttributeError(f"errors are immutable: use replace({name}=…)")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if not name.startswith("__"):
+            raise AttributeError("errors are immutable")
+        super().__delattr__(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _rebuild(cls: type[PipelineError], args: tuple[Any, ...], state: dict[str, Any]) -> PipelineError:
-    """Unpickle without calling `__init__`, so keyword-only arguments survive the trip."""
-    error = cls.__new__(cls, *args)
-    error.args = args
-    error.__dict__.update(state)
+def _rebuild(cls: type[E], args: tuple[Any, ...], fields: dict[str, Any]) -> E:
+    """Make an error without calling `__init__`, whose arguments differ from class to class."""
+    error = cls.__new__(cls, *args)  # sets `args`
+    error.__dict__.update(fields)
     return error
 
 
@@ -65,13 +97,16 @@ class ConfigError(UsageError):
 
 
 class BudgetReachedError(PipelineError):
-    """The cap on spending does not cover the next call, of `amount` nano-dollars; what was paid for is recorded."""
+    """The spending cap does not cover the next call, whose worst case is `amount` nano-dollars.
+
+    Everything paid for so far is recorded.
+    """
 
     exit_code = 4
+    amount: int
 
     def __init__(self, message: str, *, hint: str | None = None, amount: int = 0) -> None:
-        super().__init__(message, hint=hint)
-        self.amount = amount
+        super().__init__(message, hint=hint, amount=amount)
 
 
 class StorageError(PipelineError):
@@ -81,50 +116,59 @@ class StorageError(PipelineError):
 
 
 class TryLaterError(PipelineError):
-    """Nothing is wrong with the job, but not now: try the same command later."""
+    """The job is fine but cannot go on now: repeat the same command later."""
 
     exit_code = 75
 
 
 class LineError(PipelineError):
-    """One input line cannot become a request. The message is the reason, without file and line."""
+    """An input line cannot become a request. The message gives the reason, without file and line."""
 
-    reach = ErrorScope.REQUEST
+    scope = ErrorScope.REQUEST
+    type: str
 
     def __init__(self, message: str, *, type: str = "invalid_line") -> None:
-        super().__init__(message)
-        self.type = type
+        super().__init__(message, type=type)
 
 
 class TransportError(PipelineError):
-    """No usable answer came back.
+    """No usable response arrived.
 
     `type` is one of `connection_error`, `timeout`, `response_too_large`, `tls_error`, `invalid_http`.
-    `is_sent` tells whether the request may have reached the provider, and so may be billed without an answer.
+    `is_sent`: the request may have reached the provider, so it may be billed although no response came.
     """
 
-    def __init__(self, message: str, *, type: str, is_sent: bool, reach: ErrorScope = ErrorScope.ATTEMPT) -> None:
-        super().__init__(message)
-        self.type = type
-        self.is_sent = is_sent
-        self.reach = reach
+    type: str
+    is_sent: bool
+
+    def __init__(self, message: str, *, type: str, is_sent: bool, scope: ErrorScope = ErrorScope.ATTEMPT) -> None:
+        super().__init__(message, type=type, is_sent=is_sent, scope=scope)
 
 
 class ProviderError(PipelineError):
-    """What a provider answered instead of a reply, or what kept its answer from us.
+    """A call that brought no completion: the provider refused or failed, or its response was lost or unusable.
 
-    `type` and `code` are the provider's own words (`rate_limit_error`, `context_length_exceeded`, …) or, where there
-    was no such body, ours (`timeout`, `connection_error`, `invalid_response`, …). `status` is the HTTP status or None.
-    `retry_after` is the provider's hint in seconds, already checked to be finite and positive. `may_be_billed` is true
-    when the provider may have done the work although we hold no valid answer. `attempts` counts the calls made.
+    `type` and `code` are the provider's own words (`rate_limit_error`, `context_length_exceeded`, …). Without an error
+    body from the provider `type` is ours (`timeout`, `connection_error`, `invalid_response`, …). `status` is the HTTP
+    status, None without a response. `retry_after` is how long the provider asks to wait: seconds, finite and positive.
+    `may_be_billed`: the provider may have done the work although there is no valid response.
+    `attempts` counts the calls that the error stands for.
     """
+
+    type: str
+    code: str | None
+    status: int | None
+    request_id: str | None
+    retry_after: float | None
+    may_be_billed: bool
+    attempts: int
 
     def __init__(
         self,
         message: str,
         *,
         type: str,
-        reach: ErrorScope,
+        scope: ErrorScope,
         code: str | None = None,
         status: int | None = None,
         request_id: str | None = None,
@@ -132,27 +176,29 @@ class ProviderError(PipelineError):
         may_be_billed: bool = False,
         attempts: int = 1,
     ) -> None:
-        super().__init__(message)
-        self.type = type
-        self.reach = reach
-        self.code = code
-        self.status = status
-        self.request_id = request_id
-        self.retry_after = retry_after
-        self.may_be_billed = may_be_billed
-        self.attempts = attempts
+        super().__init__(
+            message,
+            type=type,
+            scope=scope,
+            code=code,
+            status=status,
+            request_id=request_id,
+            retry_after=retry_after,
+            may_be_billed=may_be_billed,
+            attempts=attempts,
+        )
 
 
 class AnthropicAPIError(ProviderError):
-    """An error of an endpoint that speaks the Anthropic protocol."""
+    """An error from an endpoint that speaks the Anthropic protocol."""
 
 
 class OpenAIAPIError(ProviderError):
-    """An error of an endpoint that speaks the OpenAI protocol."""
+    """An error from an endpoint that speaks the OpenAI protocol."""
 
 
 def only_one(group: BaseExceptionGroup[BaseException]) -> PipelineError | None:
-    """Return the error of ours in a group, unless there are bugs in it too: those must be seen whole."""
+    """Return our error in a group; None if the group also holds other exceptions, which must be seen whole."""
     ours, others = group.split(PipelineError)
     if ours is None or others is not None:
         return None

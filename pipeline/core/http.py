@@ -381,7 +381,7 @@ def _translate(error: httpx.HTTPError) -> TransportError:
     """
     reason = str(error)
     if isinstance(error, httpx.ConnectError) and _is_about_trust(reason):
-        return TransportError(f"no trusted connection: {reason}", type="tls_error", is_sent=False, reach=ErrorScope.RUN)
+        return TransportError(f"no trusted connection: {reason}", type="tls_error", is_sent=False, scope=ErrorScope.RUN)
     if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
         return TransportError("no connection within the connect timeout", type="timeout", is_sent=False)
     if isinstance(error, httpx.TimeoutException):

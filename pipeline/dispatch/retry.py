@@ -33,7 +33,7 @@ def is_overload(error: ProviderError) -> bool:
 
 def is_retryable(error: BaseException) -> bool:
     """Tell whether another attempt may succeed."""
-    return isinstance(error, ProviderError) and error.reach is ErrorScope.ATTEMPT
+    return isinstance(error, ProviderError) and error.scope is ErrorScope.ATTEMPT
 
 
 class _HintOrBackoff(wait_base):

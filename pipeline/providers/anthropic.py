@@ -26,18 +26,18 @@ _CUT = ("max_tokens", "model_context_window_exceeded")
 
 RULES = (
     # Spending limits and accounts on hold: nothing will succeed until somebody acts.
-    Rule(codes=("enforced_spend_limit_reached", "contract_spend_limit_reached"), reach=ErrorScope.RUN),
+    Rule(codes=("enforced_spend_limit_reached", "contract_spend_limit_reached"), scope=ErrorScope.RUN),
     Rule(
         codes=("linked_organization_billing_unavailable", "linked_organization_spend_limit_reached"),
-        reach=ErrorScope.RUN,
+        scope=ErrorScope.RUN,
     ),
-    Rule(codes=("organization_on_hold", "cmek_key_disabled"), reach=ErrorScope.RUN),
-    Rule(statuses=(400,), says=r"^You have reached your specified", reach=ErrorScope.RUN),
-    Rule(statuses=(400,), says=r"^Your credit balance is too low", reach=ErrorScope.RUN),
-    Rule(types=("authentication_error", "billing_error", "permission_error"), reach=ErrorScope.RUN),
+    Rule(codes=("organization_on_hold", "cmek_key_disabled"), scope=ErrorScope.RUN),
+    Rule(statuses=(400,), says=r"^You have reached your specified", scope=ErrorScope.RUN),
+    Rule(statuses=(400,), says=r"^Your credit balance is too low", scope=ErrorScope.RUN),
+    Rule(types=("authentication_error", "billing_error", "permission_error"), scope=ErrorScope.RUN),
     # One line names a file that is gone; any other 404 is about the model.
-    Rule(types=("not_found_error",), says=r"\b[Ff]ile", reach=ErrorScope.REQUEST),
-    Rule(types=("not_found_error",), reach=ErrorScope.MODEL),
+    Rule(types=("not_found_error",), says=r"\b[Ff]ile", scope=ErrorScope.REQUEST),
+    Rule(types=("not_found_error",), scope=ErrorScope.MODEL),
 )
 
 

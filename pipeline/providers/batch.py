@@ -238,7 +238,5 @@ def unusable(reason: str) -> HttpResponse:
 
 
 def of_whole_batch(error: ProviderError) -> ProviderError:
-    """Let an error that would end one request end all of its model: it was said of a batch as a whole."""
-    if error.reach is ErrorScope.REQUEST:
-        error.reach = ErrorScope.MODEL
-    return error
+    """Return an error about a whole batch: what would fail one request there stops its model."""
+    return error.replace(scope=ErrorScope.MODEL) if error.scope is ErrorScope.REQUEST else error

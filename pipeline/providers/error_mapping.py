@@ -43,7 +43,7 @@ class ErrorBody:
 class Rule:
     """A row of a table of errors: where all that it names is so, the error reaches so far. The first wins."""
 
-    reach: ErrorScope
+    scope: ErrorScope
     statuses: Container[int] | None = None
     types: Container[str] | None = None
     codes: Container[str | None] | None = None
@@ -61,22 +61,22 @@ class Rule:
 
 
 COMMON_RULES = (
-    Rule(statuses=(401, 402), reach=ErrorScope.RUN),
+    Rule(statuses=(401, 402), scope=ErrorScope.RUN),
     # 403 is about the key when the provider itself says so; a firewall's page may be about one conversation.
-    Rule(statuses=(403,), is_structured=True, reach=ErrorScope.RUN),
+    Rule(statuses=(403,), is_structured=True, scope=ErrorScope.RUN),
     # 404 is about the model or the address, which every line of the model shares.
-    Rule(statuses=(404,), reach=ErrorScope.MODEL),
-    Rule(statuses=(408, 409, 425, 429, *range(500, 1000)), reach=ErrorScope.ATTEMPT),
-    Rule(reach=ErrorScope.REQUEST),
+    Rule(statuses=(404,), scope=ErrorScope.MODEL),
+    Rule(statuses=(408, 409, 425, 429, *range(500, 1000)), scope=ErrorScope.ATTEMPT),
+    Rule(scope=ErrorScope.REQUEST),
 )
 
 
 def scope_of(complaint: ErrorBody, rules: Sequence[Rule], should_retry: str | None) -> ErrorScope:
     """Return how far an error reaches: the first rule that fits, then the server's word on trying again."""
-    reach = next(rule.reach for rule in (*rules, *COMMON_RULES) if rule.fits(complaint))
-    if reach in (ErrorScope.ATTEMPT, ErrorScope.REQUEST):
-        return {"true": ErrorScope.ATTEMPT, "false": ErrorScope.REQUEST}.get(should_retry or "", reach)
-    return reach
+    scope = next(rule.scope for rule in (*rules, *COMMON_RULES) if rule.fits(complaint))
+    if scope in (ErrorScope.ATTEMPT, ErrorScope.REQUEST):
+        return {"true": ErrorScope.ATTEMPT, "false": ErrorScope.REQUEST}.get(should_retry or "", scope)
+    return scope
 
 
 def error_body_of(answer: HttpResponse, value: Any) -> ErrorBody:

@@ -26,18 +26,18 @@ _HOST = "api.openai.com"
 
 RULES = (
     # Quotas and spending limits: they come as 429, but no retry passes them.
-    Rule(types=("insufficient_quota",), reach=ErrorScope.RUN),
+    Rule(types=("insufficient_quota",), scope=ErrorScope.RUN),
     Rule(
         codes=("insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached"),
-        reach=ErrorScope.RUN,
+        scope=ErrorScope.RUN,
     ),
-    Rule(codes=("organization_spend_limit_exceeded", "project_spend_limit_exceeded"), reach=ErrorScope.RUN),
-    Rule(codes=("organization_usage_limit_exceeded", "invalid_api_key"), reach=ErrorScope.RUN),
-    Rule(codes=("model_not_found", "model_not_available", "DeploymentNotFound"), reach=ErrorScope.MODEL),
+    Rule(codes=("organization_spend_limit_exceeded", "project_spend_limit_exceeded"), scope=ErrorScope.RUN),
+    Rule(codes=("organization_usage_limit_exceeded", "invalid_api_key"), scope=ErrorScope.RUN),
+    Rule(codes=("model_not_found", "model_not_available", "DeploymentNotFound"), scope=ErrorScope.MODEL),
     # A request that alone is larger than the limit per minute never fits.
-    Rule(statuses=(429,), says=r"^Request too large .*tokens per min", reach=ErrorScope.REQUEST),
+    Rule(statuses=(429,), says=r"^Request too large .*tokens per min", scope=ErrorScope.REQUEST),
     # OpenRouter's word on a conversation, not on the key.
-    Rule(statuses=(403,), says=r"(?i)moderation|flagged", reach=ErrorScope.REQUEST),
+    Rule(statuses=(403,), says=r"(?i)moderation|flagged", scope=ErrorScope.REQUEST),
 )
 
 

@@ -143,9 +143,7 @@ class OpenAIBatches:
         body = orjson.dumps({"error": {"message": problem.message, "type": problem.code, "code": problem.code}})
         answer = HttpResponse(status=400, body=body)
         error = responses.refused(answer, orjson.loads(body), OpenAIAPIError, RULES)
-        if problem.code in _WAITS:
-            error.reach = ErrorScope.ATTEMPT
-        return error
+        return error.replace(scope=ErrorScope.ATTEMPT) if problem.code in _WAITS else error
 
 
 class OpenAILines:

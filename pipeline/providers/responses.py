@@ -63,7 +63,7 @@ def refused(answer: HttpResponse, value: Any, error: type[ProviderError], rules:
         complaint.message,
         type=complaint.type,
         code=complaint.code,
-        reach=scope_of(complaint, rules, answer.headers.get("x-should-retry")),
+        scope=scope_of(complaint, rules, answer.headers.get("x-should-retry")),
         status=answer.status,
         request_id=request_id(answer.headers) or word(member(value, "request_id")),
         retry_after=retry_after(answer.headers),
@@ -76,7 +76,7 @@ def invalid_response(answer: HttpResponse, error: type[ProviderError], reason: s
     return error(
         f"unusable answer, {reason}: {description(answer)}",
         type="invalid_response",
-        reach=ErrorScope.ATTEMPT,
+        scope=ErrorScope.ATTEMPT,
         status=answer.status,
         request_id=request_id(answer.headers),
         retry_after=retry_after(answer.headers),
@@ -95,7 +95,7 @@ def usage_of(answer: HttpResponse, read: Callable[[Mapping[str, Any]], Usage | N
 
 def lost(error: TransportError, kind: type[ProviderError]) -> ProviderError:
     """Return the provider's error for an answer that never came; what was sent may be billed."""
-    return kind(error.message, type=error.type, reach=error.reach, may_be_billed=error.is_sent)
+    return kind(error.message, type=error.type, scope=error.scope, may_be_billed=error.is_sent)
 
 
 def request_id(headers: Mapping[str, str]) -> str | None:
@@ -158,7 +158,7 @@ def _redirect(answer: HttpResponse, error: type[ProviderError]) -> ProviderError
         f"the server redirects to {sanitize(target, MAX_WORD)!r}, and no redirect is followed: "
         "set base_url of this provider to the right address",
         type="redirect",
-        reach=ErrorScope.RUN,
+        scope=ErrorScope.RUN,
         status=answer.status,
         request_id=request_id(answer.headers),
     )

@@ -103,7 +103,7 @@ async def test_a_broken_answer_is_a_transport_error(writes: list[bytes], type: s
         with pytest.raises(TransportError) as caught:
             await _post(url)
 
-    assert (caught.value.type, caught.value.is_sent, caught.value.reach) == (type, is_sent, ErrorScope.ATTEMPT)
+    assert (caught.value.type, caught.value.is_sent, caught.value.scope) == (type, is_sent, ErrorScope.ATTEMPT)
     assert "canary" not in repr(caught.value)
 
 
@@ -606,7 +606,7 @@ async def test_who_writes_may_end_a_download() -> None:
     """An error of the one who takes the pieces comes out as it is, and the client works on."""
 
     async def write(place: int, piece: bytes) -> None:
-        raise TransportError("enough", type="response_too_large", is_sent=True, reach=ErrorScope.MODEL)
+        raise TransportError("enough", type="response_too_large", is_sent=True, scope=ErrorScope.MODEL)
 
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (5 * len(BLOCK))
     async with _server(head, *[BLOCK] * 5) as (url, _), _server(OK) as (other, _), Client(QUICK) as client:

@@ -12,19 +12,19 @@ from pipeline.dispatch.retry import Policy, is_capacity
 def _error(
     status: int | None = 500,
     *,
-    reach: ErrorScope = ErrorScope.ATTEMPT,
+    scope: ErrorScope = ErrorScope.ATTEMPT,
     retry_after: float | None = None,
     may_be_billed: bool = True,
 ) -> ProviderError:
     return OpenAIAPIError(
-        "as scripted", type="t", reach=reach, status=status, retry_after=retry_after, may_be_billed=may_be_billed
+        "as scripted", type="t", scope=scope, status=status, retry_after=retry_after, may_be_billed=may_be_billed
     )
 
 
-@pytest.mark.parametrize("reach", [ErrorScope.REQUEST, ErrorScope.MODEL, ErrorScope.RUN])
-def test_what_reaches_beyond_the_attempt_is_never_tried_again(reach: ErrorScope) -> None:
+@pytest.mark.parametrize("scope", [ErrorScope.REQUEST, ErrorScope.MODEL, ErrorScope.RUN])
+def test_what_reaches_beyond_the_attempt_is_never_tried_again(scope: ErrorScope) -> None:
     """Only an error of the attempt itself is tried again."""
-    assert Policy(Sending()).wait_before_retry(_error(reach=reach), attempts=1, counted=1) is None
+    assert Policy(Sending()).wait_before_retry(_error(scope=scope), attempts=1, counted=1) is None
 
 
 @pytest.mark.parametrize(

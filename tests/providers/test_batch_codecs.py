@@ -438,7 +438,7 @@ def test_a_batch_without_id_or_status_is_none(protocol: Protocol, name: str, jun
     with pytest.raises(ERRORS[protocol]) as caught:
         batch(protocol, **{field: junk})
 
-    assert (caught.value.type, caught.value.reach, caught.value.status) == ("invalid_response", ErrorScope.ATTEMPT, 200)
+    assert (caught.value.type, caught.value.scope, caught.value.status) == ("invalid_response", ErrorScope.ATTEMPT, 200)
 
 
 @both
@@ -447,12 +447,12 @@ def test_a_200_that_is_no_object_is_unusable(protocol: Protocol, body: bytes) ->
     """Whatever a 200 holds that is not a JSON object, it is one kind of error, which says that it may have worked."""
     error = fails(protocol, body)
 
-    assert (error.type, error.reach, error.may_be_billed) == ("invalid_response", ErrorScope.ATTEMPT, True)
+    assert (error.type, error.scope, error.may_be_billed) == ("invalid_response", ErrorScope.ATTEMPT, True)
 
 
 @both
 @pytest.mark.parametrize(
-    ("status", "kind", "reach"),
+    ("status", "kind", "scope"),
     [
         pytest.param(400, "invalid_request_error", ErrorScope.REQUEST, id="400"),
         pytest.param(401, "authentication_error", ErrorScope.RUN, id="401"),
@@ -465,15 +465,15 @@ def test_a_200_that_is_no_object_is_unusable(protocol: Protocol, body: bytes) ->
         pytest.param(200, "overloaded_error", ErrorScope.ATTEMPT, id="200"),
     ],
 )
-def test_a_refusal_is_read_as_one_of_a_live_call(protocol: Protocol, status: int, kind: str, reach: ErrorScope) -> None:
+def test_a_refusal_is_read_as_one_of_a_live_call(protocol: Protocol, status: int, kind: str, scope: ErrorScope) -> None:
     """Batch APIs refuse in the same form; errors reach as far as there."""
     value = {"type": "error", "error": {"type": kind, "message": "no"}}
 
     error = fails(protocol, value, status)
     refusal = providers.batch_codec(protocol).refusal(answer(value, status))
 
-    assert (error.type, error.message, error.status, error.reach) == (kind, "no", status, reach)
-    assert (refusal.type, refusal.message, refusal.status, refusal.reach) == (kind, "no", status, reach)
+    assert (error.type, error.message, error.status, error.scope) == (kind, "no", status, scope)
+    assert (refusal.type, refusal.message, refusal.status, refusal.scope) == (kind, "no", status, scope)
 
 
 @both
@@ -481,7 +481,7 @@ def test_a_redirect_is_told(protocol: Protocol) -> None:
     """An address that moved is for the user to put right."""
     error = fails(protocol, b"", 307)
 
-    assert (error.type, error.reach) == ("redirect", ErrorScope.RUN)
+    assert (error.type, error.scope) == ("redirect", ErrorScope.RUN)
 
 
 @pytest.mark.parametrize("value", [{}, {"id": ""}, {"id": None}, {"id": 5}, {"object": "file"}])
@@ -629,7 +629,7 @@ def test_a_failed_batch_has_a_reason(errors: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "reach"),
+    ("code", "scope"),
     [
         pytest.param("token_limit_exceeded", ErrorScope.ATTEMPT, id="queue full"),
         pytest.param("too_many_batches", ErrorScope.ATTEMPT, id="too many batches"),
@@ -641,11 +641,11 @@ def test_a_failed_batch_has_a_reason(errors: Any) -> None:
         pytest.param("insufficient_quota", ErrorScope.RUN, id="no quota"),
     ],
 )
-def test_how_far_a_failure_reaches(code: str | None, reach: ErrorScope) -> None:
+def test_how_far_a_failure_reaches(code: str | None, scope: ErrorScope) -> None:
     """What only came too early may be made again; the rest reaches as far as the same words do in a live call."""
     error = providers.batch_codec(OPENAI).failure(Problem(code=code, message="said so", line=3))
 
-    assert (error.reach, error.code, error.message, error.may_be_billed) == (reach, code, "said so", False)
+    assert (error.scope, error.code, error.message, error.may_be_billed) == (scope, code, "said so", False)
 
 
 # ── results ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -680,7 +680,7 @@ def test_a_download_that_is_sent_elsewhere_ends_the_run(protocol: Protocol) -> N
         HttpResponse(status=302, headers={"location": "https://elsewhere.example/"})
     )
 
-    assert (error.type, error.reach, error.status) == ("redirect", ErrorScope.RUN, 302)
+    assert (error.type, error.scope, error.status) == ("redirect", ErrorScope.RUN, 302)
 
 
 COMPLETION = {"id": "chatcmpl-1", "choices": [{"message": {"role": "assistant", "content": "é"}}]}
@@ -831,7 +831,7 @@ def test_an_error_that_says_nothing_is_one(error: Any) -> None:
     assert found.answer is not None
     with pytest.raises(AnthropicAPIError) as caught:
         providers.codec(ANTHROPIC).decode(found.answer)
-    assert (caught.value.status, caught.value.reach) == (500, ErrorScope.ATTEMPT)
+    assert (caught.value.status, caught.value.scope) == (500, ErrorScope.ATTEMPT)
 
 
 @pytest.mark.parametrize(

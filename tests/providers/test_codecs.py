@@ -842,7 +842,7 @@ def test_garbage_in_a_200_is_tried_again(protocol: Protocol, garbage: bytes) -> 
     """A 200 that holds no reply may be billed and may be tried again; the error shows what came."""
     error = fails(protocol, HttpResponse(status=200, headers={"content-type": "text/x"}, body=garbage))
 
-    assert (error.type, error.reach, error.may_be_billed, error.status) == (
+    assert (error.type, error.scope, error.may_be_billed, error.status) == (
         "invalid_response",
         ErrorScope.ATTEMPT,
         True,
@@ -918,7 +918,7 @@ def test_reply_that_breaks_its_protocol_is_no_success(protocol: Protocol, body: 
     """A body that is not what the protocol promises is an invalid response."""
     error = fails(protocol, HttpResponse(status=200, body=body))
 
-    assert (error.type, error.reach, error.may_be_billed) == ("invalid_response", ErrorScope.ATTEMPT, True)
+    assert (error.type, error.scope, error.may_be_billed) == ("invalid_response", ErrorScope.ATTEMPT, True)
 
 
 @pytest.mark.parametrize("status", [201, 202, 204, 206, 299])
@@ -941,7 +941,7 @@ def test_redirect_ends_the_run(location: str, says: str) -> None:
     """A redirect is not followed: it would carry key and text elsewhere. The error says to mend base_url."""
     error = fails(ANTHROPIC, HttpResponse(status=307, headers={"location": location}))
 
-    assert (error.type, error.reach, error.status) == ("redirect", ErrorScope.RUN, 307)
+    assert (error.type, error.scope, error.status) == ("redirect", ErrorScope.RUN, 307)
     assert says in error.message
     assert "base_url" in error.message
 
@@ -953,7 +953,7 @@ def anthropic_error(type: str, text: str = "m", code: str | None = None) -> dict
 
 
 @pytest.mark.parametrize(
-    ("status", "value", "reach"),
+    ("status", "value", "scope"),
     [
         pytest.param(400, anthropic_error("invalid_request_error"), "request", id="bad request"),
         pytest.param(
@@ -1002,13 +1002,13 @@ def anthropic_error(type: str, text: str = "m", code: str | None = None) -> dict
         pytest.param(200, anthropic_error("brand_new_error"), "attempt", id="unknown in a 200"),
     ],
 )
-def test_reach_of_anthropic_errors(status: int, value: Any, reach: str) -> None:
+def test_reach_of_anthropic_errors(status: int, value: Any, scope: str) -> None:
     """How far an error of Anthropic's reaches: by its type and code, then by its status."""
     body = value.encode() if isinstance(value, str) else orjson.dumps(value)
     error = fails(ANTHROPIC, HttpResponse(status=status, body=body))
 
-    assert (error.reach, error.status) == (ErrorScope(reach), status)
-    assert pickle.loads(pickle.dumps(error)).reach is error.reach
+    assert (error.scope, error.status) == (ErrorScope(scope), status)
+    assert pickle.loads(pickle.dumps(error)).scope is error.scope
 
 
 def openai_error(type: str | None = None, code: Any = None, text: str = "m") -> dict[str, Any]:
@@ -1020,7 +1020,7 @@ TOO_LARGE = "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, 
 
 
 @pytest.mark.parametrize(
-    ("status", "value", "reach"),
+    ("status", "value", "scope"),
     [
         pytest.param(400, openai_error("invalid_request_error", "context_length_exceeded"), "request", id="400"),
         pytest.param(400, openai_error("invalid_request_error", "model_not_found"), "model", id="model in a 400"),
@@ -1053,16 +1053,16 @@ TOO_LARGE = "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, 
         ),
     ],
 )
-def test_reach_of_openai_errors(status: int, value: Any, reach: str) -> None:
+def test_reach_of_openai_errors(status: int, value: Any, scope: str) -> None:
     """How far an error of OpenAI's or a compatible server's reaches: by type and code, then by its status."""
     body = value.encode() if isinstance(value, str) else orjson.dumps(value)
     error = fails(OPENAI, HttpResponse(status=status, body=body))
 
-    assert (error.reach, error.status) == (ErrorScope(reach), status)
+    assert (error.scope, error.status) == (ErrorScope(scope), status)
 
 
 @pytest.mark.parametrize(
-    ("status", "wish", "reach"),
+    ("status", "wish", "scope"),
     [
         pytest.param(500, "false", "request", id="not again"),
         pytest.param(400, "true", "attempt", id="again"),
@@ -1071,11 +1071,11 @@ def test_reach_of_openai_errors(status: int, value: Any, reach: str) -> None:
         pytest.param(429, "maybe", "attempt", id="no word"),
     ],
 )
-def test_server_says_whether_to_try_again(status: int, wish: str, reach: str) -> None:
+def test_server_says_whether_to_try_again(status: int, wish: str, scope: str) -> None:
     """`x-should-retry` decides between one more attempt and none, but never revives a run or a model."""
     error = fails(OPENAI, HttpResponse(status=status, headers={"x-should-retry": wish}, body=b"{}"))
 
-    assert error.reach is ErrorScope(reach)
+    assert error.scope is ErrorScope(scope)
 
 
 @pytest.mark.parametrize(
@@ -1175,7 +1175,7 @@ def test_lost_answer(protocol: Protocol, is_sent: bool) -> None:
     lost = providers.codec(protocol).lost(TransportError("late", type="timeout", is_sent=is_sent))
 
     assert type(lost) is ERRORS[protocol]
-    assert (lost.type, lost.reach, lost.may_be_billed) == ("timeout", ErrorScope.ATTEMPT, is_sent)
+    assert (lost.type, lost.scope, lost.may_be_billed) == ("timeout", ErrorScope.ATTEMPT, is_sent)
 
 
 DATE = "Sun, 22 Nov 2026 02:40:00 GMT"

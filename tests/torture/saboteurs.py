@@ -239,7 +239,7 @@ SABOTEURS = (
     Saboteur(
         name="a wrong key fails line by line",
         file="dispatch/live/sender.py",
-        old="        if error.reach is ErrorScope.RUN:\n",
+        old="        if error.scope is ErrorScope.RUN:\n",
         new="        if False:\n",
         test="tests/runner/test_local.py::test_a_wrong_key_stops_the_run_and_leaves_lines_pending",
     ),

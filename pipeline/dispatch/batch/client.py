@@ -170,7 +170,7 @@ class BatchClient:
                     error = self.batches.refusal(answer)
                     if answer.status == 416:  # there is less than we had: from the beginning, then
                         lines.restart()
-                        error.reach = ErrorScope.ATTEMPT
+                        error = error.replace(scope=ErrorScope.ATTEMPT)
                 except TransportError as exc:
                     error = self.codec.lost(exc)
                 await self._pause(error, attempts, since)

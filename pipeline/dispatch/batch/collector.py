@@ -89,15 +89,15 @@ class ResultCollector:
 
         Lines without an error go again, unless the whole batch met one that no other attempt would pass.
         """
-        is_final = whole is not None and whole.reach is not ErrorScope.ATTEMPT
+        final = of_whole_batch(whole) if whole is not None and whole.scope is not ErrorScope.ATTEMPT else None
         numbered = enumerate(self._store.items(self._record), start=1)
         while group := await to_thread.run_sync(lambda: list(islice(numbered, _GROUP))):
             collected = []
             for number, (_, item) in group:
                 if error := named.get(number):
                     outcome = self._classifier.refused(item, error)
-                elif whole is not None and is_final:
-                    outcome = ItemOutcome(error=of_whole_batch(whole))
+                elif final is not None:
+                    outcome = ItemOutcome(error=final)
                 else:
                     outcome = ItemOutcome(again=item)
                 collected.append(self._collected(item, outcome))

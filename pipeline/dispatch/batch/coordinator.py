@@ -309,7 +309,7 @@ class BatchCoordinator:
         One that is too large for an empty queue is not: its requests go on in smaller ones.
         """
         codec = group.client.batches
-        if codec.failure(batch.problems[0]).reach is not ErrorScope.ATTEMPT:
+        if codec.failure(batch.problems[0]).scope is not ErrorScope.ATTEMPT:
             return False
         self._refusals[record.local_id] += 1
         limit = codec.queue_limit(batch.problems[0])
@@ -329,7 +329,7 @@ class BatchCoordinator:
 
     async def _broke_off(self, group: BatchGroup, record: BatchRecord, error: ProviderError | TryLaterError) -> None:
         """End what an error of a batch API ends. Where no batch can have been made, requests may go live."""
-        if isinstance(error, ProviderError) and error.reach is ErrorScope.RUN:
+        if isinstance(error, ProviderError) and error.scope is ErrorScope.RUN:
             self._end(group, error)
         elif self._send_live and not record.may_have_batch and not self._stop.is_called:
             if group.refusal is None:
@@ -337,21 +337,20 @@ class BatchCoordinator:
             group.refusal = error
             await self._go_live(group, record)
             return
-        elif isinstance(error, TryLaterError) or (error.reach is ErrorScope.ATTEMPT and not is_no_api(error)):
+        elif isinstance(error, TryLaterError) or (error.scope is ErrorScope.ATTEMPT and not is_no_api(error)):
             self._waiting.append(TryLaterError(f"{group.name}: {error.message}"))
             return
         else:
-            error.message += f" ({_advice(record)})" if is_no_api(error) else ""
-            error.reach = ErrorScope.MODEL
-            self._end(group, error)
+            advice = f" ({_advice(record)})" if is_no_api(error) else ""
+            self._end(group, error.replace(message=error.message + advice, scope=ErrorScope.MODEL))
         if not record.may_have_batch:
             await self._drop(record)
 
     def _end(self, group: BatchGroup, error: ProviderError) -> None:
         """Give up what an error reaches."""
         if not error.message.startswith(group.name):
-            error.message = f"{group.name}: {error.message}"
-        if error.reach is ErrorScope.RUN:
+            error = error.replace(message=f"{group.name}: {error.message}")
+        if error.scope is ErrorScope.RUN:
             self.stop(error)
         else:
             group.refusal = group.refusal or error
@@ -377,9 +376,9 @@ class BatchCoordinator:
     async def _refused(self, group: BatchGroup, record: BatchRecord, batch: Batch) -> None:
         """Deal with a batch that failed validation: lines that its provider names fail, the others go again."""
         errors = [(problem.line, group.client.batches.failure(problem)) for problem in batch.problems]
-        named = {line: error for line, error in errors if line and error.reach is ErrorScope.REQUEST}
+        named = {line: error for line, error in errors if line and error.scope is ErrorScope.REQUEST}
         whole = next((error for line, error in errors if line not in named), None)
-        if whole and whole.reach is ErrorScope.ATTEMPT and record.requests == 1:
+        if whole and whole.scope is ErrorScope.ATTEMPT and record.requests == 1:
             named, whole = {1: whole}, None  # alone and still too large
         if whole and self._send_live:
             self._notify(f"{group.name}: batch {batch.id} was refused, its requests go live: {whole.message}")

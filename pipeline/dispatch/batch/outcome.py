@@ -83,13 +83,13 @@ class OutcomeClassifier:
 
     def _failed(self, item: BatchItem, error: ProviderError, answer: HttpResponse) -> ItemOutcome:
         usage = self._codec.usage(answer) if answer.status == 200 else None
-        error.may_be_billed = answer.status == 200
+        error = error.replace(may_be_billed=answer.status == 200)
         cost = self._pricing.cost(item.request, item.request.model, usage) if usage else Cost()
         attempt = replace(self._attempt(error), usage=usage, cost_nano=cost.nanos)
         nanos = cost.nanos if error.may_be_billed else 0
-        if error.reach in (ErrorScope.RUN, ErrorScope.MODEL):
+        if error.scope in (ErrorScope.RUN, ErrorScope.MODEL):
             return ItemOutcome(error=error, attempt=attempt, nanos=nanos)
-        if error.reach is ErrorScope.REQUEST:
+        if error.scope is ErrorScope.REQUEST:
             return ItemOutcome(result=self._result(item, failed=attempt), attempt=attempt, nanos=nanos)
         return self._again_or_failed(item, attempt, nanos=nanos, counts=True)
 

@@ -314,20 +314,20 @@ class Sender:
         self, queue: ModelQueue, queued: QueuedRequest, permit: Permit, error: ProviderError, attempt: Attempt
     ) -> None:
         self._count_failure(queue, queued, attempt, error)
-        if error.reach is not ErrorScope.REQUEST:
+        if error.scope is not ErrorScope.REQUEST:
             queue.trouble = error.message
-        if error.reach in (ErrorScope.RUN, ErrorScope.MODEL):
-            error.message = f"{queue.provider}/{queue.model}: {error.message}"
+        if error.scope in (ErrorScope.RUN, ErrorScope.MODEL):
+            error = error.replace(message=f"{queue.provider}/{queue.model}: {error.message}")
         queue.rate_limiter.reconcile(permit, {} if error.may_be_billed else None)
         asked_to_wait = error.retry_after or 0.0
-        self._slow_down(queue, permit, error)
-        if error.reach is ErrorScope.RUN:
+        error = self._slow_down(queue, permit, error)
+        if error.scope is ErrorScope.RUN:
             self._forget(queued)
             self.stop(error)
-        elif error.reach is ErrorScope.MODEL:
+        elif error.scope is ErrorScope.MODEL:
             self._forget(queued)
             self._end(queue, error)
-        elif error.reach is ErrorScope.ATTEMPT and asked_to_wait > self._policy.max_retry_after:
+        elif error.scope is ErrorScope.ATTEMPT and asked_to_wait > self._policy.max_retry_after:
             self._forget(queued)
             self._end(queue, _parked(error, self._policy.max_retry_after))
         else:
@@ -345,22 +345,22 @@ class Sender:
         self._slots.release()
         self._offer(queue, wake=False)
 
-    def _slow_down(self, queue: ModelQueue, permit: Permit, error: ProviderError) -> None:
-        """Let everybody who calls this model heed a refusal or an overload."""
-        if error.reach is not ErrorScope.ATTEMPT:
-            return
+    def _slow_down(self, queue: ModelQueue, permit: Permit, error: ProviderError) -> ProviderError:
+        """Slow the whole model down after a 429 or an overload; return the error with the wait before a retry."""
+        if error.scope is not ErrorScope.ATTEMPT:
+            return error
         if error.status == 429:
-            error.retry_after = queue.rate_limiter.on_rate_limited(permit, error.retry_after)
+            error = error.replace(retry_after=queue.rate_limiter.on_rate_limited(permit, error.retry_after))
         if is_overload(error):
             pause = max(queue.concurrency_limit.on_overload(permit.sent_at), error.retry_after or 0.0)
             queue.rate_limiter.start_cooldown(pause)
+        return error
 
     async def _retry_or_give_up(
         self, queue: ModelQueue, queued: QueuedRequest, error: ProviderError, latency: float
     ) -> None:
         seconds = self._policy.wait_before_retry(error, len(queued.attempts), queued.counted)
         if seconds is None:
-            error.attempts = len(queued.attempts)
             await self._finish(queued, latency, failure=_failure(error, queued.attempts))
         elif self.is_draining or queue.ended:
             self._forget(queued)

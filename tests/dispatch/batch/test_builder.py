@@ -541,9 +541,7 @@ async def test_a_refused_model_is_turned_away(store: BatchStore) -> None:
 
 
 def _error() -> PipelineError:
-    error = PipelineError("no batches of this model")
-    error.reach = ErrorScope.MODEL
-    return error
+    return PipelineError("no batches of this model").replace(scope=ErrorScope.MODEL)
 
 
 # ── money ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -46,8 +46,8 @@ def ok(value: Any) -> HttpResponse:
     return HttpResponse(status=200, body=orjson.dumps(value))
 
 
-def lost(type: str = "timeout", *, is_sent: bool = True, reach: ErrorScope = ErrorScope.ATTEMPT) -> TransportError:
-    return TransportError(f"scripted {type}", type=type, is_sent=is_sent, reach=reach)
+def lost(type: str = "timeout", *, is_sent: bool = True, scope: ErrorScope = ErrorScope.ATTEMPT) -> TransportError:
+    return TransportError(f"scripted {type}", type=type, is_sent=is_sent, scope=scope)
 
 
 REFUSED = lost("connection_error", is_sent=False)
@@ -173,7 +173,7 @@ NOT_DONE = [
 FINAL = [
     *[pytest.param(refusal(status), id=str(status)) for status in (400, 401, 402, 403, 404, 405, 410, 413, 422)],
     pytest.param(refusal(429, type="insufficient_quota", code="insufficient_quota"), id="no quota"),
-    pytest.param(lost("tls_error", is_sent=False, reach=ErrorScope.RUN), id="no trust"),
+    pytest.param(lost("tls_error", is_sent=False, scope=ErrorScope.RUN), id="no trust"),
 ]
 
 
@@ -288,7 +288,7 @@ async def test_a_batch_whose_making_is_redirected_is_an_error(store: BatchStore,
 
     with pytest.raises(ProviderError) as caught:
         await api.client.create(store, written(store, protocol), begin)
-    assert (caught.value.type, caught.value.reach, len(api.calls)) == ("redirect", ErrorScope.RUN, 1)
+    assert (caught.value.type, caught.value.scope, len(api.calls)) == ("redirect", ErrorScope.RUN, 1)
 
 
 async def test_what_was_refused_before_it_may_have_been_made(store: BatchStore) -> None:
@@ -795,7 +795,7 @@ async def test_a_download_cut_around_a_line_that_is_too_long(tmp_path: Path, pie
 
 @both
 @pytest.mark.parametrize(
-    ("status", "reach", "calls"),
+    ("status", "scope", "calls"),
     [
         pytest.param(404, ErrorScope.MODEL, 1, id="404"),
         pytest.param(401, ErrorScope.RUN, 1, id="401"),
@@ -804,7 +804,7 @@ async def test_a_download_cut_around_a_line_that_is_too_long(tmp_path: Path, pie
     ],
 )
 async def test_a_download_that_is_refused(
-    tmp_path: Path, protocol: Protocol, status: int, reach: ErrorScope, calls: int
+    tmp_path: Path, protocol: Protocol, status: int, scope: ErrorScope, calls: int
 ) -> None:
     """What is no file, and will not be one, is the provider's error at once; nothing is followed elsewhere."""
     starts: list[int] = []
@@ -816,7 +816,7 @@ async def test_a_download_that_is_refused(
     with pytest.raises(ProviderError) as caught:
         await client(protocol, download=download).fetch("f", tmp_path / "r")
 
-    assert (caught.value.status, caught.value.reach, len(starts)) == (status, reach, calls)
+    assert (caught.value.status, caught.value.scope, len(starts)) == (status, scope, calls)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

@@ -260,7 +260,7 @@ async def test_a_request_that_failed_goes_again(protocol: Protocol, status: int,
 
 
 @pytest.mark.parametrize(
-    ("protocol", "told", "reach"),
+    ("protocol", "told", "scope"),
     [
         pytest.param(OPENAI, line(OPENAI, "r1", 401, "x"), ErrorScope.RUN, id="401"),
         pytest.param(OPENAI, line(OPENAI, "r1", 404, "x"), ErrorScope.MODEL, id="404"),
@@ -271,13 +271,13 @@ async def test_a_request_that_failed_goes_again(protocol: Protocol, status: int,
     ],
 )
 async def test_an_error_that_reaches_further_ends_more(
-    protocol: Protocol, told: dict[str, Any], reach: ErrorScope
+    protocol: Protocol, told: dict[str, Any], scope: ErrorScope
 ) -> None:
     """It is no result of the request, which stays pending, and ends its model or the run."""
     outcome = collected(protocol, told)
 
     assert outcome.error is not None
-    assert (outcome.error.reach, outcome.result, outcome.again, outcome.nanos) == (reach, None, None, 0)
+    assert (outcome.error.scope, outcome.result, outcome.again, outcome.nanos) == (scope, None, None, 0)
     assert outcome.attempt is not None
 
 
@@ -627,10 +627,8 @@ async def test_a_batch_that_is_abandoned(store: BatchStore, protocol: Protocol) 
     assert {each.outcome.attempt and each.outcome.attempt.is_unknown for (each,) in found.values()} == {True}
 
 
-def _error(reach: ErrorScope, code: str) -> ProviderError:
-    error = providers.batch_codec(OPENAI).failure(Problem(code=code, message="no"))
-    error.reach = reach
-    return error
+def _error(scope: ErrorScope, code: str) -> ProviderError:
+    return providers.batch_codec(OPENAI).failure(Problem(code=code, message="no")).replace(scope=scope)
 
 
 @pytest.mark.parametrize(
@@ -650,7 +648,7 @@ async def test_a_batch_that_was_refused(
 ) -> None:
     """Lines that the provider names fail, counted from 1; the others go again as they were, unless nothing can pass."""
     collector = Field(store, OPENAI, ["r1", "r2", "r3"])
-    errors = {number: _error(reach, "invalid_url") for number, reach in named.items()}
+    errors = {number: _error(scope, "invalid_url") for number, scope in named.items()}
     refused = collector.collector().refused(errors, _error(whole, "x") if whole else None)
 
     found = _by_id([each async for each in refused])
@@ -659,4 +657,4 @@ async def test_a_batch_that_was_refused(
     for (each,) in found.values():
         assert each.outcome.nanos == 0
         assert each.outcome.again in (None, each.item)
-        assert each.outcome.error is None or each.outcome.error.reach in (ErrorScope.MODEL, ErrorScope.RUN)
+        assert each.outcome.error is None or each.outcome.error.scope in (ErrorScope.MODEL, ErrorScope.RUN)

@@ -121,7 +121,7 @@ async def test_a_bad_request_fails_alone_and_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "reach"),
+    ("answer", "scope"),
     [
         pytest.param(refusal(401, code="invalid_api_key"), ErrorScope.RUN, id="wrong key"),
         pytest.param(
@@ -130,7 +130,7 @@ async def test_a_bad_request_fails_alone_and_at_once() -> None:
         pytest.param(refusal(404, code="model_not_found"), ErrorScope.MODEL, id="unknown model"),
     ],
 )
-async def test_what_cannot_succeed_stops_after_the_first_wave(answer: HttpResponse, reach: ErrorScope) -> None:
+async def test_what_cannot_succeed_stops_after_the_first_wave(answer: HttpResponse, scope: ErrorScope) -> None:
     """A wrong key, an empty account or an unknown model costs a handful of calls; the rest stays pending."""
     world = World(default=lambda n: answer)
 
@@ -138,7 +138,7 @@ async def test_what_cannot_succeed_stops_after_the_first_wave(answer: HttpRespon
 
     reason = world.sender.stopped or world.sender.ended_queues[0].ended
     assert isinstance(reason, OpenAIAPIError)
-    assert reason.reach is reach
+    assert reason.scope is scope
     assert sum(map(len, world.calls.values())) == FIRST_WAVE
     assert world.results == []
     assert world.sender.statistics().dropped == 1_000
