@@ -1,9 +1,9 @@
-"""Batches of LLM conversations, answered by Anthropic or OpenAI: nothing lost, nothing paid twice, all accounted for.
+"""Send LLM requests to Anthropic, OpenAI and compatible servers: no result is lost, and none is paid for twice.
 
     summary = await pipeline.run_batch(["questions.jsonl"], output="answers.jsonl")
     async for result in pipeline.stream(requests): ...
 
-Names are loaded when they are first used, so that `pipeline --help` need not load an HTTP client.
+Names are loaded on first use, so `pipeline --help` does not load an HTTP client.
 """
 
 from __future__ import annotations

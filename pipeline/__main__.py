@@ -5,7 +5,10 @@ import signal
 
 
 def start() -> None:
-    """Run the command. Until a run heeds it, Ctrl-C kills: raised amid an import it may leave a lock that stays."""
+    """Run the command.
+
+    Ctrl-C kills the process until a run handles it: raised during an import, `KeyboardInterrupt` may leave a lock held.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from pipeline.cli.main import main
@@ -15,7 +18,8 @@ def start() -> None:
     try:
         main(prog_name="pipeline")
     finally:
-        gc.freeze()  # else Python looks once more for cycles in all that was loaded: a fifth of the time of a short run
+        # Otherwise Python searches everything loaded for cycles when it exits: a fifth of the time of a short run.
+        gc.freeze()
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-# ── standard files ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── standard streams ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class UnbufferedStderr:
@@ -190,11 +190,11 @@ class UnbufferedStderr:
         return getattr(sys.stderr, name)
 
 
-def open_missing_standard_files() -> None:
+def open_missing_standard_streams() -> None:
     """Open /dev/null in place of a closed stdin, stdout or stderr.
 
-    Otherwise the next file that is opened gets its number. That may be the results, and whatever a library prints to
-    stderr would land in them.
+    Otherwise the next file that is opened gets its number. If those are the results, whatever a library prints to
+    stderr ends up in them.
     """
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:

@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli.batches import batches
 from pipeline.cli.check import check
-from pipeline.cli.console import open_missing_standard_files
+from pipeline.cli.console import open_missing_standard_streams
 from pipeline.cli.estimate import estimate
 from pipeline.cli.help import help_command
 from pipeline.cli.report import report
@@ -43,7 +43,7 @@ def main() -> None:
     pipeline run questions.jsonl -o answers.jsonl
     pipeline run questions.jsonl --simulate         without key, network and cost
     """
-    open_missing_standard_files()
+    open_missing_standard_streams()
 
 
 for _command in (run, check, estimate, verify, report, batches, simulate, help_command):

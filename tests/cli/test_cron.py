@@ -1,4 +1,4 @@
-"""What cron and systemd need: runs that overlap, a bare environment, logs that can be read, a switch that is told."""
+"""Unattended runs under cron and systemd: overlapping runs, a minimal environment, logs, the ping URL."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _questions(name: str, count: int = LINES) -> bytes:
 
 
 class Folder:
-    """A drop folder, and the ways to run something in it as cron would."""
+    """A drop folder, and ways to run commands in it as cron would."""
 
     def __init__(self, path: Path, server: Server) -> None:
         self.path = path
@@ -56,12 +56,12 @@ class Folder:
         self.configure("")
 
     def configure(self, more: str) -> None:
-        """Write the configuration: a ledger of its own, few requests in flight, and more."""
+        """Write the settings: a ledger in this folder, low concurrency, and `more`."""
         text = more if "sending:" in more else f"sending: {{concurrency: 4}}\n{more}"
         (self.path / "config.yaml").write_text(f"ledger: ledger.sqlite\n{text}")
 
     def start(self, *words: object, stderr: int | IO[bytes] = subprocess.PIPE) -> Process:
-        """Start a command in this folder and in a group of its own."""
+        """Start a command in this folder, in its own process group."""
         return subprocess.Popen(
             [str(word) for word in words],
             cwd=self.path,
@@ -73,23 +73,23 @@ class Folder:
         )
 
     def drop_folder(self) -> Process:
-        """Start the sample."""
+        """Start the sample script."""
         return self.start("/bin/sh", DROP_FOLDER, self.path)
 
     def run(self, *words: object, shell: str = "") -> tuple[int, bytes, bytes]:
-        """Run `pipeline` with the keys, and a piece of shell after it; return exit code, stdout, stderr."""
+        """Run `pipeline` with the keys and redirections (`shell`); return exit code, stdout, stderr."""
         command = f'. ./keys; umask 000; exec "$PIPELINE" {shlex.join(map(str, words))} {shell}'
         return _ended(self.start("/bin/sh", "-c", command))
 
-    def answered(self) -> dict[str, list[str]]:
-        """Return the ids that have an answer, file by file."""
+    def result_ids(self) -> dict[str, list[str]]:
+        """Return the ids in each results file."""
         return {
             path.name.removesuffix(".results.jsonl"): sorted(result["custom_id"] for result in _lines(path))
             for path in sorted(self.outbox.glob("*.results.jsonl"))
         }
 
-    def dropped(self) -> dict[str, list[str]]:
-        """Return the ids that were asked, file by file."""
+    def input_ids(self) -> dict[str, list[str]]:
+        """Return the ids in each input file."""
         return {path.stem: sorted(line["custom_id"] for line in _lines(path)) for path in sorted(self.inbox.iterdir())}
 
 
@@ -116,8 +116,8 @@ def folder(tmp_path: Path, server: Server) -> Folder:
 # ── the drop folder ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_each_new_file_is_answered_once(folder: Folder, server: Server) -> None:
-    """The drop folder run again and again, also while a file grows: each line is billed once, nothing is mailed."""
+def test_each_line_of_a_new_file_is_paid_for_once(folder: Folder, server: Server) -> None:
+    """Repeated runs of the drop folder, also while a file grows, pay for each line once; cron mails nothing."""
     growing = _questions("a", 15)
     steps: list[dict[str, bytes]] = [
         {},
@@ -126,23 +126,25 @@ def test_each_new_file_is_answered_once(folder: Folder, server: Server) -> None:
         {"a": growing, "c": _questions("c", 10)},
         {},
     ]
-    told = []
+    ended = []
     for step in steps:
         for name, content in step.items():
             (folder.inbox / f"{name}.jsonl").write_bytes(content)
-        told.append(_ended(folder.drop_folder()))
+        ended.append(_ended(folder.drop_folder()))
 
-    # While the last line of `a` is half there, it is an invalid one.
-    assert told == [(code, b"", b"") for code in (0, 1, 1, 0, 0)]
-    assert folder.answered() == folder.dropped()
+    # While only half of the last line of `a` is there, that line is invalid: exit 1.
+    assert ended == [(code, b"", b"") for code in (0, 1, 1, 0, 0)]
+    assert folder.result_ids() == folder.input_ids()
     assert (server.statistics()["answered"], server.statistics()["duplicates_paid"]) == (35, 0)
     assert (folder.path / "pipeline.log").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow
-def test_a_run_leaves_to_another_what_that_one_is_at(folder: Folder, server: Server) -> None:
-    """Run while the first file is held by a run that stands still: the others are answered, exit 75, no mail; the
-    held run then finds them done, exit 0. Every line was billed once."""
+def test_a_run_skips_files_that_another_run_holds(folder: Folder, server: Server) -> None:
+    """A run skips the file that a suspended run holds, does the others, and exits with 75; cron mails nothing.
+
+    The suspended run then finds them done and exits with 0. Every line was billed once.
+    """
     for name in ("a", "b", "c"):
         (folder.inbox / f"{name}.jsonl").write_bytes(_questions(name))
 
@@ -151,19 +153,19 @@ def test_a_run_leaves_to_another_what_that_one_is_at(folder: Folder, server: Ser
         os.sched_yield()
     os.killpg(first.pid, signal.SIGSTOP)
     second = _ended(folder.drop_folder())
-    between = folder.answered()
+    between = folder.result_ids()
     os.killpg(first.pid, signal.SIGCONT)
 
     assert second == (75, b"", b"")
-    assert (between["b"], between["c"]) == (folder.dropped()["b"], folder.dropped()["c"])
-    assert between["a"] != folder.dropped()["a"]
+    assert (between["b"], between["c"]) == (folder.input_ids()["b"], folder.input_ids()["c"])
+    assert between["a"] != folder.input_ids()["a"]
     assert _ended(first) == (0, b"", b"")
-    assert folder.answered() == folder.dropped()
+    assert folder.result_ids() == folder.input_ids()
     assert (server.statistics()["answered"], server.statistics()["duplicates_paid"]) == (3 * LINES, 0)
 
 
 def test_runs_at_the_same_moment_share_the_work(folder: Folder, server: Server) -> None:
-    """Three runs begun together: each ends with 0 or 75, one after them has nothing to do, each line is billed once."""
+    """Three runs started together exit with 0 or 75; a later one finds nothing to do. Each line is billed once."""
     for name in ("a", "b", "c", "d"):
         (folder.inbox / f"{name}.jsonl").write_bytes(_questions(name, 15))
 
@@ -173,12 +175,12 @@ def test_runs_at_the_same_moment_share_the_work(folder: Folder, server: Server) 
 
     assert codes <= {0, 75}
     assert last == (0, b"", b"")
-    assert folder.answered() == folder.dropped()
+    assert folder.result_ids() == folder.input_ids()
     assert (server.statistics()["answered"], server.statistics()["duplicates_paid"]) == (60, 0)
 
 
-def test_one_input_that_cannot_be_done_does_not_end_the_others(folder: Folder) -> None:
-    """With -d an output that cannot be used is told with its exit code; the other inputs are answered."""
+def test_a_failing_input_does_not_stop_the_others(folder: Folder) -> None:
+    """With -d an unusable output is an error with its own exit code; the other inputs are sent."""
     for name in ("a", "b"):
         (folder.inbox / f"{name}.jsonl").write_bytes(_questions(name, 3))
     (folder.outbox / "a.results.jsonl").mkdir(parents=True)
@@ -191,8 +193,8 @@ def test_one_input_that_cannot_be_done_does_not_end_the_others(folder: Folder) -
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 6, 75, 130, 143])
-def test_the_drop_folder_mails_what_somebody_must_act_on(code: int, folder: Folder) -> None:
-    """The sample prints, for cron to mail, the code and the end of the log where waiting would mend nothing."""
+def test_the_drop_folder_mails_only_what_needs_action(code: int, folder: Folder) -> None:
+    """If repeating the run would not help, the script prints the code and the end of the log, and cron mails them."""
     folder.command.write_text(f"#!/bin/sh\necho the reason >&2\nexit {code}\n")
 
     ended, stdout, stderr = _ended(folder.drop_folder())
@@ -202,7 +204,7 @@ def test_the_drop_folder_mails_what_somebody_must_act_on(code: int, folder: Fold
     assert stdout == (mailed if code in (2, 3, 4, 5, 6) else b"")
 
 
-# ── a bare environment ────────────────────────────────────────────────────────────────────────────────
+# ── a minimal environment ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -214,8 +216,8 @@ def test_the_drop_folder_mails_what_somebody_must_act_on(code: int, folder: Fold
         pytest.param("--log-format json 2>/dev/full", id="JSON log on a full disk"),
     ],
 )
-def test_a_run_needs_no_standard_files(shell: str, folder: Folder) -> None:
-    """Without HOME, terminal and umask, and with standard files closed or full: exit 0, whole results, all 0600."""
+def test_a_run_needs_no_standard_streams(shell: str, folder: Folder) -> None:
+    """Without HOME, terminal and umask, and with closed or full standard streams: complete results, mode 0600."""
     (folder.inbox / "a.jsonl").write_bytes(_questions("a"))
     before = set(folder.path.iterdir())
 
@@ -223,27 +225,27 @@ def test_a_run_needs_no_standard_files(shell: str, folder: Folder) -> None:
 
     written = set(folder.path.iterdir()) - before - {folder.outbox}
     assert code == 0
-    assert folder.answered() == folder.dropped()
+    assert folder.result_ids() == folder.input_ids()
     assert folder.outbox.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in (*written, *folder.outbox.iterdir())} == {0o600}
 
 
-def test_a_reader_of_the_log_who_leaves_does_not_end_the_run(folder: Folder) -> None:
-    """What reads the log through a pipe may die; the run goes on and its exit code is true."""
+def test_a_run_survives_the_reader_of_its_log(folder: Folder) -> None:
+    """If the process that reads the log through a pipe dies, the run continues and its exit code is right."""
     (folder.inbox / "a.jsonl").write_bytes(_questions("a", 5))
     reader, writer = os.pipe()
     os.close(reader)
     command = '. ./keys; exec "$PIPELINE" run inbox -d outbox'
 
-    with os.fdopen(writer, "wb") as gone:
-        code, *_ = _ended(folder.start("/bin/sh", "-c", command, stderr=gone))
+    with os.fdopen(writer, "wb") as log:
+        code, *_ = _ended(folder.start("/bin/sh", "-c", command, stderr=log))
 
     assert code == 0
-    assert folder.answered() == folder.dropped()
+    assert folder.result_ids() == folder.input_ids()
 
 
-def test_no_file_takes_the_place_of_a_closed_standard_file(folder: Folder) -> None:
-    """Closed standard files become /dev/null, so nothing that is printed can land in results."""
+def test_no_file_takes_the_number_of_a_closed_standard_stream(folder: Folder) -> None:
+    """Closed standard streams become /dev/null, so nothing that is printed can end up in results."""
     (folder.path / "spy.py").write_text(
         "import os, stat, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
@@ -267,8 +269,8 @@ HOSTILE = {"custom_id": "x\x1b[2J\u202e", "model": "m\x9b31m", "messages": [{"ro
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_nothing_in_a_log_acts(form: str, folder: Folder) -> None:
-    """Logs hold no control character but line ends, whatever ids, models and messages hold."""
+def test_logs_contain_no_control_characters(form: str, folder: Folder) -> None:
+    """Logs contain no control characters except line ends, whatever is in ids, models and messages."""
     (folder.inbox / "a.jsonl").write_bytes(_questions("a", 3) + orjson.dumps(HOSTILE))
 
     code, stdout, stderr = folder.run("run", "inbox", "-d", "outbox", "--log-format", form, "--progress", "log")
@@ -278,8 +280,8 @@ def test_nothing_in_a_log_acts(form: str, folder: Folder) -> None:
     assert stderr.isascii() or form == "text"
 
 
-def test_a_json_log_tells_the_numbers(folder: Folder) -> None:
-    """Every line of a JSON log has time, level, event and message; the summary holds what the totals file does."""
+def test_a_json_log_has_the_totals_as_fields(folder: Folder) -> None:
+    """Each line of a JSON log has time, level, event and message; the summary has all fields of the totals file."""
     (folder.inbox / "a.jsonl").write_bytes(_questions("a", 3) + b"{\n")
 
     _, _, stderr = folder.run("run", "inbox", "-d", "outbox", "--log-format", "json")
@@ -293,8 +295,8 @@ def test_a_json_log_tells_the_numbers(folder: Folder) -> None:
     assert totals.items() <= events[1].items()
 
 
-def test_errors_are_json_too(folder: Folder) -> None:
-    """What keeps a run from beginning is told in the log's form, with its exit code, also when quiet."""
+def test_errors_are_json_lines_too(folder: Folder) -> None:
+    """An error before the run starts is a JSON line with its exit code, also when quiet."""
     code, _, stderr = folder.run("run", "absent", "-d", "outbox", "--log-format", "json", "-q")
 
     error, hint = [orjson.loads(line) for line in stderr.splitlines()]
@@ -303,20 +305,20 @@ def test_errors_are_json_too(folder: Folder) -> None:
     assert (hint["event"], hint["level"]) == ("hint", "error")
 
 
-# ── the dead man's switch ─────────────────────────────────────────────────────────────────────────────
+# ── the ping URL ─────────────────────────────────────────────────────────────────────────────
 
 Mood = Literal["fine", "failing", "redirecting", "closing", "silent"]
 
 
 @contextmanager
-def _switch(mood: Mood = "fine") -> Iterator[tuple[str, list[str]]]:
-    """Serve a dead man's switch; yields its address and the paths that it was asked for."""
-    asked: list[str] = []
+def _ping_server(mood: Mood = "fine") -> Iterator[tuple[str, list[str]]]:
+    """Serve a dead man's switch; yield its URL and the list of requested paths."""
+    requested: list[str] = []
     is_over = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requested.append(self.path)
             if mood == "silent":
                 is_over.wait(50)
             if mood in ("silent", "closing"):
@@ -328,13 +330,13 @@ def _switch(mood: Mood = "fine") -> Iterator[tuple[str, list[str]]]:
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{http.server_address[1]}/check/", asked
+            yield f"http://127.0.0.1:{http.server_address[1]}/check/", requested
         finally:
             is_over.set()
             http.shutdown()
@@ -356,34 +358,34 @@ def _prepare_a_directory_as_output(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "words", "asked"),
+    ("prepare", "words", "requested"),
     [
         pytest.param(_prepare_two, ["inbox"], ["/check/start", "/check"], id="exit 0, two inputs"),
         pytest.param(lambda folder: None, ["inbox"], ["/check/start", "/check"], id="exit 0, no inputs"),
         pytest.param(_prepare_a_bad_line, ["inbox"], ["/check/start", "/check/1"], id="exit 1"),
-        pytest.param(_prepare_two, ["absent"], ["/check/start", "/check/2"], id="exit 2 at the beginning"),
+        pytest.param(_prepare_two, ["absent"], ["/check/start", "/check/2"], id="exit 2 before any input"),
         pytest.param(_prepare_a_directory_as_output, ["inbox"], ["/check/start", "/check/2"], id="exit 2 of an input"),
         pytest.param(_prepare_two, ["inbox", "--simulate"], [], id="simulated"),
     ],
 )
-def test_the_switch_is_told_the_beginning_and_the_end(
-    prepare: Callable[[Folder], None], words: list[str], asked: list[str], folder: Folder
+def test_a_command_pings_at_start_and_end(
+    prepare: Callable[[Folder], None], words: list[str], requested: list[str], folder: Folder
 ) -> None:
-    """One pair of pings for a command: /start, then the address itself after exit 0, else with the exit code."""
+    """A command pings URL/start, and at the end the URL itself after exit 0, otherwise URL/CODE."""
     prepare(folder)
 
-    with _switch() as (url, pinged):
+    with _ping_server() as (url, pinged):
         folder.configure(f"ping_url: {url}")
         folder.run("run", *words, "-d", "outbox")
 
-    assert pinged == asked
+    assert pinged == requested
 
 
-def test_the_switch_is_told_of_a_run_that_was_stopped(folder: Folder, server: Server) -> None:
-    """SIGTERM ends the run first; then the switch is told its exit code."""
+def test_a_stopped_run_pings_its_exit_code(folder: Folder, server: Server) -> None:
+    """SIGTERM first ends the run; then the exit code is pinged."""
     (folder.inbox / "a.jsonl").write_bytes(_questions("a"))
 
-    with _switch() as (url, pinged):
+    with _ping_server() as (url, pinged):
         folder.configure(f"ping_url: {url}")
         process = folder.start("/bin/sh", "-c", '. ./keys; exec "$PIPELINE" run inbox -d outbox')
         while not server.statistics()["received"]:
@@ -398,11 +400,11 @@ def test_the_switch_is_told_of_a_run_that_was_stopped(folder: Folder, server: Se
 @pytest.mark.parametrize(
     "mood", ["failing", "redirecting", "closing", pytest.param("silent", marks=pytest.mark.slow), "absent"]
 )
-def test_a_broken_switch_harms_nothing(mood: Any, folder: Folder) -> None:
-    """Whatever the switch does, the run ends as without it; that it was not reached is told, its address is not."""
+def test_a_failing_ping_does_no_harm(mood: Any, folder: Folder) -> None:
+    """Whatever happens to pings, the run is the same; warnings say that they failed and keep the URL secret."""
     (folder.inbox / "a.jsonl").write_bytes(_questions("a", 3))
 
-    with _switch("fine" if mood == "absent" else mood) as (url, pinged):
+    with _ping_server("fine" if mood == "absent" else mood) as (url, pinged):
         if mood == "absent":
             url = "http://127.0.0.1:1/check"
         folder.configure(f"ping_url: {url}\nsending: {{timeout: 2.0}}")
@@ -410,7 +412,7 @@ def test_a_broken_switch_harms_nothing(mood: Any, folder: Folder) -> None:
         quiet = folder.run("run", "inbox", "-d", "outbox", "-q")
 
     assert (code, stdout) == (0, b"")
-    assert folder.answered() == folder.dropped()
+    assert folder.result_ids() == folder.input_ids()
     assert stderr.count(b"! ping failed (ping_url)") == 2
     assert b"/check" not in stderr
     assert "/elsewhere" not in pinged
@@ -421,14 +423,14 @@ def test_a_broken_switch_harms_nothing(mood: Any, folder: Folder) -> None:
 
 
 def _commands(text: str) -> list[list[str]]:
-    """Return the words of every `pipeline` command in a text, without those of the shell."""
+    """Return the words of each `pipeline` command in a text, without redirections."""
     found = re.findall(r"(?:^|[ /=])pipeline ((?:run|report) [^;&|\n]*)", text, flags=re.MULTILINE)
     return [[word for word in shlex.split(each) if not word.startswith("2>>")] for each in found]
 
 
 @pytest.mark.parametrize(("name", "count"), [("crontab", 5), ("pipeline.service", 1)])
-def test_samples_hold_commands_that_exist(name: str, count: int) -> None:
-    """Every command of the samples has options that the program knows."""
+def test_commands_in_samples_are_valid(name: str, count: int) -> None:
+    """The program accepts the options of every command in the samples."""
     commands = _commands((SAMPLES / name).read_text())
 
     for command, *words in commands:
@@ -436,8 +438,8 @@ def test_samples_hold_commands_that_exist(name: str, count: int) -> None:
     assert len(commands) == count
 
 
-def test_the_crontab_is_one_that_cron_reads() -> None:
-    """Every line is a comment, a variable, or five fields and a command without a bare %, which cron would cut off."""
+def test_cron_can_read_the_crontab() -> None:
+    """Each line is a comment, a variable, or five fields and a command; none has a bare %, where cron would cut it."""
     lines = [line for line in (SAMPLES / "crontab").read_text().splitlines() if line and not line.startswith("#")]
 
     jobs = [line for line in lines if not re.match(r"[A-Z]+=", line)]
@@ -446,7 +448,7 @@ def test_the_crontab_is_one_that_cron_reads() -> None:
 
 
 def test_the_drop_folder_is_plain_sh() -> None:
-    """The sample script is one that sh can read, and may be executed."""
+    """The sample script is valid for sh, and executable."""
     done = subprocess.run(["/bin/sh", "-n", DROP_FOLDER], capture_output=True, check=False)
 
     assert (done.returncode, done.stderr) == (0, b"")

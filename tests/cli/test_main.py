@@ -1,4 +1,4 @@
-"""The command as a process: exit codes, what goes where, and what a user is told."""
+"""The command as a process: exit codes, messages, and what goes to stdout, stderr and files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _environment(**more: str) -> dict[str, str]:
 def _call(
     words: Sequence[object], cwd: Path, environ: Mapping[str, str] | None = None, stdin: bytes = b""
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a command in a bare environment, as cron does."""
+    """Run a command with a minimal environment, as cron does."""
     return subprocess.run(
         [*COMMAND, *map(str, words)],
         cwd=cwd,
@@ -62,7 +62,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_sample_runs_without_key_and_network(tmp_path: Path) -> None:
-    """The README's first command: every dialect and both providers in one file, all answered, exit 0."""
+    """The README's first command: one file with every line format and both providers; all lines succeed, exit 0."""
     done = _call(["run", SAMPLE, "-o", "answers.jsonl", "--simulate"], tmp_path)
 
     results = _lines(tmp_path / "answers.jsonl")
@@ -74,8 +74,8 @@ def test_the_sample_runs_without_key_and_network(tmp_path: Path) -> None:
     assert done.stdout == b""
 
 
-def test_bad_lines_are_told_with_file_and_line(tmp_path: Path) -> None:
-    """The README's second sample: good lines answered, bad ones told by file:line, exit 1."""
+def test_invalid_lines_are_reported_with_file_and_line(tmp_path: Path) -> None:
+    """The README's second sample: valid lines succeed, invalid ones are reported by file:line, exit 1."""
     done = _call(["run", BAD_SAMPLE, "-o", "answers.jsonl", "--simulate"], tmp_path)
 
     results = _lines(tmp_path / "answers.jsonl")
@@ -85,8 +85,8 @@ def test_bad_lines_are_told_with_file_and_line(tmp_path: Path) -> None:
     assert f"{BAD_SAMPLE}:2: not valid JSON".encode() in done.stderr
 
 
-def test_the_summary_goes_to_stdout_and_nothing_else(tmp_path: Path) -> None:
-    """`--json -q`: one JSON object on stdout, silence on stderr; it equals the totals file."""
+def test_only_the_json_summary_goes_to_stdout(tmp_path: Path) -> None:
+    """`--json -q` prints one JSON object on stdout, equal to the totals file, and nothing on stderr."""
     done = _call(["run", SAMPLE, "-o", "answers.jsonl", "--simulate", "--json", "-q", "--tag", "team=search"], tmp_path)
 
     summary = orjson.loads(done.stdout)
@@ -96,7 +96,7 @@ def test_the_summary_goes_to_stdout_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
-    """The same command after completion: exit 0, nothing sent, and it says so."""
+    """After completion the same command sends nothing, says so, and exits with 0."""
     command = ["run", SAMPLE, "-o", "answers.jsonl", "--simulate"]
     _call(command, tmp_path)
 
@@ -125,7 +125,7 @@ def test_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
 def test_usage_errors_are_one_message_and_exit_2(
     words: list[str], environ: Mapping[str, str], message: str, tmp_path: Path
 ) -> None:
-    """Wrong usage or configuration: exit 2, the thing is named, nothing is sent or written."""
+    """Wrong usage or settings: exit 2, the message names the cause, and nothing is sent or written."""
     (tmp_path / "in.jsonl").write_bytes(b'{"model":"gpt-6-luna","messages":[{"role":"user","content":"hi"}]}\n')
     (tmp_path / "bad.yaml").write_text("sending:\n  concurency: 5\n")
 
@@ -138,7 +138,7 @@ def test_usage_errors_are_one_message_and_exit_2(
 
 
 def test_check_validates_and_sends_nothing(tmp_path: Path) -> None:
-    """`check` prints file:line: reason of each bad line on stdout; exit 1, or 0 when all are valid."""
+    """`check` prints `file:line: reason` for each invalid line on stdout; exit 1, or 0 when all are valid."""
     bad = _call(["check", BAD_SAMPLE], tmp_path)
     good = _call(["check", SAMPLE], tmp_path)
 
@@ -147,8 +147,8 @@ def test_check_validates_and_sends_nothing(tmp_path: Path) -> None:
     assert (good.returncode, good.stdout) == (0, b"")
 
 
-def test_an_estimate_is_told_and_nothing_is_sent(server: Server, tmp_path: Path) -> None:
-    """`estimate` prints a table, or one JSON object, on stdout, without a key and without a call; bad lines: exit 1."""
+def test_an_estimate_is_printed_and_nothing_is_sent(server: Server, tmp_path: Path) -> None:
+    """`estimate` prints a table or JSON on stdout and needs no key; it makes no call. Invalid lines: exit 1."""
     table = _call(["estimate", SAMPLE], tmp_path, _pointing_at(server) | {"PIPELINE_LEDGER": "absent.sqlite"})
     as_json = _call(["estimate", SAMPLE, "--json", "--max-tokens", 500, "--rpm", 8], tmp_path)
     bad = _call(["estimate", BAD_SAMPLE], tmp_path)
@@ -184,7 +184,7 @@ def test_check_and_estimate_report_a_retired_model(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_paid_for_once(tmp_path: Path) -> None:
-    """`--sample N` sends N lines into the results of the run: that sends the rest, and minutes come from its limits."""
+    """`--sample N` sends N lines, and a later run sends only the rest; the reported rate limits give the minutes."""
     body = b'{"custom_id":"q-%d","model":"gpt-6-luna","max_tokens":300,"messages":[{"role":"user","content":"%d"}]}\n'
     (tmp_path / "in.jsonl").write_bytes(b"".join(body % (n, n) for n in range(35)))
     with serving(Options(rpm=60)) as server:
@@ -215,8 +215,8 @@ def test_a_sample_is_paid_for_once(tmp_path: Path) -> None:
         pytest.param(["absent.jsonl"], "'absent.jsonl' does not exist", id="no input"),
     ],
 )
-def test_an_estimate_that_cannot_be_made_is_a_usage_error(words: list[str], message: str, tmp_path: Path) -> None:
-    """What a sample needs is said before anything is sent: exit 2."""
+def test_an_impossible_estimate_is_a_usage_error(words: list[str], message: str, tmp_path: Path) -> None:
+    """If a sample cannot be sent, the command says why before it sends anything: exit 2."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_bytes(
             b'{"model":"gpt-6-luna","messages":[{"role":"user","content":"hi"}]}\n'
@@ -229,8 +229,8 @@ def test_an_estimate_that_cannot_be_made_is_a_usage_error(words: list[str], mess
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 
-def test_a_sample_that_was_stopped_makes_no_estimate(server: Server, tmp_path: Path) -> None:
-    """A provider that takes none of the sample ends the command with the exit code of the run, and no numbers."""
+def test_a_stopped_sample_gives_no_estimate(server: Server, tmp_path: Path) -> None:
+    """If the provider stops the sample, the command prints no estimate and exits with the code of the run."""
     environ = _pointing_at(server) | {"OPENAI_BASE_URL": f"{server.url}/nowhere"}
     (tmp_path / "in.jsonl").write_bytes(b'{"model":"gpt-6-luna","messages":[{"role":"user","content":"hi"}]}\n')
 
@@ -241,7 +241,7 @@ def test_a_sample_that_was_stopped_makes_no_estimate(server: Server, tmp_path: P
 
 
 def test_stdin_is_an_input(tmp_path: Path) -> None:
-    """`-` reads stdin, plain or compressed, and wants to be told where results go."""
+    """`-` reads stdin and requires `-o`."""
     done = _call(["run", "-", "-o", "o.jsonl", "--simulate"], tmp_path, stdin=SAMPLE.read_bytes())
     nowhere = _call(["run", "-", "--simulate"], tmp_path, stdin=b"")
 
@@ -251,7 +251,7 @@ def test_stdin_is_an_input(tmp_path: Path) -> None:
 
 
 def test_a_directory_gets_one_results_file_per_input(tmp_path: Path) -> None:
-    """`-d`: each input its own results; repeated, nothing is sent."""
+    """`-d` writes one results file per input; the repeated command sends nothing."""
     inbox = tmp_path / "inbox"
     inbox.mkdir()
     for name in ("a", "b"):
@@ -270,8 +270,8 @@ def test_a_directory_gets_one_results_file_per_input(tmp_path: Path) -> None:
     assert [orjson.loads(line)["attempts"]["total"] for line in again.stdout.splitlines()] == [0, 0]
 
 
-def test_results_may_lie_in_the_directory_of_the_inputs(tmp_path: Path) -> None:
-    """`run data -o data/answers.jsonl` can be repeated and verified: answers are not taken for questions."""
+def test_results_may_be_in_the_directory_of_the_inputs(tmp_path: Path) -> None:
+    """`run data -o data/answers.jsonl` can be repeated and verified: the results are not read as input."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "q.jsonl").write_bytes(SAMPLE.read_bytes())
     command = ["run", "data", "-o", "data/answers.jsonl", "--simulate"]
@@ -286,8 +286,8 @@ def test_results_may_lie_in_the_directory_of_the_inputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["openai-batch", "anthropic-batch"])
-def test_results_can_be_in_a_providers_batch_dialect(form: str, tmp_path: Path) -> None:
-    """Both batch dialects hold every line, and a repeated command knows them again."""
+def test_results_can_be_in_a_providers_batch_format(form: str, tmp_path: Path) -> None:
+    """In both batch formats every line has a result, and a repeated command recognizes them."""
     command = ["run", SAMPLE, "-o", "o.jsonl", "--simulate", "--format", form]
     first = _call(command, tmp_path)
     again = _call([*command, "--json"], tmp_path)
@@ -298,8 +298,8 @@ def test_results_can_be_in_a_providers_batch_dialect(form: str, tmp_path: Path) 
     assert orjson.loads(again.stdout)["requests"]["reused"] == len(SAMPLE.read_bytes().splitlines())
 
 
-def test_the_key_is_nowhere(server: Server, tmp_path: Path) -> None:
-    """Keys appear in no output, file or message, also when the provider refuses them."""
+def test_keys_are_never_printed_or_written(server: Server, tmp_path: Path) -> None:
+    """Keys appear in no output and no file."""
     done = _call(["run", SAMPLE, "-o", "o.jsonl", "--json", "--echo-request"], tmp_path, _pointing_at(server))
 
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
@@ -308,7 +308,7 @@ def test_the_key_is_nowhere(server: Server, tmp_path: Path) -> None:
 
 
 def test_files_are_readable_by_the_owner_only(tmp_path: Path) -> None:
-    """Results and totals hold conversations: 0600 whatever the umask."""
+    """Results and totals contain conversations: their mode is 0600 whatever the umask."""
     before = os.umask(0)
     try:
         _call(["run", SAMPLE, "-o", "o.jsonl", "--simulate"], tmp_path)
@@ -319,8 +319,8 @@ def test_files_are_readable_by_the_owner_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_terminated_runs_can_be_repeated(server: Server, tmp_path: Path) -> None:
-    """SIGTERM in the middle: exit 143 and the command to go on; repeated, nothing done is sent again."""
+def test_terminated_runs_can_be_continued(server: Server, tmp_path: Path) -> None:
+    """SIGTERM during a run: exit 143 and the command to continue; repeated, it sends only the rest."""
     body = b'{"custom_id":"q-%d","model":"gpt-6-luna","messages":[{"role":"user","content":"%d"}]}\n'
     (tmp_path / "in.jsonl").write_bytes(b"".join(body % (n, n) for n in range(400)))
     words = [*COMMAND, "run", "in.jsonl", "-o", "o.jsonl", "--concurrency", "4"]
@@ -330,19 +330,19 @@ def test_terminated_runs_can_be_repeated(server: Server, tmp_path: Path) -> None
         while server.statistics()["answered"] < 40:
             os.sched_yield()
         process.send_signal(signal.SIGTERM)
-        told = process.communicate(timeout=30)[1]
+        stderr = process.communicate(timeout=30)[1]
     interrupted = server.statistics()["answered"]
     again = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, timeout=50, check=False)
 
     assert process.returncode == 143
-    assert b"to continue: pipeline run in.jsonl" in told
+    assert b"to continue: pipeline run in.jsonl" in stderr
     assert again.returncode == 0, again.stderr
     assert interrupted < 400
     assert (server.statistics()["answered"], server.statistics()["duplicates_paid"]) == (400, 0)
 
 
-def test_hostile_text_cannot_act_on_the_terminal(tmp_path: Path) -> None:
-    """Control characters and markup in ids, models and messages reach the terminal as visible text."""
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    """Control characters and markup in ids, models and messages are printed as visible text."""
     line = {"custom_id": "x", "model": "m\x1b]0;owned\x07[red]", "messages": [{"role": "\x1b[2Jrobot", "content": "x"}]}
     (tmp_path / "in.jsonl").write_bytes(orjson.dumps(line) + b"\n")
 
@@ -353,19 +353,8 @@ def test_hostile_text_cannot_act_on_the_terminal(tmp_path: Path) -> None:
     assert b"\x07" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["run", "--help"], ["check", "--help"], ["estimate", "--help"], ["simulate", "--help"]]
-)
-def test_help_shows_an_example(words: list[str], tmp_path: Path) -> None:
-    """`--help` of each command shows how it is used."""
-    done = _call(words, tmp_path)
-
-    assert done.returncode == 0
-    assert b"pipeline " + (words[0].encode() if len(words) > 1 else b"run") in done.stdout
-
-
 def test_few_open_files_mean_fewer_connections(tmp_path: Path) -> None:
-    """Where not enough files may be open, the concurrency is lowered and it is said; nothing fails."""
+    """With a low limit of open files, the run lowers the concurrency, says so, and succeeds."""
     command = ["run", str(SAMPLE), "-o", "o.jsonl", "--simulate", "--concurrency", "500"]
     words = shlex.join([*COMMAND, *command])
 
@@ -382,8 +371,8 @@ def test_few_open_files_mean_fewer_connections(tmp_path: Path) -> None:
     assert b"16 requests in flight instead of 500" in done.stderr
 
 
-def test_a_cap_is_for_all_inputs_of_a_command(server: Server, tmp_path: Path) -> None:
-    """With -d the inputs share what --max-cost allows; exit 4, and what it allowed is spent, not once for each."""
+def test_a_cost_cap_covers_all_inputs_of_a_command(server: Server, tmp_path: Path) -> None:
+    """With -d the inputs share one --max-cost; the command spends at most that and exits with 4."""
     inbox = tmp_path / "inbox"
     inbox.mkdir()
     message = {"role": "user", "content": "hi"}
