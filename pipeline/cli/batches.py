@@ -142,6 +142,7 @@ def _cancel(options: CancelOptions) -> int:
         _show(process.run(lambda: manage.cancel(settings, chosen)), options)
         return 0
     forgotten = [manage.give_up(each) for each in chosen]
+    # Without an id a batch never reached its provider.
     requests = sum(each.record.requests for each in forgotten if each.record.batch_id)
     if requests:
         warning = f"the provider may still charge for what it did of {requests:,} requests"

@@ -171,7 +171,7 @@ def exit_now(code: int) -> NoReturn:
 
 
 class UnbufferedStderr:
-    """stderr for a run that must go on when the log's disk is full, or its reader or the terminal is gone.
+    """stderr for a run that must continue when the log's disk is full, or its reader or the terminal is gone.
 
     Nothing is buffered: Python would try to write a buffer again when it exits, fail, and exit with 120.
     """

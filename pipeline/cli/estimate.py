@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class EstimateOptions(RequestOptions):
         """Return the settings of the file with those of the options in their place."""
         from pipeline.core import config_file
 
+        # The table shows live and batch prices in any case, and a sample must have its responses now.
         return config_file.load(self.config_path).override({**self.overrides(), "lane": "live"})
 
 
@@ -102,9 +104,10 @@ def _estimate(options: EstimateOptions) -> int:
     limits: Limits = {}
     if options.sample and results:
         summary, limits = _send_sample(options, settings, sources, results)
+        # Failed lines (1) or damage found in older results (6) still leave responses to learn from.
         if summary.exit_code not in (0, 1, 6):
             return summary.exit_code
-    with outputs.local_results(results) as path:
+    with outputs.local_results(results) if results else nullcontext() as path:
         estimated = estimate.estimate(
             sources,
             settings,

@@ -56,6 +56,7 @@ def _costs(estimate: Estimate) -> Table:
     for row in estimate.rows:
         label = Text(escape(f"{row.provider}/{row.model}", 60))
         _add_rows(table, label, row.figures, row.pace.minutes if row.pace else None)
+    # The total of one row would repeat it.
     if len(estimate.rows) > 1:
         _add_rows(table, Text("total", style="bold"), estimate.total, estimate.minutes)
     return table
@@ -71,6 +72,7 @@ def _add_rows(table: Table, label: Text, sums: Figures, minutes: float | None) -
         _dollars(sums.batch, sums.batch.expected),
         _UNKNOWN if minutes is None else f"{minutes:,.1f}",
     )
+    # A line without max_tokens may have a response of any length.
     at_most = ["no bound"]
     if sums.is_bounded:
         at_most = [

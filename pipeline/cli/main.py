@@ -24,6 +24,7 @@ class _Commands(click.Group):
     """The commands, in the order in which a new user needs them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        # click would sort them by name.
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -38,6 +38,7 @@ def output_targets(inputs: Sequence[str], output: str | None, directory: str | N
         if not object_store.is_url(directory):
             _make_directory(directory)
         return targets
+    # stdin has no name from which the name of the results could come.
     if len(sources) > 1 or sources == [STDIN]:
         raise UsageError("say where results go: -o FILE for one file, or -d DIR for one file per input")
     return _targets_in(_directory_of(sources[0]), sources)
@@ -49,6 +50,7 @@ def _targets_in(directory: str, sources: Sequence[str]) -> list[OutputTarget]:
     taken: set[str] = set()
     for source in sources:
         output = _output_in(directory, reader.stem(source))
+        # For example `a.jsonl` and `a.jsonl.gz`, or the same name in two directories.
         if output in taken:
             raise UsageError(
                 f"two inputs would write {output!r}: their names differ only in directory or suffix",
@@ -72,6 +74,7 @@ def _output_in(directory: str, stem: str) -> str:
 
 
 def _make_directory(directory: str) -> None:
+    # Results contain conversations: only their owner may list and read them.
     try:
         Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as exc:
@@ -88,11 +91,8 @@ def results_path(output: str | None) -> str | Path | None:
 
 
 @contextmanager
-def local_results(results: str | None) -> Iterator[Path | None]:
+def local_results(results: str) -> Iterator[Path]:
     """Yield results as a file; those in an object store are copied into a temporary one."""
-    if not results:
-        yield None
-        return
     if not object_store.is_url(results):
         yield Path(results)
         return

@@ -1,4 +1,4 @@
-"""The progress of a run while it goes on: a bar on a terminal, elsewhere a line per minute."""
+"""The progress of a run: a bar on a terminal, elsewhere a line per minute."""
 
 from __future__ import annotations
 

@@ -91,6 +91,7 @@ def _report(options: ReportOptions) -> int:
     from pipeline.accounting import report
     from pipeline.core import clock, config_file, environment
 
+    # A ledger that is named needs no settings, so a mistake in them does not matter.
     if options.ledger_file:
         ledger = Path(options.ledger_file)
     else:
@@ -112,6 +113,7 @@ def _report(options: ReportOptions) -> int:
         costs,
         options.form,
         width=shutil.get_terminal_size((120, 24)).columns,
+        # A file keeps no colours, even if the command runs on a terminal.
         is_colored=sys.stdout.isatty() and not options.output,
     )
     if options.output:

@@ -95,6 +95,7 @@ class RunOptions(RequestOptions):
             "budget": {"per_run": self.max_cost},
             "batches": {"deadline": self.deadline},
         }
+        # Tags are added to those of the file; anything else replaces what the file says.
         if self.tags:
             changes["tags"] = {**loaded.tags, **dict(self.tags)}
         return loaded.override(changes)
@@ -252,8 +253,9 @@ def _run(options: RunOptions, stderr: Console) -> int:
     def work() -> int:
         return _run_all(options, settings, stderr)
 
-    # A simulated run is no sign of life of the job that the ping URL watches.
+    # A simulated run must not look like a sign of life of the real job that the ping URL watches.
     code = work() if options.simulate else _with_pings(work, settings, stderr)
+    # A thread that waits for a pipe cannot be stopped, and Python would wait for it.
     if any(_may_block(name) for name in options.inputs):
         console.exit_now(code)
     return code
@@ -271,6 +273,7 @@ def _run_all(options: RunOptions, settings: Config, stderr: Console) -> int:
 
     targets = outputs.output_targets(options.inputs, options.output, options.directory)
     if not targets:
+        # A drop folder (-d) may be empty; that is no error.
         stderr.emit("message", "nothing to do: there are no inputs")
     runs = _Runs(options, settings, stderr)
     with _run_batch(options.ray) as run_batch:
@@ -353,6 +356,7 @@ def _with_rest_of_cap(settings: Config, summaries: Sequence[Summary]) -> Config:
     if cap is None:
         return settings
     used_nano_dollars = sum(summary.cap_used for summary in summaries)
+    # Money is counted in whole nano-dollars.
     left = cap - Decimal(used_nano_dollars).scaleb(-9)
     return settings.override({"budget": {"per_run": max(Decimal(0), left)}})
 
@@ -370,7 +374,7 @@ def _resume_command(summary: Summary) -> str | None:
 
 
 def _with_pings(work: Callable[[], int], settings: Config, stderr: Console) -> int:
-    """Do the work; tell a dead man's switch, if there is one, that it starts and with which exit code it ends."""
+    """Do the work; with a `ping_url`, send a ping when it starts, and one with the exit code when it ends."""
     if settings.ping_url is None:
         return work()
     url = settings.ping_url.rstrip("/")

@@ -123,6 +123,7 @@ def _simulate(options: SimulateOptions) -> int:
         )
     except ValueError as exc:
         raise UsageError(str(exc)) from exc
+    # It accepts any key, so only this machine may reach it.
     try:
         simulator.serve_forever(simulator_options, "127.0.0.1", options.port, announce)
     except OSError as exc:

@@ -21,6 +21,7 @@ def show_summary(console: Console, summary: Summary, resume_command: str | None)
     """Print failures, warnings, a table of models, the outcome, and how to continue where that is possible."""
     for line in summary.failures:
         console.emit("failure", escape(line, 300))
+    # The summary keeps only the first few failures.
     hidden = summary.run.failed + summary.run.invalid - len(summary.failures)
     if hidden > 0:
         text = f'… and {hidden:,} more; they are in the results with "success":false'

@@ -55,7 +55,6 @@ def _verify(options: VerifyOptions) -> int:
 
     settings = config_file.load(options.config_path)
     with outputs.local_results(options.results) as path:
-        assert path is not None
         report = verify.verify(
             path,
             options.inputs,
