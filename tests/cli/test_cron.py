@@ -83,14 +83,11 @@ class Folder:
 
     def result_ids(self) -> dict[str, list[str]]:
         """Return the ids in each results file."""
-        return {
-            path.name.removesuffix(".results.jsonl"): sorted(result["custom_id"] for result in _lines(path))
-            for path in sorted(self.outbox.glob("*.results.jsonl"))
-        }
+        return {path.name.removesuffix(".results.jsonl"): _ids(path) for path in self.outbox.glob("*.results.jsonl")}
 
     def input_ids(self) -> dict[str, list[str]]:
         """Return the ids in each input file."""
-        return {path.stem: sorted(line["custom_id"] for line in _lines(path)) for path in sorted(self.inbox.iterdir())}
+        return {path.stem: _ids(path) for path in self.inbox.iterdir()}
 
 
 def _ended(process: Process) -> tuple[int, bytes, bytes]:
@@ -100,6 +97,10 @@ def _ended(process: Process) -> tuple[int, bytes, bytes]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def _ids(path: Path) -> list[str]:
+    return sorted(line["custom_id"] for line in _lines(path))
 
 
 @pytest.fixture
@@ -425,7 +426,10 @@ def test_a_failing_ping_does_no_harm(mood: Any, folder: Folder) -> None:
 def _commands(text: str) -> list[list[str]]:
     """Return the words of each `pipeline` command in a text, without redirections."""
     found = re.findall(r"(?:^|[ /=])pipeline ((?:run|report) [^;&|\n]*)", text, flags=re.MULTILINE)
-    return [[word for word in shlex.split(each) if not word.startswith("2>>")] for each in found]
+    commands = []
+    for each in found:
+        commands.append([word for word in shlex.split(each) if not word.startswith("2>>")])
+    return commands
 
 
 @pytest.mark.parametrize(("name", "count"), [("crontab", 5), ("pipeline.service", 1)])
