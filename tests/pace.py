@@ -150,16 +150,17 @@ class Run:
     def worst_case(self, request: Request) -> int:
         return 0
 
-    async def sending(self, request: Request, attempt: int, at: str) -> None:
+    async def log_attempt(self, request: Request, attempt: int, at: str) -> None:
         pass
 
-    def unbilled(self, request: Request, attempt: int) -> None:
+    def log_not_billed(self, request: Request, attempt: int) -> None:
         pass
 
-    async def append(self, result: Result) -> None:
-        assert result.success, result.failure
-        self.answers.append(anyio.current_time() - self.start)
-        self.answered_lines.append(result.line)
+    async def append(self, *results: Result) -> None:
+        for result in results:
+            assert result.success, result.failure
+            self.answers.append(anyio.current_time() - self.start)
+            self.answered_lines.append(result.line)
 
 
 def measure(run: Run, allowed: float, *, since: float = 0.0) -> Pace:

@@ -139,11 +139,11 @@ class World:
     def worst_case(self, request: Request) -> int:
         return self.worst
 
-    async def sending(self, request: Request, attempt: int, at: str) -> None:
+    async def log_attempt(self, request: Request, attempt: int, at: str) -> None:
         self.attempts.append((request.custom_id, attempt))
 
-    def unbilled(self, request: Request, attempt: int) -> None:
+    def log_not_billed(self, request: Request, attempt: int) -> None:
         self.attempts.remove((request.custom_id, attempt))
 
-    async def append(self, result: Result) -> None:
-        self.results.append(result)
+    async def append(self, *results: Result) -> None:
+        self.results.extend(results)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
+
+from pipeline.core.errors import ProviderError
 
 
 class Protocol(StrEnum):
@@ -132,9 +134,33 @@ class Attempt:
     usage: Usage | None = None
     cost_nano: int | None = None
 
+    @classmethod
+    def of_error(
+        cls,
+        error: ProviderError,
+        *,
+        at: str,
+        latency_s: float,
+        usage: Usage | None = None,
+        cost_nano: int | None = None,
+    ) -> Self:
+        """Return the attempt that ended with an error."""
+        return cls(
+            at=at,
+            type=error.type,
+            message=error.message,
+            latency_s=latency_s,
+            status=error.status,
+            code=error.code,
+            request_id=error.request_id,
+            may_be_billed=error.may_be_billed,
+            usage=usage,
+            cost_nano=cost_nano,
+        )
+
     @property
     def is_unknown(self) -> bool:
-        """Tell whether it may be billed and nobody knows for how much."""
+        """Return True if the call may be billed and its cost is unknown."""
         return self.may_be_billed and self.usage is None
 
 
@@ -153,6 +179,19 @@ class Failure:
     code: str | None = None
     request_id: str | None = None
     attempts: Sequence[Attempt] = ()
+
+    @classmethod
+    def of_attempts(cls, attempts: Sequence[Attempt]) -> Self:
+        """Return the failure of a request whose last attempt was the final one."""
+        last = attempts[-1]
+        return cls(
+            type=last.type,
+            message=last.message,
+            status=last.status,
+            code=last.code,
+            request_id=last.request_id,
+            attempts=tuple(attempts),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +217,54 @@ class Result:
     batch_id: str | None = None
     cost: Cost = field(default_factory=Cost)
     metadata: Any = None
+
+    @classmethod
+    def of_request(
+        cls,
+        request: Request,
+        *,
+        completed_at: str,
+        failed_attempts: Sequence[Attempt],
+        reply: Completion | None = None,
+        failure: Failure | None = None,
+        latency_s: float | None = None,
+        cost: Cost | None = None,
+        lane: str = "live",
+        batch_id: str | None = None,
+    ) -> Self:
+        """Return the result of a request: its reply, or its failure after the last attempt."""
+        return cls(
+            custom_id=request.custom_id,
+            line=request.line,
+            source=request.source,
+            digest=request.digest,
+            attempts=len(failed_attempts) + (reply is not None),
+            completed_at=completed_at,
+            request=request,
+            reply=reply,
+            failure=failure,
+            failed_attempts=tuple(failed_attempts),
+            latency_s=latency_s,
+            lane=lane,
+            batch_id=batch_id,
+            cost=cost or Cost(),
+            metadata=request.metadata,
+        )
+
+    @classmethod
+    def of_invalid_line(
+        cls, *, custom_id: str, digest: str, source: str, line: int, failure: Failure, completed_at: str
+    ) -> Self:
+        """Return the result of a line that could not become a request, so no call was made for it."""
+        return cls(
+            custom_id=custom_id,
+            line=line,
+            source=source,
+            digest=digest,
+            attempts=0,
+            completed_at=completed_at,
+            failure=failure,
+        )
 
     @property
     def success(self) -> bool:

@@ -250,12 +250,11 @@ def _digest(content: bytes) -> str:
 
 def invalid_result(item: Invalid, clock: Clock) -> Result:
     """Make the result of a line that cannot become a request."""
-    return Result(
+    return Result.of_invalid_line(
         custom_id=item.custom_id,
-        line=item.line.number,
-        source=item.line.source,
         digest=item.digest,
-        attempts=0,
-        completed_at=clock.utc(),
+        source=item.line.source,
+        line=item.line.number,
         failure=item.failure,
+        completed_at=clock.utc(),
     )

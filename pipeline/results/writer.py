@@ -227,9 +227,9 @@ class ResultWriter:
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def append(self, *wanted: Result) -> None:
+    async def append(self, *results: Result) -> None:
         """Take results for writing; returns when they are on the disk."""
-        for result in wanted:
+        for result in results:
             line = codec.encode(
                 result,
                 self._form,
@@ -238,8 +238,8 @@ class ResultWriter:
                 is_simulated=self._is_simulated,
             )
             self._lines.append(line)
-        self._results += wanted
-        await self._wait_written(len(wanted))
+        self._results += results
+        await self._wait_written(len(results))
 
     async def append_lines(self, lines: Sequence[bytes]) -> None:
         """Take finished result lines; returns when they are on the disk. `on_done` does not hear of them."""
@@ -260,7 +260,7 @@ class ResultWriter:
         self._journal.adopt(calls)
         await self._wait_written(1)
 
-    async def sending(self, request: Request, attempt: int, at: str) -> None:
+    async def log_attempt(self, request: Request, attempt: int, at: str) -> None:
         """Note that a call is about to be made; returns when that is on the disk."""
         self._journal.sending(request, attempt, at)
         try:
@@ -269,7 +269,7 @@ class ResultWriter:
             self._journal.unbilled(request, attempt)  # cancelled before it was made
             raise
 
-    def unbilled(self, request: Request, attempt: int) -> None:
+    def log_not_billed(self, request: Request, attempt: int) -> None:
         """Note that a call came back and was not billed."""
         self._journal.unbilled(request, attempt)
 

@@ -95,12 +95,16 @@ class _Outgoing:
     """Gives results to whoever reads the stream; nothing outlives the process, so nothing is noted of calls."""
 
     def __init__(self, stream: MemoryObjectSendStream[Result]) -> None:
-        self.append = stream.send
+        self._stream = stream
 
-    async def sending(self, request: Request, attempt: int, at: str) -> None:
+    async def append(self, *results: Result) -> None:
+        for result in results:
+            await self._stream.send(result)
+
+    async def log_attempt(self, request: Request, attempt: int, at: str) -> None:
         pass
 
-    def unbilled(self, request: Request, attempt: int) -> None:
+    def log_not_billed(self, request: Request, attempt: int) -> None:
         pass
 
 

@@ -22,8 +22,9 @@ from pipeline.dispatch.batch.lifecycle import PollPolicy
 from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore
 from pipeline.dispatch.live.model_queue import ModelQueue
 from pipeline.dispatch.live.rate_limiter import RateLimiter
-from pipeline.dispatch.live.sender import ResultSink, Sender
+from pipeline.dispatch.live.sender import Sender
 from pipeline.dispatch.live.shared_limits import quota_name
+from pipeline.dispatch.results import ResultSink
 from pipeline.inputs.planner import Planner
 from pipeline.results.writer import ResultWriter
 from pipeline.runner.options import Ended, Options

@@ -86,7 +86,7 @@ async def make_calls(recorder: ResultWriter, *wanted: Result) -> None:
         tasks.start_soon(recorder.run)
         for result in wanted:
             assert result.request is not None
-            await recorder.sending(result.request, 1, "2026-11-22T02:40:07Z")
+            await recorder.log_attempt(result.request, 1, "2026-11-22T02:40:07Z")
         recorder.close()
 
 

@@ -197,8 +197,8 @@ SABOTEURS = (
     Saboteur(
         name="timeouts count as not billed",
         file="dispatch/live/sender.py",
-        old="        if not error.may_be_billed:\n            self._results.unbilled(",
-        new="        if True:\n            self._results.unbilled(",
+        old="        if not error.may_be_billed:\n            self._results.log_not_billed(",
+        new="        if True:\n            self._results.log_not_billed(",
         test="tests/torture/test_signals.py::test_timeouts_before_a_kill_are_listed",
     ),
     Saboteur(
@@ -274,8 +274,8 @@ SABOTEURS = (
     Saboteur(
         name="answers change places",
         file="results/writer.py",
-        old="        for result in wanted:\n            line = codec.encode(\n                result,",
-        new="        import dataclasses\n        for result in wanted:\n"
+        old="        for result in results:\n            line = codec.encode(\n                result,",
+        new="        import dataclasses\n        for result in results:\n"
         "            last, self._last = getattr(self, '_last', result), result\n"
         "            line = codec.encode(\n                dataclasses.replace(result, reply=last.reply),",
         test="tests/runner/test_local.py::test_every_line_is_answered_with_its_own_answer",

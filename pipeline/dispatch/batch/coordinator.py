@@ -35,6 +35,7 @@ from pipeline.dispatch.batch.outcome import ItemOutcome, OutcomeClassifier
 from pipeline.dispatch.batch.reservations import BatchReservations
 from pipeline.dispatch.batch.store import BatchItem, BatchItems, BatchRecord, BatchStore, Step
 from pipeline.dispatch.cancel import StopSignal
+from pipeline.dispatch.results import ResultSink
 from pipeline.providers.batch import Batch
 
 _GROUP = 256
@@ -42,14 +43,6 @@ _SHOWN = 3
 _ROOM_PAUSE = 30.0  # seconds; doubles while a provider's queue stays full
 _LONGEST_ROOM_PAUSE = 600.0
 _LONELY_REFUSALS = 3  # after which a chunk is held for too large, though the provider names no limit
-
-
-class ResultSink(Protocol):
-    """Where results are written down."""
-
-    async def append(self, *wanted: Result) -> None:
-        """Take results; returns when a crash cannot undo them."""
-        ...
 
 
 class Input(Protocol):

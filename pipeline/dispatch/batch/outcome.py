@@ -6,7 +6,6 @@ billed; only an answer that could not be used was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.accounting.pricing import BATCH, Pricing
@@ -78,14 +77,14 @@ class OutcomeClassifier:
 
     def refused(self, item: BatchItem, error: ProviderError) -> ItemOutcome:
         """Judge a request for which the provider refused a whole batch: it fails by what was said of it."""
-        attempt = self._attempt(error)
+        attempt = Attempt.of_error(error, at=self._clock.utc(), latency_s=0.0)
         return ItemOutcome(result=self._result(item, failed=attempt), attempt=attempt)
 
     def _failed(self, item: BatchItem, error: ProviderError, answer: HttpResponse) -> ItemOutcome:
         usage = self._codec.usage(answer) if answer.status == 200 else None
         error = error.replace(may_be_billed=answer.status == 200)
         cost = self._pricing.cost(item.request, item.request.model, usage) if usage else Cost()
-        attempt = replace(self._attempt(error), usage=usage, cost_nano=cost.nanos)
+        attempt = Attempt.of_error(error, at=self._clock.utc(), latency_s=0.0, usage=usage, cost_nano=cost.nanos)
         nanos = cost.nanos if error.may_be_billed else 0
         if error.scope in (ErrorScope.RUN, ErrorScope.MODEL):
             return ItemOutcome(error=error, attempt=attempt, nanos=nanos)
@@ -100,18 +99,6 @@ class OutcomeClassifier:
         again = replace(item, attempts=(*item.attempts, attempt), counted=counted)
         return ItemOutcome(again=again, attempt=attempt, nanos=nanos)
 
-    def _attempt(self, error: ProviderError) -> Attempt:
-        return Attempt(
-            at=self._clock.utc(),
-            type=error.type,
-            message=error.message,
-            latency_s=0.0,
-            status=error.status,
-            code=error.code,
-            request_id=error.request_id,
-            may_be_billed=error.may_be_billed,
-        )
-
     def _result(
         self,
         item: BatchItem,
@@ -120,31 +107,14 @@ class OutcomeClassifier:
         failed: Attempt | None = None,
         cost: Cost | None = None,
     ) -> Result:
-        request = item.request
-        attempts: Sequence[Attempt] = (*item.attempts, failed) if failed else item.attempts
-        failure = None
-        if failed:
-            failure = Failure(
-                type=failed.type,
-                message=failed.message,
-                status=failed.status,
-                code=failed.code,
-                request_id=failed.request_id,
-                attempts=tuple(attempts),
-            )
-        return Result(
-            custom_id=request.custom_id,
-            line=request.line,
-            source=request.source,
-            digest=request.digest,
-            attempts=len(attempts) + (reply is not None),
+        attempts = (*item.attempts, failed) if failed else tuple(item.attempts)
+        return Result.of_request(
+            item.request,
             completed_at=self._clock.utc(),
-            request=request,
+            failed_attempts=attempts,
             reply=reply,
-            failure=failure,
-            failed_attempts=tuple(attempts),
+            failure=Failure.of_attempts(attempts) if failed else None,
+            cost=cost,
             lane=BATCH,
             batch_id=self._record.batch_id,
-            cost=cost or Cost(),
-            metadata=request.metadata,
         )

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Protocol
 
 import anyio
 
@@ -37,6 +36,7 @@ from pipeline.dispatch.live import model_queue
 from pipeline.dispatch.live.model_queue import ModelQueue, QueuedRequest
 from pipeline.dispatch.live.rate_limiter import RateLimiter
 from pipeline.dispatch.live.token_bucket import Permit
+from pipeline.dispatch.results import ResultSink
 from pipeline.dispatch.retry import Policy, is_capacity, is_overload
 
 _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measured
@@ -54,22 +54,6 @@ class Statistics:
     unknown: int
     dropped: int
     queues: Sequence[model_queue.Statistics]
-
-
-class ResultSink(Protocol):
-    """Where calls and results are written down."""
-
-    async def sending(self, request: Request, attempt: int, at: str) -> None:
-        """Note that a call is about to be made; returns when that can be told after a crash."""
-        ...
-
-    def unbilled(self, request: Request, attempt: int) -> None:
-        """Note that the last call for a request came back and was not billed."""
-        ...
-
-    async def append(self, result: Result) -> None:
-        """Take a result; returns when a crash cannot undo it."""
-        ...
 
 
 class Sender:
@@ -266,7 +250,7 @@ class Sender:
         reply: Completion | None = None
         error: ProviderError | None = None
         usage: Usage | None = None
-        await self._results.sending(queued.request, len(queued.attempts) + 1, self._clock.utc())
+        await self._results.log_attempt(queued.request, len(queued.attempts) + 1, self._clock.utc())
         self._counts["attempts"] += 1
         sent_at = self._clock.now()
         try:
@@ -292,7 +276,10 @@ class Sender:
         if reply is not None:
             await self._succeeded(queue, queued, permit, reply, cost, latency)
         elif error is not None:
-            await self._failed(queue, queued, permit, error, _attempt(error, self._clock.utc(), latency, usage, cost))
+            attempt = Attempt.of_error(
+                error, at=self._clock.utc(), latency_s=latency, usage=usage, cost_nano=cost.nanos
+            )
+            await self._failed(queue, queued, permit, error, attempt)
         self._slots.release()
         self._offer(queue, wake=False)
 
@@ -361,7 +348,7 @@ class Sender:
     ) -> None:
         seconds = self._policy.wait_before_retry(error, len(queued.attempts), queued.counted)
         if seconds is None:
-            await self._finish(queued, latency, failure=_failure(error, queued.attempts))
+            await self._finish(queued, latency, failure=Failure.of_attempts(queued.attempts))
         elif self.is_draining or queue.ended:
             self._forget(queued)
         else:
@@ -392,7 +379,7 @@ class Sender:
     def _count_failure(self, queue: ModelQueue, queued: QueuedRequest, attempt: Attempt, error: ProviderError) -> None:
         queued.attempts.append(attempt)
         if not error.may_be_billed:
-            self._results.unbilled(queued.request, len(queued.attempts))
+            self._results.log_not_billed(queued.request, len(queued.attempts))
         queued.counted += not is_capacity(error)
         if error.status == 429:
             self._counts["rate_limited"] += 1
@@ -410,23 +397,16 @@ class Sender:
         failure: Failure | None = None,
         cost: Cost | None = None,
     ) -> None:
-        request = queued.request
         self.changed_at = self._clock.now()
         await self._results.append(
-            Result(
-                custom_id=request.custom_id,
-                line=request.line,
-                source=request.source,
-                digest=request.digest,
-                attempts=len(queued.attempts) + (reply is not None),
+            Result.of_request(
+                queued.request,
                 completed_at=self._clock.utc(),
-                request=request,
+                failed_attempts=queued.attempts,
                 reply=reply,
                 failure=failure,
-                failed_attempts=tuple(queued.attempts),
                 latency_s=latency,
-                cost=cost or Cost(),
-                metadata=request.metadata,
+                cost=cost,
             )
         )
         self._close_request()
@@ -480,32 +460,6 @@ def _describe(queue: model_queue.Statistics) -> str:
 
 def _size(request: Request) -> int:
     return len(request.body) + _REQUEST_OVERHEAD_BYTES
-
-
-def _attempt(error: ProviderError, at: str, latency: float, usage: Usage | None, cost: Cost) -> Attempt:
-    return Attempt(
-        at=at,
-        type=error.type,
-        message=error.message,
-        latency_s=latency,
-        status=error.status,
-        code=error.code,
-        request_id=error.request_id,
-        may_be_billed=error.may_be_billed,
-        usage=usage,
-        cost_nano=cost.nanos,
-    )
-
-
-def _failure(error: ProviderError, attempts: Sequence[Attempt]) -> Failure:
-    return Failure(
-        type=error.type,
-        message=error.message,
-        status=error.status,
-        code=error.code,
-        request_id=error.request_id,
-        attempts=tuple(attempts),
-    )
 
 
 def _parked(error: ProviderError, ceiling: float) -> TryLaterError:

@@ -428,13 +428,13 @@ class _SlowDisk(World):
 
     largest = 0
 
-    async def sending(self, request: Request, attempt: int, at: str) -> None:
-        await super().sending(request, attempt, at)
+    async def log_attempt(self, request: Request, attempt: int, at: str) -> None:
+        await super().log_attempt(request, attempt, at)
         self.largest = max(self.largest, len(self.attempts) - len(self.results))
 
-    async def append(self, result: Result) -> None:
+    async def append(self, *results: Result) -> None:
         await anyio.sleep(50.0)
-        await super().append(result)
+        await super().append(*results)
 
 
 async def test_a_request_keeps_its_place_until_its_result_is_recorded() -> None:
