@@ -231,7 +231,8 @@ class Sending(Section):
     connect_timeout: Seconds = Field(default=10.0, description="seconds to connect")
     max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
         default=6,
-        description="attempts for failures that may be due to the request (5xx, timeouts); 429 and 529 do not count",
+        description="attempts for failures that may be due to the request (500, timeouts); "
+        "429, 503, 529 and failed connects do not count",
     )
     backoff_initial: Seconds = Field(
         default=1.0, description="seconds before the first retry; doubles with each attempt, with full jitter"

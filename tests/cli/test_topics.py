@@ -118,6 +118,23 @@ def test_every_exit_code_is_documented() -> None:
     assert codes | {0, 1, 3, 6, 130, 143} == documented
 
 
+def test_every_error_type_is_documented() -> None:
+    """The topic has each `error.type` that the program gives itself, and those in its tables of provider errors."""
+    own = re.compile(r"""\btype=["']([a-z_]+)["']|\btype: str = "([a-z_]+)"|\btypes=\(([^)]*)\)""")
+    types: set[str] = set()
+    for package in ("core", "dispatch", "inputs", "providers"):
+        for path in (PACKAGE / package).rglob("*.py"):
+            for found in own.findall(path.read_text()):
+                types.update(re.findall(r"[a-z_]+", " ".join(found)))
+    endings = re.findall(
+        r'^            "(\w+)": \("the', (PACKAGE / "dispatch/batch/outcome.py").read_text(), re.MULTILINE
+    )
+    types.update(f"batch_{ending}" for ending in endings)
+
+    assert {"invalid_line", "timeout", "redirect", "insufficient_quota", "batch_expired", "batch_abandoned"} <= types
+    assert types - set(re.findall(r"`(\w+)`", help.read("errors"))) == set()
+
+
 def test_the_readme_is_short() -> None:
     """The README has at most 200 lines and 14 kB."""
     content = README.read_bytes()
