@@ -135,6 +135,19 @@ def test_every_error_type_is_documented() -> None:
     assert types - set(re.findall(r"`(\w+)`", help.read("errors"))) == set()
 
 
+def test_code_blocks_of_topics_fit_80_columns() -> None:
+    """A code block is not wrapped on a small terminal, where it has a margin of one column."""
+    wide = [
+        f"{topic}: {line}"
+        for topic in help.TOPICS
+        for _, block in _BLOCK.findall(help.read(topic))
+        for line in block.splitlines()
+        if len(line) > 79
+    ]
+
+    assert wide == []
+
+
 def test_the_readme_is_short() -> None:
     """The README has at most 200 lines and 14 kB."""
     content = README.read_bytes()
