@@ -71,7 +71,8 @@ def read(topic: str) -> str:
     """Return the Markdown text of a topic. Raise `UsageError` if there is none of that name."""
     if topic not in TOPICS:
         near = difflib.get_close_matches(topic, TOPICS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "`pipeline help` lists the topics"
+        listed = f"the topics are {', '.join(TOPICS)}"
+        hint = f"did you mean {near[0]!r}? {listed}" if near else listed
         raise UsageError(f"there is no topic {topic!r}", hint=hint)
     return resources.files("pipeline.cli").joinpath("topics", f"{topic}.md").read_text(encoding="utf-8")
 

@@ -218,6 +218,7 @@ def test_an_unknown_topic_is_a_mistake_with_a_suggestion() -> None:
     assert done.returncode == 2
     assert "there is no topic 'inptu'" in done.stderr
     assert "did you mean 'input'?" in done.stderr
+    assert ", ".join(help.TOPICS) in done.stderr
 
 
 def test_the_licence_is_part_of_the_package() -> None:
