@@ -129,7 +129,7 @@ class RunOptions(RequestOptions):
     "--timeout", heading=Heading.SENDING, type=float, metavar="S", help="Seconds that one attempt may take in total."
 )
 @option("--concurrency", heading=Heading.SENDING, type=int, metavar="N", help="Maximum number of requests in flight.")
-@option("--retry-failed", heading=Heading.SENDING, is_flag=True, help="Send requests again that failed before.")
+@option("--retry-failed", heading=Heading.SENDING, is_flag=True, help="Send requests that failed before once more.")
 @option("--dedupe", heading=Heading.SENDING, is_flag=True, help="Send identical requests once and copy the response.")
 @option(
     "--simulate",
@@ -151,8 +151,8 @@ class RunOptions(RequestOptions):
     heading=Heading.BATCH,
     type=click.Choice(["live", "batch", "auto"]),
     metavar="LANE",
-    help="live: one call per request; batch: batch APIs, at half the price; auto: batches first, and live what they "
-    "do not answer.",
+    help="live: one call per request; batch: batch APIs, at half the price; auto: batches first, then live calls "
+    "for what they leave open.",
 )
 @option(
     "--deadline",
@@ -243,7 +243,7 @@ def run(options: RunOptions) -> None:
 def _run(options: RunOptions, stderr: Console) -> int:
     settings = options.settings()
     if options.deadline and settings.lane != "auto":
-        raise UsageError("--deadline requires --lane auto: only there a request of a late batch can go live")
+        raise UsageError("--deadline requires --lane auto, which sends the requests of late batches live")
     if options.no_wait and options.simulate:
         raise UsageError(
             "--no-wait does not work with --simulate: that simulator ends with the command",
