@@ -31,6 +31,7 @@ from pipeline.dispatch.batch.builder import BatchBuilder, BatchGroup, deadline_t
 from pipeline.dispatch.batch.client import BatchClient, is_no_api
 from pipeline.dispatch.batch.collector import CollectedItem, ResultCollector, WrongBatchError
 from pipeline.dispatch.batch.lifecycle import BatchLifecycle, PollPolicy, Wait
+from pipeline.dispatch.batch.loader import BatchLoader
 from pipeline.dispatch.batch.outcome import ItemOutcome, OutcomeClassifier
 from pipeline.dispatch.batch.reservations import BatchReservations
 from pipeline.dispatch.batch.store import BatchItem, BatchItems, BatchRecord, BatchStore, Step
@@ -130,15 +131,9 @@ class BatchCoordinator:
         self._stop = StopSignal()
         self._reservations = BatchReservations(budget, pricing)
         self._lifecycle = BatchLifecycle(store, clock, self._stop, poll_policy, notify)
-        self._builder = BatchBuilder(
-            store,
-            settings,
-            self._reservations,
-            open_client=open_client,
-            new_record=self._new_record,
-            submit=self._follow,
-            may_wait=waits,
-            disk=self._lifecycle.disk,
+        self._builder = BatchBuilder(store, settings, open_client=open_client, disk=self._lifecycle.disk)
+        self._loader = BatchLoader(
+            self._builder, self._reservations, new_record=self._new_record, submit=self._follow, may_wait=waits
         )
         self._tasks: anyio.abc.TaskGroup | None = None
         self._following = 0
@@ -164,7 +159,7 @@ class BatchCoordinator:
 
     async def close(self) -> None:
         """Say that no more requests come: what is loaded goes out now."""
-        await self._builder.finish_all()
+        await self._loader.submit_all()
         self._closed.set()
         self._check_finished()
 
@@ -172,7 +167,7 @@ class BatchCoordinator:
         """Begin nothing new. Batches go on at their providers, and a later run collects them."""
         self.stopped = self.stopped or reason
         self._stop.call()
-        self._counts["dropped"] += self._builder.discard()
+        self._counts["dropped"] += self._loader.discard()
         self._closed.set()
         self._check_finished()
 
@@ -181,7 +176,7 @@ class BatchCoordinator:
         """Why requests are left without a result, the most far-reaching first."""
         groups = self._builder.groups.values()
         refusals = [] if self._send_live else [group.refusal for group in groups]
-        found = [self.stopped, self._builder.refused, *refusals, *self._waiting]
+        found = [self.stopped, self._loader.refused, *refusals, *self._waiting]
         if going_on := [record for record in self._open_records() if record.batch_id]:
             requests = sum(record.requests for record in going_on)
             names = ", ".join(str(record.batch_id) for record in going_on[:_SHOWN])
@@ -206,8 +201,8 @@ class BatchCoordinator:
 
     async def _load(self, items: Sequence[BatchItem]) -> None:
         """Put requests into chunks; where a provider takes no batches they go live, if anything does."""
-        turned_away = items if self._stop.is_called else await self._builder.load(items)
-        if turned_away and self._send_live and not self._builder.refused and not self._stop.is_called:
+        turned_away = items if self._stop.is_called else await self._loader.load(items)
+        if turned_away and self._send_live and not self._loader.refused and not self._stop.is_called:
             await self._send_live(turned_away)
         else:
             self._counts["dropped"] += len(turned_away)
@@ -480,7 +475,7 @@ class BatchCoordinator:
                 await self._load(wanted)
         rest.delete()
         if self._closed.is_set():
-            await self._builder.finish_all()
+            await self._loader.submit_all()
 
     # ── small things ──────────────────────────────────────────────────────────────────────────────────────────────
 

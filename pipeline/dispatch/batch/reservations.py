@@ -1,13 +1,14 @@
-"""What is set aside of the budget for requests in chunks: reserved one by one, settled one by one, chunk by chunk.
+"""Budget reservations of batches: reserved and settled request by request, closed batch by batch.
 
-Without a budget all of this does nothing. What a chunk still has set aside when nobody waits for its batch any more is
-held: it may be spent, and a later run will know.
+Without a budget all of this does nothing. When nobody in this run waits for a batch any longer, what it still has
+reserved is held: it may be spent, and a later run settles it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from pipeline.accounting.budget import Budget
 from pipeline.accounting.pricing import Pricing
@@ -16,7 +17,10 @@ from pipeline.core.types import Request
 
 
 class BatchReservations:
-    """The reserves of a run's chunks, by local id; amounts are the worst case of each request, in nano-dollars."""
+    """The reservations of a run's batches, by local id. Amounts are nano-dollars, the worst case of each request.
+
+    `waiting` counts tasks that wait for money.
+    """
 
     def __init__(self, budget: Budget | None, pricing: Pricing) -> None:
         self._budget = budget
@@ -25,35 +29,38 @@ class BatchReservations:
         self.waiting = 0
 
     def try_reserve(self, request: Request) -> int | None:
-        """Set the worst case of a request aside if it fits now; return it. Raises `UsageError` for an unknown price."""
+        """Reserve the worst case of a request if it fits now; return the amount, None if it does not fit.
+
+        Raises `UsageError` if the price is unknown.
+        """
         if self._budget is None:
             return 0
         amount = self._pricing.worst_case(request)
         return amount if self._budget.try_reserve(amount) else None
 
-    async def reserve(self, request: Request, submit: Callable[[], Awaitable[None]]) -> int:
-        """Set it aside as soon as it fits; raises `BudgetReachedError` when it never will.
-
-        Only what is on its way gives something back, so `ship` sends all on its way; who loads more meanwhile sees
-        `waiting` and does the same.
-        """
+    async def reserve(self, request: Request) -> int:
+        """Reserve the worst case of a request as soon as it fits. Raises `BudgetReachedError` if it never will."""
         assert self._budget is not None
         amount = self._pricing.worst_case(request)
-        self.waiting += 1
-        try:
-            await submit()
-            await self._budget.reserve(amount)
-        finally:
-            self.waiting -= 1
+        await self._budget.reserve(amount)
         return amount
 
+    @contextmanager
+    def counted_as_waiting(self) -> Iterator[None]:
+        """Count the caller among those that wait for money."""
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
     def assign(self, local_id: str, amount: int) -> None:
-        """Put an amount that was set aside under a chunk."""
+        """Assign a reserved amount to a batch."""
         if self._budget:
             self._open[local_id] += amount
 
     def take_over(self, local_id: str, requests: Iterable[Request]) -> None:
-        """Set aside what an earlier run sent, whether it fits or not; a price that nobody knows counts as nothing."""
+        """Reserve what an earlier run submitted, even if it does not fit. An unknown price counts as 0."""
         if self._budget is None:
             return
         amount = sum(self._worst(request) for request in requests)
@@ -61,7 +68,7 @@ class BatchReservations:
         self._open[local_id] += amount
 
     def settle(self, local_id: str, request: Request, spent: int | None) -> None:
-        """Take what a request cost in the end; None: nobody knows, so all that was set aside."""
+        """Settle a request that has ended. `spent` None: the cost is unknown, so all of its reservation counts."""
         if self._budget is None:
             return
         amount = min(self._open[local_id], self._worst(request))
@@ -69,12 +76,12 @@ class BatchReservations:
         self._budget.settle(amount, amount if spent is None else spent)
 
     def close(self, local_id: str) -> None:
-        """Give back what is left of a chunk that has come to its end."""
+        """Release what is left of a batch that is done."""
         if self._budget:
             self._budget.settle(self._open.pop(local_id, 0), 0)
 
     def hold(self, local_id: str) -> None:
-        """Keep what is left of a chunk whose batch goes on without us."""
+        """Hold what is left of a batch that goes on after this run."""
         if self._budget:
             self._budget.hold(self._open.pop(local_id, 0))
 

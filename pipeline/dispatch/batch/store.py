@@ -265,7 +265,7 @@ class BatchStore:
             return True
         return digest.hexdigest() != record.sha256
 
-    def open_batch(self) -> OpenBatch:
+    def begin(self) -> OpenBatch:
         """Begin a chunk."""
         self._make_directory()
         return OpenBatch(self.directory)

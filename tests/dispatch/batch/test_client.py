@@ -131,7 +131,7 @@ def store(tmp_path: Path) -> Iterator[BatchStore]:
 def written(store: BatchStore, protocol: Protocol, number: int = 3) -> BatchRecord:
     """Write a chunk of some requests."""
     codec = providers.batch_codec(protocol)
-    open_batch = store.open_batch()
+    open_batch = store.begin()
     for n in range(number):
         asked = request(f"r{n}")
         size = len(codec.entry(f"r{n}", asked.body)) + (len(codec.separator) if n else 0)

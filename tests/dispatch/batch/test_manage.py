@@ -74,7 +74,7 @@ class Desk:
         """Write a chunk of two requests beside a results file."""
         codec, store = providers.batch_codec(protocol), BatchStore(results_file)
         store.open()
-        open_batch = store.open_batch()
+        open_batch = store.begin()
         for name in ("r1", "r2"):
             fields = {"model": MODELS[protocol], LIMIT[protocol]: 9, "messages": [{"role": "user", "content": name}]}
             request = Request(

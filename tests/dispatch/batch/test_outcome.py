@@ -406,7 +406,7 @@ class Field:
 
     def __post_init__(self) -> None:
         codec = providers.batch_codec(self.protocol)
-        open_batch = self.store.open_batch()
+        open_batch = self.store.begin()
         for name in self.names:
             named = codec.name(open_batch.local_id, name, "0" * 32)
             open_batch.add_entry(replace(item(name, self.protocol), name=named), 1)

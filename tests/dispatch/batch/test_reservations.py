@@ -254,7 +254,8 @@ async def test_who_waits_is_woken_by_the_end_of_a_chunk(end: str, is_reserved: b
 
     async def wait() -> None:
         try:
-            await reservations.reserve(request(50), anyio.lowlevel.checkpoint)
+            with reservations.counted_as_waiting():
+                await reservations.reserve(request(50))
         except BudgetReachedError:
             outcome.append(False)
         else:
@@ -286,7 +287,8 @@ async def test_all_who_wait_are_heard() -> None:
 
     async def wait(worst: int) -> None:
         try:
-            reservations.assign("c", await reservations.reserve(request(worst), anyio.lowlevel.checkpoint))
+            with reservations.counted_as_waiting():
+                reservations.assign("c", await reservations.reserve(request(worst)))
             outcomes[worst] = True
         except BudgetReachedError:
             outcomes[worst] = False
@@ -313,8 +315,8 @@ async def test_who_is_cancelled_waits_no_more() -> None:
     reservations = BatchReservations(budget, Bounds())
     filled(reservations, "a", 100)
 
-    with anyio.move_on_after(0.01):
-        await reservations.reserve(request(50), anyio.lowlevel.checkpoint)
+    with anyio.move_on_after(0.01), reservations.counted_as_waiting():
+        await reservations.reserve(request(50))
 
     assert reservations.waiting == 0
     reservations.close("a")

@@ -73,7 +73,7 @@ def new_record(**fields: Any) -> BatchRecord:
 
 def written(store: BatchStore, *items: BatchItem, save: bool = True, **fields: Any) -> BatchRecord:
     """Write a chunk, each request by a call of its own, and let the journal know it."""
-    open_batch = store.open_batch()
+    open_batch = store.begin()
     for each in items[:-1]:
         open_batch.add_entry(each, len(each.request.body))
         open_batch.write(open_batch.take())
@@ -226,7 +226,7 @@ def test_what_an_earlier_collecting_left_over_does_not_stay(store: BatchStore) -
 
 def test_lines_that_were_taken_are_written_in_their_order(store: BatchStore) -> None:
     """What is added while a thread writes is part of the next writing."""
-    open_batch = store.open_batch()
+    open_batch = store.begin()
     open_batch.add_entry(item("a"), 1)
     first = open_batch.take()
     open_batch.add_entry(item("b"), 1)
@@ -439,7 +439,7 @@ def test_a_directory_of_somebody_elses_is_not_touched(tmp_path: Path, kind: str)
         stranger.write_bytes(b"mine")
 
     store.open()
-    for work in (store.open_batch, lambda: store.save(record())):
+    for work in (store.begin, lambda: store.save(record())):
         with pytest.raises(UsageError, match=name) as caught:
             work()
         assert "-o" in str(caught.value.hint)
@@ -466,7 +466,7 @@ def test_a_directory_named_as_a_chunk_is_not_touched(tmp_path: Path) -> None:
 
     store.open()
     with pytest.raises(UsageError, match=r"0a1b2c3d4e5f\.jsonl"):
-        store.open_batch()
+        store.begin()
 
     assert (tmp_path / "answers.batches" / "0a1b2c3d4e5f.jsonl").is_dir()
 
@@ -480,7 +480,7 @@ def test_a_link_in_the_place_of_the_directory_is_not_followed(tmp_path: Path) ->
 
     store.open()
     with pytest.raises(UsageError, match=r"answers\.batches"):
-        store.open_batch()
+        store.begin()
 
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["0a1b2c3d4e5f.jsonl"]
 
@@ -542,7 +542,7 @@ def test_a_file_in_the_place_of_the_directory_is_told(tmp_path: Path) -> None:
     store = BatchStore(tmp_path / "answers.jsonl")
 
     store.open()
-    for work in (store.open_batch, lambda: store.save(record())):
+    for work in (store.begin, lambda: store.save(record())):
         with pytest.raises(UsageError, match=r"answers\.batches"):
             work()
     assert (tmp_path / "answers.batches").read_bytes() == b"mine"
@@ -553,7 +553,7 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> N
     store = BatchStore(tmp_path / "absent" / "answers.jsonl")
 
     with pytest.raises(StorageError, match=r"answers\.batches"):
-        store.open_batch()
+        store.begin()
     with pytest.raises(StorageError, match=r"answers\.batches"):
         store.save(record())
 
@@ -571,7 +571,7 @@ def full_disk() -> Iterator[None]:
 
 def test_a_full_disk_is_a_storage_error(store: BatchStore) -> None:
     """Requests that cannot be written, all at once or later, end the run by our error."""
-    open_batch = store.open_batch()
+    open_batch = store.begin()
     open_batch.add_entry(item("a"), 1)
     open_batch.write(open_batch.take())
     open_batch.add_entry(item("b"), 1)
@@ -639,7 +639,7 @@ def test_any_changed_byte_is_damage(store: BatchStore) -> None:
 
 def test_a_link_in_the_place_of_a_chunk_is_not_followed(store: BatchStore, tmp_path: Path) -> None:
     """Requests go into a file of our own, nowhere else."""
-    open_batch = store.open_batch()
+    open_batch = store.begin()
     open_batch.add_entry(item("a"), 1)
     (store.directory / f"{open_batch.local_id}.jsonl").symlink_to(tmp_path / "elsewhere")
 
@@ -650,7 +650,7 @@ def test_a_link_in_the_place_of_a_chunk_is_not_followed(store: BatchStore, tmp_p
 
 def test_a_journal_that_cannot_be_read_is_a_storage_error(store: BatchStore) -> None:
     """Not knowing which batches there are is no reason to make them again."""
-    store.open_batch()
+    store.begin()
     (store.directory / "journal.jsonl").mkdir()
 
     with pytest.raises(StorageError, match="journal"):

@@ -1,4 +1,4 @@
-"""Loading: who shares a batch, under which name, when a chunk is full, and what happens when money runs out."""
+"""Loading: which requests share a batch, under which names, when it is full, and what happens when money runs out."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pipeline.core.errors import BudgetReachedError, ErrorScope, PipelineError, 
 from pipeline.core.types import Cost, HttpResponse, Protocol, Request, Usage
 from pipeline.dispatch.batch.builder import BatchBuilder, BatchGroup, deadline_text
 from pipeline.dispatch.batch.client import BatchClient, BatchConnection
+from pipeline.dispatch.batch.loader import BatchLoader
 from pipeline.dispatch.batch.reservations import BatchReservations
 from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step, read_records
 from pipeline.dispatch.retry import Policy
@@ -109,15 +110,13 @@ class Dock:
 
     def __post_init__(self) -> None:
         self.reservations = BatchReservations(self.budget, Bounds())
-        self.builder = BatchBuilder(
-            self.store,
-            self.settings,
+        self.builder = BatchBuilder(self.store, self.settings, open_client=self._client, disk=anyio.CapacityLimiter(1))
+        self.loader = BatchLoader(
+            self.builder,
             self.reservations,
-            open_client=self._client,
             new_record=lambda group: BatchRecord(run="run-1", provider=group.provider, model=group.model, at=NOW),
             submit=self._submit,
             may_wait=self.may_wait,
-            disk=anyio.CapacityLimiter(1),
         )
 
     def _client(self, name: str) -> BatchClient:
@@ -188,9 +187,9 @@ async def loaded(dock: Dock, wanted: Iterable[BatchItem], *, by: int = 1_000) ->
     """Load requests, so many at a time, and seal what is left; return those that were turned away."""
     rest, away = list(wanted), []
     while rest:
-        away += await dock.builder.load(rest[:by])
+        away += await dock.loader.load(rest[:by])
         rest = rest[by:]
-    await dock.builder.finish_all()
+    await dock.loader.submit_all()
     return away
 
 
@@ -325,7 +324,7 @@ async def test_a_group_is_one_object(store: BatchStore) -> None:
     dock = Dock(store)
 
     group = dock.builder.group("openai", "m")
-    await dock.builder.load([item("a")])
+    await dock.loader.load([item("a")])
 
     assert dock.builder.group("openai", "m") is group is next(iter(dock.builder.groups.values()))
     assert dock.builder.group("openai", "n").client is group.client
@@ -393,14 +392,14 @@ async def test_what_is_loaded_is_on_the_disk_and_not_yet_known(store: BatchStore
     """Memory does not hold requests until a chunk is full; the journal knows a chunk once it is whole."""
     dock = Dock(store)
 
-    await dock.builder.load(items(3))
+    await dock.loader.load(items(3))
 
     assert (dock.shipped, dock.builder.is_empty, store.all) == ([], False, ())
     (path,) = store.directory.iterdir()
     assert path.read_bytes().count(b"\n") == 6
 
-    await dock.builder.finish_all()
-    await dock.builder.finish_all()
+    await dock.loader.submit_all()
+    await dock.loader.submit_all()
 
     (record,) = dock.shipped
     assert (record.requests, dock.builder.is_empty, store.all) == (3, True, (record,))
@@ -410,11 +409,11 @@ async def test_what_is_loaded_is_on_the_disk_and_not_yet_known(store: BatchStore
 async def test_what_is_being_sealed_is_not_forgotten(store: BatchStore) -> None:
     """Until a chunk is shipped the loader is not empty, so nobody ends before it."""
     dock = Dock(store)
-    await dock.builder.load(items(3))
+    await dock.loader.load(items(3))
     seen: list[bool] = []
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(dock.builder.finish_all)
+        tasks.start_soon(dock.loader.submit_all)
         await checkpoint()
         while not dock.shipped:
             seen.append(dock.builder.is_empty)
@@ -434,12 +433,12 @@ async def test_two_tasks_lose_nothing(store: BatchStore) -> None:
 
     async def load(asked: Sequence[BatchItem]) -> None:
         for begin in range(0, len(asked), 64):
-            assert await dock.builder.load(asked[begin : begin + 64]) == []
+            assert await dock.loader.load(asked[begin : begin + 64]) == []
 
     async with anyio.create_task_group() as group:
         for asked in tasks.values():
             group.start_soon(load, asked)
-    await dock.builder.finish_all()
+    await dock.loader.submit_all()
 
     found = [each.request.custom_id for record in dock.shipped for each in dock.items(record)]
     assert Counter(found) == Counter(each.request.custom_id for asked in tasks.values() for each in asked)
@@ -459,15 +458,15 @@ async def test_loading_and_sealing_at_the_same_time_lose_nothing(store: BatchSto
 
     async def load() -> None:
         for begin in range(0, len(asked), 50):
-            await dock.builder.load(asked[begin : begin + 50])
+            await dock.loader.load(asked[begin : begin + 50])
         is_done.set()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(load)
         while not is_done.is_set():
-            await dock.builder.finish_all()
+            await dock.loader.submit_all()
             await checkpoint()
-    await dock.builder.finish_all()
+    await dock.loader.submit_all()
 
     assert dock.all_ids() == [each.request.custom_id for each in asked]
     assert len(dock.shipped) > 1
@@ -481,10 +480,10 @@ async def test_what_is_unloaded_leaves_nothing(store: BatchStore) -> None:
     """A stop forgets what is not shipped: files, counts and the money that was set aside; what is shipped stays."""
     budget = Budget(1_000)
     dock = Dock(store, Batches(max_requests=4), budget=budget)
-    await dock.builder.load([*items(6), *items(3, ANTHROPIC)])
+    await dock.loader.load([*items(6), *items(3, ANTHROPIC)])
 
-    assert dock.builder.discard() == 2 + 3
-    assert (dock.builder.discard(), dock.builder.is_empty) == (0, True)
+    assert dock.loader.discard() == 2 + 3
+    assert (dock.loader.discard(), dock.builder.is_empty) == (0, True)
 
     (record,) = dock.shipped
     assert {path.name for path in store.directory.iterdir()} == {"journal.jsonl", f"{record.local_id}.jsonl"}
@@ -492,7 +491,7 @@ async def test_what_is_unloaded_leaves_nothing(store: BatchStore) -> None:
     budget.settle(1_000 - 4 * 10, 0)
     dock.bring_back(record)
     assert is_settled(budget)
-    await dock.builder.finish_all()
+    await dock.loader.submit_all()
     assert len(dock.shipped) == 1
 
 
@@ -504,10 +503,10 @@ async def test_a_missing_key_ends_the_loading(store: BatchStore) -> None:
     away = await loaded(dock, asked)
 
     assert away == asked[1:]
-    assert isinstance(dock.builder.refused, UsageError)
-    assert "no key for anthropic" in dock.builder.refused.message
+    assert isinstance(dock.loader.refused, UsageError)
+    assert "no key for anthropic" in dock.loader.refused.message
     assert dock.ids() == [["a"]]
-    assert await dock.builder.load(asked) == asked
+    assert await dock.loader.load(asked) == asked
     with pytest.raises(UsageError, match="no key"):
         dock.builder.group("anthropic", "m")
 
@@ -520,8 +519,8 @@ async def test_a_price_that_nobody_knows_ends_the_loading(store: BatchStore) -> 
     assert await loaded(dock, asked) == asked[1:]
     assert await loaded(free, asked) == []
 
-    assert isinstance(dock.builder.refused, UsageError)
-    assert (dock.ids(), free.ids(), free.builder.refused) == ([["a"]], [["a", "b", "c"]], None)
+    assert isinstance(dock.loader.refused, UsageError)
+    assert (dock.ids(), free.ids(), free.loader.refused) == ([["a"]], [["a", "b", "c"]], None)
 
 
 async def test_a_refused_model_is_turned_away(store: BatchStore) -> None:
@@ -534,7 +533,7 @@ async def test_a_refused_model_is_turned_away(store: BatchStore) -> None:
     assert await loaded(dock, asked) == [asked[0], asked[2]]
 
     assert dock.ids() == [["b"], ["d"]]
-    assert dock.builder.refused is None
+    assert dock.loader.refused is None
     for record in dock.shipped:
         dock.bring_back(record)
     assert is_settled(budget)
@@ -555,7 +554,7 @@ async def test_what_does_not_fit_waits_until_results_are_back(store: BatchStore)
     away: list[BatchItem] = []
 
     async def load() -> None:
-        away.extend(await dock.builder.load(asked))
+        away.extend(await dock.loader.load(asked))
 
     with anyio.fail_after(10):
         async with anyio.create_task_group() as tasks:
@@ -569,9 +568,9 @@ async def test_what_does_not_fit_waits_until_results_are_back(store: BatchStore)
                 await checkpoint()
             assert dock.ids()[3] == ["d"]
             dock.bring_back(dock.shipped[1], spent=0)
-    await dock.builder.finish_all()
+    await dock.loader.submit_all()
 
-    assert (away, dock.builder.refused, dock.reservations.waiting) == ([], None, 0)
+    assert (away, dock.loader.refused, dock.reservations.waiting) == ([], None, 0)
     assert sorted(dock.all_ids()) == ["a", "b", "c", "d", "e"]
     for record in dock.shipped[2:]:
         dock.bring_back(record)
@@ -586,7 +585,7 @@ async def test_what_never_fits_is_turned_away(store: BatchStore) -> None:
     away: list[BatchItem] = []
 
     async def load() -> None:
-        away.extend(await dock.builder.load(asked))
+        away.extend(await dock.loader.load(asked))
 
     with anyio.fail_after(10):
         async with anyio.create_task_group() as tasks:
@@ -596,8 +595,8 @@ async def test_what_never_fits_is_turned_away(store: BatchStore) -> None:
             dock.bring_back(dock.shipped[0], spent=None)
 
     assert away == asked[2:]
-    assert isinstance(dock.builder.refused, BudgetReachedError)
-    assert await dock.builder.load(asked) == asked
+    assert isinstance(dock.loader.refused, BudgetReachedError)
+    assert await dock.loader.load(asked) == asked
     assert (dock.ids(), budget.spent, is_settled(budget)) == ([["a", "b"]], 20, True)
 
 
@@ -607,7 +606,7 @@ async def test_what_is_held_for_batches_that_go_on_ends_the_waiting(store: Batch
     away: list[BatchItem] = []
 
     async def load() -> None:
-        away.extend(await dock.builder.load(items(2)))
+        away.extend(await dock.loader.load(items(2)))
 
     with anyio.fail_after(10):
         async with anyio.create_task_group() as tasks:
@@ -617,7 +616,7 @@ async def test_what_is_held_for_batches_that_go_on_ends_the_waiting(store: Batch
             dock.reservations.hold(dock.shipped[0].local_id)
 
     assert [each.request.custom_id for each in away] == ["r1"]
-    assert isinstance(dock.builder.refused, BudgetReachedError)
+    assert isinstance(dock.loader.refused, BudgetReachedError)
 
 
 async def test_a_first_request_that_never_fits_is_turned_away(store: BatchStore) -> None:
@@ -627,7 +626,7 @@ async def test_a_first_request_that_never_fits_is_turned_away(store: BatchStore)
     with anyio.fail_after(10):
         assert await loaded(dock, items(2)) == items(2)
 
-    assert isinstance(dock.builder.refused, BudgetReachedError)
+    assert isinstance(dock.loader.refused, BudgetReachedError)
     assert not store.directory.exists()
 
 
@@ -638,10 +637,10 @@ async def test_without_waiting_the_rest_is_for_a_later_command(store: BatchStore
     asked = items(4)
 
     with anyio.fail_after(10):
-        away = await dock.builder.load(asked)
+        away = await dock.loader.load(asked)
 
     assert away == asked[2:]
-    assert isinstance(dock.builder.refused, TryLaterError)
+    assert isinstance(dock.loader.refused, TryLaterError)
     assert (dock.ids(), dock.builder.is_empty, dock.reservations.waiting) == ([["r0", "r1"]], True, 0)
     dock.bring_back(dock.shipped[0])
     assert is_settled(budget)
@@ -652,17 +651,17 @@ async def test_who_loads_while_another_waits_for_money_ships_at_once(store: Batc
     dock = Dock(store, budget=Budget(100))
     with anyio.fail_after(10):
         async with anyio.create_task_group() as tasks:
-            await dock.builder.load([item("a", worst=50)])
-            tasks.start_soon(dock.builder.load, [item("large", worst=95)])
+            await dock.loader.load([item("a", worst=50)])
+            tasks.start_soon(dock.loader.load, [item("large", worst=95)])
             while dock.reservations.waiting == 0 or not dock.builder.is_empty:
                 await checkpoint()
 
-            await dock.builder.load([item("small", worst=10)])
+            await dock.loader.load([item("small", worst=10)])
 
             assert dock.ids() == [["a"], ["small"]]
             for record in tuple(dock.shipped):
                 dock.bring_back(record)
-    await dock.builder.finish_all()
+    await dock.loader.submit_all()
     assert dock.ids() == [["a"], ["small"], ["large"]]
 
 
@@ -670,16 +669,16 @@ async def test_who_loads_while_another_waits_for_money_ships_at_once(store: Batc
 async def test_what_is_loaded_while_another_seals_for_money_goes_out(store: BatchStore) -> None:
     """Between the sealing and the waiting, too: else he waits for ever for what lies in a chunk that nobody ships."""
     dock = Dock(store, budget=Budget(100))
-    await dock.builder.load([item("a", model="x", worst=40), item("b", model="y", worst=40)])
+    await dock.loader.load([item("a", model="x", worst=40), item("b", model="y", worst=40)])
     with anyio.fail_after(1):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dock.builder.load, [item("large", worst=95)])
-            tasks.start_soon(dock.builder.load, [item("small", model="x", worst=10)])
+            tasks.start_soon(dock.loader.load, [item("large", worst=95)])
+            tasks.start_soon(dock.loader.load, [item("small", model="x", worst=10)])
             for number in range(3):
                 while len(dock.shipped) == number:
                     await checkpoint()
                 dock.bring_back(dock.shipped[number])
-    await dock.builder.finish_all()
+    await dock.loader.submit_all()
 
     assert sorted(dock.all_ids()) == ["a", "b", "large", "small"]
 
@@ -694,7 +693,7 @@ async def test_two_tasks_with_one_budget_lose_nothing(store: BatchStore, cap: in
 
     async def load(wanted: Sequence[BatchItem]) -> None:
         for begin in range(0, len(wanted), 40):
-            assert await dock.builder.load(wanted[begin : begin + 40]) == []
+            assert await dock.loader.load(wanted[begin : begin + 40]) == []
 
     async def bring_back() -> None:
         brought = 0
@@ -710,7 +709,7 @@ async def test_two_tasks_with_one_budget_lose_nothing(store: BatchStore, cap: in
             async with anyio.create_task_group() as tasks:
                 for wanted in asked:
                     tasks.start_soon(load, wanted)
-            await dock.builder.finish_all()
+            await dock.loader.submit_all()
             is_loaded.set()
 
     found = Counter(dock.all_ids())
@@ -718,7 +717,7 @@ async def test_two_tasks_with_one_budget_lose_nothing(store: BatchStore, cap: in
     assert (
         max(sum(each.request.max_output_tokens or 0 for each in dock.items(record)) for record in dock.shipped) <= cap
     )
-    assert (budget.spent, is_settled(budget), dock.builder.refused) == (0, True, None)
+    assert (budget.spent, is_settled(budget), dock.loader.refused) == (0, True, None)
 
 
 # ── small things ──────────────────────────────────────────────────────────────────────────────────────────────────
