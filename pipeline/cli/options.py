@@ -42,24 +42,18 @@ class Command(click.Command):
     """A command whose `--help` groups options under headings; click lists all of them under one."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for heading in Heading:
-            rows = self._rows(ctx, heading)
-            if rows:
-                with formatter.section(heading):
-                    formatter.write_dl(rows)
-
-    def _rows(self, ctx: click.Context, heading: Heading) -> list[tuple[str, str]]:
-        """Return names and help of the options under a heading."""
-        rows = []
+        rows: dict[Heading, list[tuple[str, str]]] = {heading: [] for heading in Heading}
         for parameter in self.get_params(ctx):
-            if isinstance(parameter, click.Argument):
+            row = parameter.get_help_record(ctx)
+            if row is None or isinstance(parameter, click.Argument):
                 continue
             # click itself makes `--help`, without a heading.
-            own_heading = getattr(parameter, "heading", Heading.OUTPUT)
-            row = parameter.get_help_record(ctx)
-            if row and own_heading is heading:
-                rows.append(row)
-        return rows
+            heading = parameter.heading if isinstance(parameter, Option) else Heading.OUTPUT
+            rows[heading].append(row)
+        for heading, options in rows.items():
+            if options:
+                with formatter.section(heading):
+                    formatter.write_dl(options)
 
 
 def option(*names: str, heading: Heading, **attributes: Any) -> Callable[[Function], Function]:
