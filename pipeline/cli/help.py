@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from importlib import resources
 
 import click
 
@@ -69,6 +67,9 @@ def help_command(topic: str | None) -> None:
 
 def read(topic: str) -> str:
     """Return the Markdown text of a topic. Raise `UsageError` if there is none of that name."""
+    import difflib
+    from importlib import resources
+
     if topic not in TOPICS:
         near = difflib.get_close_matches(topic, TOPICS, n=1)
         listed = f"the topics are {', '.join(TOPICS)}"

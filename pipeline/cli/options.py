@@ -7,12 +7,15 @@ library; what does the work is imported inside the functions that need it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Options = TypeVar("Options")
@@ -84,6 +87,27 @@ class KeyValue(click.ParamType[tuple[str, str]]):
         if not separator or not key:
             self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
         return key, rest
+
+
+class LazyChoice(click.ParamType[str]):
+    """A choice whose values are loaded when an option needs them, so that declaring the option loads nothing."""
+
+    name = "choice"
+
+    def __init__(self, load: Callable[[], Iterable[str]]) -> None:
+        self._load = load
+
+    def _choice(self) -> click.Choice[str]:
+        return click.Choice(list(self._load()))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self._choice().get_metavar(param, ctx)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return self._choice().convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return self._choice().shell_complete(ctx, param, incomplete)
 
 
 # ── options of several commands ───────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ from pipeline.cli.options import (
     Command,
     Heading,
     KeyValue,
+    LazyChoice,
     RequestOptions,
     config_option,
     input_tpm_option,
@@ -34,7 +35,6 @@ from pipeline.cli.options import (
     temperature_option,
 )
 from pipeline.core.errors import PipelineError, UsageError
-from pipeline.core.types import OutputFormat
 
 if TYPE_CHECKING:
     from pipeline.cli.console import Console
@@ -116,6 +116,12 @@ class RunOptions(RequestOptions):
         )
 
 
+def _output_formats() -> list[str]:
+    from pipeline.core.types import OutputFormat
+
+    return [form.value for form in OutputFormat]
+
+
 @click.command(cls=Command, epilog="Example: pipeline run questions.jsonl -o answers.jsonl --max-tokens 500")
 @inputs_argument
 @option("--limit", heading=Heading.INPUT, type=click.IntRange(min=1), metavar="N", help="Use only the first N lines.")
@@ -178,9 +184,8 @@ class RunOptions(RequestOptions):
     "--format",
     "form",
     heading=Heading.RESULTS,
-    type=click.Choice([form.value for form in OutputFormat]),
-    metavar="FORMAT",
-    help=f"Format of result lines: {', '.join(OutputFormat)}.",
+    type=LazyChoice(_output_formats),
+    help="Format of result lines.",
 )
 @option("--ordered", heading=Heading.RESULTS, is_flag=True, help="Sort results into input order when the run ends.")
 @option(
