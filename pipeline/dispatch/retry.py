@@ -1,11 +1,11 @@
-"""Which failures are tried again, how often, and how long to wait: decided by tenacity, acted on elsewhere.
+"""Which failures are retried, how often, and how long to wait. tenacity decides, the sender acts.
 
 The decision is pure: `Policy.wait_before_retry` returns seconds or None. tenacity's own loop is not used, because it
 would keep a task asleep for every waiting request; here a waiting request is an entry in a heap.
 
-Two budgets. A failure that is the request's own (500, a timeout, a broken answer) counts against `max_attempts`, so a
-poisoned request ends. A refusal for want of capacity (429, 503, 529, no connection at all) says nothing about the
-request and is not counted: what ends those is a run without progress.
+There are two budgets. A failure of the request itself (500, a timeout, a broken answer) counts against `max_attempts`,
+so a poisoned request ends. A failure for lack of capacity (429, 503, 529, no connection) says nothing about the
+request and does not count; a run that makes no progress ends those.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ CAPACITY_STATUSES = frozenset({429, 503, 529})
 
 
 def is_capacity(error: ProviderError) -> bool:
-    """Tell whether a failure says that the provider is full or away, and nothing about the request."""
+    """Return True if the failure means that the provider is full or down, and says nothing about the request."""
     return error.status in CAPACITY_STATUSES or (error.status is None and not error.may_be_billed)
 
 
 def is_overload(error: ProviderError) -> bool:
-    """Tell whether a failure asks for fewer calls at a time: provider full, away or late, or growth too fast."""
+    """Return True if fewer calls at once would help: the provider is full, down or slow, or the load grew too fast."""
     if error.status == 429:
         return error.code in ("slow_down", "ramp_limit_exceeded")
     return error.status in CAPACITY_STATUSES or error.type in ("timeout", "connection_error")
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Tell whether another attempt may succeed."""
+    """Return True if another attempt may succeed."""
     return isinstance(error, ProviderError) and error.scope is ErrorScope.ATTEMPT
 
 
 class _HintOrBackoff(wait_base):
-    """Wait as long as the provider says, else full-jitter exponential backoff; never less than the hint."""
+    """Wait as long as the provider asks; if it does not, exponential backoff with full jitter."""
 
     def __init__(self, settings: Sending) -> None:
         self._backoff = wait_random_exponential(multiplier=settings.backoff_initial, max=settings.backoff_max)
@@ -49,7 +49,7 @@ class _HintOrBackoff(wait_base):
 
 
 class Policy:
-    """When to try again."""
+    """Decides when a failed call is retried."""
 
     def __init__(self, settings: Sending) -> None:
         self._wait = _HintOrBackoff(settings)
@@ -58,14 +58,16 @@ class Policy:
         self.max_retry_after = settings.max_retry_after
 
     def wait_before_retry(self, error: ProviderError, attempts: int, counted: int) -> float | None:
-        """Return the seconds to wait before trying again, or None to give the request up.
+        """Return the seconds to wait before a retry, or None to give up the request.
 
-        `attempts` is the number of calls made so far, `counted` how many of them failed by the request's own fault.
+        `attempts` is the number of calls so far, `counted` how many of them count against the request.
         """
-        return self.wait_patiently(error, attempts) if is_capacity(error) else _decide(self._counted, error, counted)
+        if is_capacity(error):
+            return self.wait_patiently(error, attempts)
+        return _decide(self._counted, error, counted)
 
     def wait_patiently(self, error: ProviderError, attempts: int) -> float | None:
-        """Return the seconds to wait before a call that may be made as often as one likes; None for a final error."""
+        """Return the seconds to wait before a retry without a limit on attempts; None for a final error."""
         return _decide(self._uncounted, error, attempts)
 
     def _retrying(self, attempts: int) -> Retrying:
@@ -75,7 +77,7 @@ class Policy:
 
 
 def _decide(policy: Retrying, error: ProviderError, attempts: int) -> float | None:
-    """Return for how many seconds a policy waits after so many attempts, None where it gives up."""
+    """Return the seconds that a policy waits after so many attempts, None if it gives up."""
     policy.begin()
     state = RetryCallState(policy, None, (), {})
     state.attempt_number = attempts

@@ -260,8 +260,8 @@ SABOTEURS = (
     Saboteur(
         name="a poisoned request is tried for ever",
         file="dispatch/retry.py",
-        old="if is_capacity(error) else _decide(self._counted, error, counted)",
-        new="if True else _decide(self._counted, error, counted)",
+        old="        if is_capacity(error):\n            return self.wait_patiently",
+        new="        if True:\n            return self.wait_patiently",
         test="tests/dispatch/test_retry.py::test_a_poisoned_request_ends_after_max_attempts",
     ),
     Saboteur(

@@ -1,4 +1,4 @@
-"""Lane: the requests of one model, its gate, how many calls may be in flight, and what they are likely to use."""
+"""The queue of one model: its waiting requests, its rate limiter, its concurrency limit and its token estimator."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.dispatch.live.token_bucket import Permit, TokenCost
 from pipeline.dispatch.live.token_estimator import TokenEstimator
 from pipeline.providers.base import Codec
 
-_MARGIN = 1.5  # by which an estimate may be too large
+_MARGIN = 1.5  # an estimated token count may be too large by this factor
 
 
 @dataclass(slots=True, kw_only=True)
 class QueuedRequest:
-    """A request on its way: what happened to it so far. `counted` are the attempts that failed by its own fault."""
+    """A request and its failed attempts so far. `counted` of them count against `max_attempts`."""
 
     request: Request
     attempts: list[Attempt] = field(default_factory=list)
@@ -31,9 +31,10 @@ class QueuedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """A lane at a moment; `waiting_for` is what its gate waits for, `cooldown_s` how long that lasts at most.
+    """A snapshot of a queue. The names are those of the progress events, which are a contract.
 
-    `trouble` is what the last call failed with, None since one succeeded.
+    `waiting_for` is what its rate limiter waits for, `cooldown_s` the rest of the cooldown in seconds, `window` the
+    number of calls that may be in flight. `trouble` is the error of the last call, None after a success.
     """
 
     provider: str
@@ -51,7 +52,11 @@ class Statistics:
 
 
 class ModelQueue:
-    """The requests of one model that wait or are in flight; `quota` names the limits that other runs share."""
+    """The requests of one model that wait or are in flight.
+
+    `quota` names limits that other runs share, "" if none do. Mutable state: the sender changes `in_flight`,
+    `rate_limited`, `trouble`, `has_worker` and `ended`; the rest is changed here.
+    """
 
     def __init__(
         self,
@@ -101,13 +106,13 @@ class ModelQueue:
         self._announce()
 
     def add_delayed(self, queued: QueuedRequest, seconds: float) -> None:
-        """Take a request back that may not be tried again for some seconds."""
+        """Queue a retry that may not start for some seconds."""
         self._sequence += 1
         heapq.heappush(self._delayed, (anyio.current_time() + seconds, self._sequence, queued))
         self._announce()
 
     def token_cost(self, request: Request) -> TokenCost:
-        """Return what a call for a request is expected to take out of the provider's allowances."""
+        """Return what a call is expected to take from the provider's limits, by kind."""
         return self.codec.charge(
             self.token_estimator.input_tokens(request),
             self.token_estimator.output_tokens(request),
@@ -115,7 +120,7 @@ class ModelQueue:
         )
 
     def refusal(self, request: Request) -> str | None:
-        """Say why no waiting would ever let a request through; None where it may pass."""
+        """Return why a request can never be sent, however long it waits; None if it can."""
         if not self.rate_limiter.is_limited:
             return None
         return self.rate_limiter.never_fits(
@@ -123,7 +128,7 @@ class ModelQueue:
         )
 
     def try_next(self) -> tuple[QueuedRequest, Permit] | None:
-        """Take the next request through the gate, if there is one that may go now."""
+        """Return the next request with its permit, if one may be sent now."""
         queued = self._pop()
         if queued is None:
             return None
@@ -136,7 +141,7 @@ class ModelQueue:
         return queued, permit
 
     async def wait_next(self, slots: anyio.Semaphore) -> tuple[QueuedRequest, Permit] | None:
-        """Wait for a request, for the gate and for a slot; None when the lane was cleared meanwhile."""
+        """Wait for a request, a permit and a slot; None if the queue was cleared meanwhile."""
         has_slot = False
         permit: Permit | None = None
         with anyio.CancelScope() as self._wait_scope:
@@ -145,6 +150,7 @@ class ModelQueue:
                 permit = self.rate_limiter.free_permit()
             else:
                 permit = await self.rate_limiter.acquire(self.token_cost(self._at_limiter.request))
+            # The cooldown is checked last: one that starts while this waits for a slot must hold back this call too.
             while not has_slot:
                 await self.rate_limiter.wait_cooldown()
                 await slots.acquire()
@@ -159,7 +165,7 @@ class ModelQueue:
         return None
 
     def clear(self) -> list[QueuedRequest]:
-        """Drop every waiting request, the one at the gate included, and return them."""
+        """Drop every waiting request, including the one at the rate limiter, and return them."""
         dropped = [*self._fresh, *(queued for _, _, queued in self._delayed)]
         if self._at_limiter:
             dropped.append(self._at_limiter)
@@ -188,17 +194,19 @@ class ModelQueue:
         )
 
     def _pop(self) -> QueuedRequest | None:
-        """Take a retry whose time has come, else a new request."""
+        """Take a retry that is due, else a new request."""
         if self._delayed and self._delayed[0][0] <= anyio.current_time():
             return heapq.heappop(self._delayed)[2]
         return self._fresh.popleft() if self._fresh else None
 
     async def _wait_request(self) -> QueuedRequest:
-        while (queued := self._pop()) is None:
+        queued = self._pop()
+        while queued is None:
             self._arrival = anyio.Event()
             seconds = self._delayed[0][0] - anyio.current_time() if self._delayed else None
             with anyio.move_on_after(seconds):
                 await self._arrival.wait()
+            queued = self._pop()
         return queued
 
     def _announce(self) -> None:

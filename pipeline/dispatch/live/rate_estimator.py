@@ -7,22 +7,25 @@ import math
 
 from pipeline.dispatch.live.token_bucket import Bucket, Permit
 
-_PACE_SECONDS = 5.0  # how much may be caught up after a pause at a rate that was found out
-_LOWEST_RATE = 0.2  # per second: whatever is refused, somebody asks again every few seconds
-_TRUSTED_CALLS = 20.0  # a rate reckoned from fewer is tried from above sooner
+_PACE_SECONDS = 5.0  # after a pause, this many seconds' worth of calls may be caught up
+_LOWEST_RATE = 0.2  # per second: whatever is refused, try again every few seconds
+_TRUSTED_CALLS = 20.0  # a rate measured over fewer calls is probed upwards sooner
 _FASTEST_GROWTH = 0.05  # per second
 _SHORTEST_PAUSE = 0.25
 _LONGEST_PAUSE = 10.0
 _LONGEST_QUIET = 5.0
 _MOST_DOUBLINGS = 10
-_CALLS_PER_PROBE = 100.0  # a rate that was found out is tried from above about once in so many calls
+_CALLS_PER_PROBE = 100.0  # a measured rate is probed upwards about once in so many calls
 
 
 class RateEstimator:
-    """The refill rate of a provider that does not tell it, found out by its refusals.
+    """Infers the refill rate of a provider's bucket from its 429 responses.
 
-    Calls are numbered as they are sent, so those between two refusals can be counted although their answers are not
-    there yet. Refusals of calls that were sent before the last cut belong to the same event.
+    A 429 means that the bucket was empty. The number of calls that passed between two 429s, divided by the time, is
+    the refill rate. Calls are numbered as they are sent, so those between two 429s can be counted before their answers
+    arrive. 429s of calls sent before the last cut belong to the same event.
+
+    `bucket` is None until the first 429. Only the two callbacks below change it.
     """
 
     def __init__(self) -> None:
@@ -40,22 +43,25 @@ class RateEstimator:
         self._trust = 1.0
 
     def on_sent(self, now: float) -> int:
-        """Count a call that goes out; return its number."""
+        """Count a call that is sent; return its number."""
         if self._started_at is None:
             self._started_at = now
         self._count += 1
         return self._count
 
     def on_rate_limited(self, permit: Permit) -> float:
-        """Learn from a refusal: the provider's bucket was empty when this call came.
+        """Update the rate after a 429: the provider's bucket was empty when this call arrived.
 
-        Returns how many seconds to wait where the provider does not say: the time of one call, and twice as long
-        each time that nothing passed since the last refusal, as then the bucket is in debt.
+        Return the seconds to wait if the provider names none: the time for one call to refill, doubled each time that
+        no call passed since the last 429, because then the bucket is in debt.
         """
         self._refused += 1
         if permit.sent_at > self._cut_at:
             passed = permit.number - self._empty_number - self._refused
-            self._fruitless = self._fruitless + 1 if passed < 1 and self.bucket else 0
+            if passed < 1 and self.bucket:
+                self._fruitless += 1
+            else:
+                self._fruitless = 0
             if not self._fruitless:
                 self._set_rate(self._measure_rate(permit, passed))
             assert self.bucket is not None
@@ -70,9 +76,9 @@ class RateEstimator:
         )
 
     def on_success(self) -> None:
-        """Try a little more, the slower the rarer refusals are to be, and faster when there were none for long."""
+        """Raise the rate a little: more slowly the rarer 429s should be, faster when there were none for long."""
         if self.bucket is None or self.bucket.level < self.bucket.max_rate / 2:
-            return  # no limit was found, or it is not what binds: then more of it would tell nothing
+            return  # no limit is known, or it does not bind: raising it would show nothing
         now = self._now()
         rate = self.bucket.rate
         cycle = _CALLS_PER_PROBE / rate
@@ -82,7 +88,7 @@ class RateEstimator:
         self._grown_at = now
 
     def _measure_rate(self, permit: Permit, passed: int) -> float:
-        """Return the rate that a refusal tells: calls that passed since the bucket was last empty, by the time."""
+        """Return the rate that a 429 shows: calls that passed since the bucket was last empty, divided by the time."""
         assert self._started_at is not None
         if self.bucket is None or self._empty_at is None:
             return max(_LOWEST_RATE, 0.5 * passed / max(permit.sent_at - self._started_at, 0.1))
@@ -93,7 +99,7 @@ class RateEstimator:
         return max(_LOWEST_RATE, 0.99 * (weight * measured + (1 - weight) * 0.8 * self.bucket.rate))
 
     def _set_rate(self, rate: float) -> None:
-        # Until a second refusal the rate is a guess, and a pause must not save up calls at it.
+        # Until a second 429 the rate is a guess, so a pause must not save up calls.
         size = 1.0 if self._is_guess else max(1.0, rate * _PACE_SECONDS)
         if self.bucket is None:
             self.bucket = Bucket(size, size / rate)

@@ -1,16 +1,19 @@
-"""Gate: how fast one model may be called, and when not at all.
+"""The rate limiter of one model: how fast it may be called, and when not at all.
 
-One gate stands before each (provider, model). Whoever wants to call passes it alone and in turn: a sender keeps one
-task at each gate, and senders that share a gate take turns, so aiolimiter's queue, which lets small amounts overtake
-large ones, never has two to choose from, and a large request is not starved.
+There is one per (provider, model). Callers acquire a permit one at a time and in turn: a sender keeps one task at each
+rate limiter, and senders that share one take turns. So aiolimiter's queue, which lets small amounts overtake large
+ones, never has two to choose from, and a large request does not starve.
 
-What binds is told apart. The user's caps are kept as they are, a second's worth at a time. What the provider says in
-its headers is mirrored: a bucket as large as its own, with the level that it reports, so the allowance is used to the
-last request and hardly one is refused. Where nothing is said, the rate is found out: a refusal tells that the
-provider's bucket is empty, and what passed between two refusals, divided by the time, is its refill rate; a little more
-is tried now and then. Where several processes share an account, caps and told limits are cut to this one's share.
-A cooldown closes the gate for everybody until a moment on the clock; it is looked at last, after
-everything that may take time, so nobody slips through who asked before it began.
+Three kinds of limits are kept apart:
+
+- The user's caps are kept as they are, one second's worth at a time.
+- Limits that the provider reports in its headers are mirrored: a bucket of the same capacity, with the level that it
+  reports. The limit is used to the last request, and hardly a request is refused.
+- Where the provider reports nothing, its request rate is inferred from 429 responses (`rate_estimator`).
+
+Where several processes share an account, caps and reported limits are cut to this process's share. A cooldown holds
+back every call until a moment on the clock. It is checked last, after everything that may take time, so calls that
+queued before it began are held back too.
 """
 
 from __future__ import annotations
@@ -29,14 +32,14 @@ from pipeline.dispatch.live.token_bucket import REQUESTS, Bucket, Permit, TokenC
 
 _COOLDOWN = "cooldown"
 
-_ROUNDING = {REQUESTS: 0.0}  # Anthropic rounds remaining tokens to thousands, so they may be off by half of that
-_TOKEN_ROUNDING = 500.0
-_LOOK_AGAIN_SECONDS = 5.0  # while waiting: a limit may have shrunk below what is waited for
+_ROUNDING = {REQUESTS: 0.0}
+_TOKEN_ROUNDING = 500.0  # Anthropic rounds remaining tokens to thousands, so they may be off by half of that
+_LOOK_AGAIN_SECONDS = 5.0  # a limit may shrink below the amount that a task waits for, so it looks again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """A gate at a moment: seconds until its cooldown ends (0: open), and what it is waiting for, if anything."""
+    """A snapshot: the rest of the cooldown in seconds (0 without one), and what the next call waits for."""
 
     cooldown_s: float
     waiting_for: str | None
@@ -45,9 +48,10 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What a process has of limits that are shared: the share that it uses, whether it waits, its cooldown's end.
+    """What a process needs of a shared limit.
 
-    `share` is what it may use now.
+    `used` is the share that it used since the last report, `share` the one that it may use now (0 to 1). `is_waiting`:
+    a call waits for the limit. `cooldown_until` is on the event loop's clock, 0 if there is no cooldown.
     """
 
     used: float
@@ -57,7 +61,10 @@ class Demand:
 
 
 class RateLimiter:
-    """The caps, the told and found allowances, and the cooldown of one model."""
+    """The caps, the reported and inferred limits, and the cooldown of one model.
+
+    Mutable state: calls that acquire and hand back permits change the buckets; headers change the reported ones.
+    """
 
     def __init__(self, caps: Limits) -> None:
         self._caps = {
@@ -82,13 +89,13 @@ class RateLimiter:
 
     @property
     def is_limited(self) -> bool:
-        """Tell whether there are limits that a call is charged to; without any it is charged nothing."""
+        """Return True if a call takes from a cap or a reported limit; otherwise its cost need not be computed."""
         return bool(self._reported or self._caps)
 
-    # ── passing ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── permits ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def try_acquire(self, cost: TokenCost) -> Permit | None:
-        """Let a call through if it may go now; None if it would have to wait."""
+        """Return a permit if a call may be made now; None if it would have to wait."""
         if not self.is_limited and self._inferred.bucket is None:
             return self._permit(cost) if self.is_open() else None
         taken = self._taken(cost)
@@ -103,10 +110,7 @@ class RateLimiter:
         return self._permit(cost)
 
     async def acquire(self, cost: TokenCost) -> Permit:
-        """Take what a call is charged out of every bucket, when all who came before have.
-
-        What is larger than a bucket is taken in parts.
-        """
+        """Wait for a permit, after all callers before this one. A cost larger than a bucket is taken in parts."""
         async with self._turn:
             return await self._take(cost)
 
@@ -124,44 +128,56 @@ class RateLimiter:
         return self._permit(cost)
 
     def is_open(self) -> bool:
-        """Tell whether no cooldown is on."""
+        """Return True if there is no cooldown."""
         return self._cooldown_until == -math.inf or self._now() >= self._cooldown_until
 
     async def wait_cooldown(self) -> None:
-        """Wait until the cooldown is over, also if it is prolonged meanwhile."""
-        while (seconds := self._cooldown_until - self._now()) > 0:
+        """Wait until the cooldown is over, including any extension meanwhile."""
+        while not self.is_open():
             self._waiting_for = _COOLDOWN
-            await anyio.sleep(seconds)
+            await anyio.sleep(self._cooldown_until - self._now())
         self._waiting_for = None
 
     def never_fits(self, cost: TokenCost) -> str | None:
-        """Say why a call can never pass, as the least it takes is more than a minute's allowance; None if it can."""
+        """Return why a call can never be made: its least cost exceeds a minute's limit. None if it can."""
         for kind, amount in cost.items():
-            if (reported := self._reported.get(kind)) and amount > (most := reported.max_rate / self._share):
-                return f"needs about {amount:,.0f} {_words(kind)}, and {most:,.0f} per minute are allowed"
-            if (cap := self._caps.get(kind)) and amount > (most := cap.rate * 60 / self._share):
-                return f"needs about {amount:,.0f} {_words(kind)}, and your cap is {most:,.0f} per minute"
+            needs = f"needs about {amount:,.0f} {_words(kind)}"
+            reported = self._reported.get(kind)
+            if reported:
+                most = reported.max_rate / self._share
+                if amount > most:
+                    return f"{needs}, and {most:,.0f} per minute are allowed"
+            cap = self._caps.get(kind)
+            if cap:
+                most = cap.rate * 60 / self._share
+                if amount > most:
+                    return f"{needs}, and your cap is {most:,.0f} per minute"
         return None
 
-    # ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── responses ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def reconcile(self, permit: Permit, used: TokenCost | None) -> None:
-        """Put right what a call was charged: `used` is what the provider reported, None if it did nothing."""
+        """Correct what a call took to what it used.
+
+        `used` is what the provider reported, {} if it reported nothing (the estimate stands), None if it did no work:
+        then only the request itself counts.
+        """
         for kind, amount in permit.cost.items():
             self._in_flight[kind] = max(0.0, self._in_flight[kind] - amount)
-        difference = {kind: amount - permit.cost[kind] for kind, amount in (used or {}).items() if kind in permit.cost}
-        if used is None:
-            difference = {kind: -amount for kind, amount in permit.cost.items() if kind != REQUESTS}
-        for buckets in (self._caps, self._reported):
-            for kind, amount in difference.items():
-                if bucket := buckets.get(kind):
-                    bucket.level += amount
+            difference = 0.0
+            if used is not None:
+                difference = used.get(kind, amount) - amount
+            elif kind != REQUESTS:
+                difference = -amount
+            for buckets in (self._caps, self._reported):
+                if difference and kind in buckets:
+                    buckets[kind].level += difference
 
     def update_from_headers(self, limits: Sequence[Limit]) -> None:
-        """Mirror what a provider says of its buckets.
+        """Mirror the limits that a provider reports.
 
-        The truth lies between what it reports and that with everything in flight on top, as nobody knows which calls
-        in flight it has counted already.
+        The true level lies between the reported one and that plus everything in flight, because it is unknown which
+        of the calls in flight the provider has counted already.
         """
         for limit in limits:
             bucket = self._reported.get(limit.kind)
@@ -179,10 +195,10 @@ class RateLimiter:
                 bucket.level = min(max(level, used), used + in_flight)
 
     def on_rate_limited(self, permit: Permit, seconds: float | None) -> float | None:
-        """Note that a call was refused for want of allowance, and close the gate for a while.
+        """Start a cooldown after a 429; return its seconds.
 
-        `seconds` is how long the provider asks to wait. Returns how long to wait: that, else the time in which one
-        call's worth comes back, None where that is not known.
+        `seconds` is how long the provider asks to wait, None if it does not say. Then the cooldown is the time for one
+        call to refill; if that is unknown too, there is no cooldown and the result is None.
         """
         if not self._is_reported_empty():
             pause = self._inferred.on_rate_limited(permit)
@@ -192,17 +208,17 @@ class RateLimiter:
         return seconds
 
     def on_success(self) -> None:
-        """Note that a call was answered: a rate that was found out may be tried from above."""
+        """Probe an inferred rate upwards after a successful call."""
         self._inferred.on_success()
 
     def start_cooldown(self, seconds: float) -> None:
-        """Close the gate for everybody; a cooldown that ends later stays."""
+        """Hold back all calls for some seconds; a cooldown that ends later stays."""
         self._cooldown_until = max(self._cooldown_until, self._now() + seconds)
 
     # ── sharing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def demand(self) -> Demand:
-        """Return what this process used of the limits since the last time, as a share of all, and whether it waits."""
+        """Return what this process used of the limits since the last report, and whether it needs more."""
         now = self._now()
         seconds = now - self._counted_at if self._counted_at is not None else 0.0
         used = 0.0
@@ -217,7 +233,7 @@ class RateLimiter:
         )
 
     def take_share(self, share: float, cooldown_until: float) -> None:
-        """Cut caps and told limits to a share of them; how full they are stays. Close as long as others do."""
+        """Cut caps and reported limits to a share, keeping how full they are; adopt the cooldown of other processes."""
         self._cooldown_until = max(self._cooldown_until, cooldown_until)
         if share == self._share:
             return
@@ -242,7 +258,7 @@ class RateLimiter:
         return Statistics(cooldown_s=cooldown, waiting_for=self._waiting_for, allowances=allowances)
 
     def _taken(self, cost: TokenCost) -> list[tuple[Bucket, float, str]]:
-        """Return the buckets that a call takes from, how much, and what the kind is called."""
+        """Return the buckets that a call takes from, with the amount and the words for its kind."""
         taken = [
             (bucket, cost[kind], _words(kind))
             for buckets in (self._caps, self._reported)
@@ -254,7 +270,7 @@ class RateLimiter:
         return taken
 
     def free_permit(self) -> Permit:
-        """Return a ticket for which nothing was taken."""
+        """Return a permit that takes nothing."""
         now = self._now()
         return Permit(cost={}, sent_at=now, number=self._inferred.on_sent(now))
 
@@ -267,15 +283,14 @@ class RateLimiter:
         return Permit(cost=reserved, sent_at=now, number=self._inferred.on_sent(now))
 
     def _is_reported_empty(self) -> bool:
-        """Tell whether a told allowance explains a refusal: then its mirror has only to be put right."""
-        short = [bucket for bucket in self._reported.values() if bucket.level >= 0.9 * bucket.max_rate]
-        return bool(short)
+        """Return True if a reported limit explains a 429; then only its mirror was off, and no rate is inferred."""
+        return any(bucket.level >= 0.9 * bucket.max_rate for bucket in self._reported.values())
 
 
 def _cap(per_minute: int) -> Bucket:
-    """Return a bucket of a second's worth, or of one unit where that is less.
+    """Return a bucket that holds one second's worth, or one unit if that is more.
 
-    A bucket of a whole minute would let twice the limit through in its first minute.
+    A bucket of a whole minute would let twice the limit through in the first minute.
     """
     per_second = per_minute / 60
     capacity = max(1.0, per_second)

@@ -1,12 +1,12 @@
-"""The live lane: every request becomes exactly one result, at the pace the gates allow.
+"""Live sending: one HTTP call per request, each request becomes exactly one result, as fast as the limits allow.
 
-Requests wait in lanes, one per (provider, model), so a model that is limited does not hold up the others, as long as
-what waits for it fits into `input.read_ahead_bytes`. At most one
-worker stands at the gate of a lane; when it is let through it goes on to send, and the next free worker takes its
-place. Nothing is handed from task to task, and a free gate costs no task switch. A request that failed goes back to
-its lane with a time before which it may not be tried again: a waiting retry holds neither a worker nor a slot.
+Requests wait in one queue per (provider, model), so a limited model does not hold up the others as long as its waiting
+requests fit into `input.read_ahead_bytes`. At most one worker waits at a queue's rate limiter. When that admits it, the
+worker goes on to send, and the next free worker takes its place. Nothing is handed from task to task, so a call that
+need not wait costs no task switch. A failed request goes back to its queue with a time before which it may not be
+retried; a waiting retry holds neither a worker nor a slot.
 
-How fast a lane may go is its gate's to say, and how many of its calls may be in flight its window's (`lane`, `limits`).
+How fast a model is called is up to its `RateLimiter`, how many calls it has in flight to its `ConcurrencyLimit`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _REQUEST_OVERHEAD_BYTES = 800  # of the objects around a request's body, measure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """The sender at a moment. `attempts` = calls made; `unknown` = calls that may be billed without an answer."""
+    """A snapshot. `attempts` counts calls; `unknown` counts calls that may be billed although no answer came."""
 
     in_flight: int
     attempts: int
@@ -57,11 +57,11 @@ class Statistics:
 
 
 class Sender:
-    """Fans requests out over lanes with a bounded number of workers; gives each result to `recording`.
+    """Sends requests with a bounded number of workers and gives each result to `results`.
 
-    A request holds its place among those in flight until its result is recorded, so a crash costs no more repeated
-    calls than `concurrency`. `open_lane` makes the lane of a request's model when it is first seen. With a `budget`
-    nothing is sent whose worst case it does not cover.
+    A request keeps its slot until its result is stored, so a crash costs at most `concurrency` repeated calls.
+    `open_queue` makes the queue of a model when its first request comes. With a `budget` no call is made whose worst
+    case the budget does not cover.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class Sender:
     async def submit(
         self, requests: Iterable[Request], before: Iterable[tuple[Sequence[Attempt], int]] = repeat(((), 0))
     ) -> None:
-        """Take requests; waits while too many bytes are waiting to be sent.
+        """Take requests; wait while more than `read_ahead_bytes` are queued.
 
-        `before` tells for each what failed in another lane, and how much of it by the request's own fault.
+        `before` gives each request's earlier failed attempts in a batch, and how many of them count against it.
         """
         if not self._open_requests:
-            self.changed_at = self._clock.now()  # the time without work was nobody's stall
+            self.changed_at = self._clock.now()  # time without work is no stall
         for request, (attempts, counted) in zip(requests, before, strict=False):
             queue = None if self.is_draining else self._queue(request)
             if queue is None or queue.ended:
@@ -134,12 +134,12 @@ class Sender:
             await self._room.wait()
 
     def close(self) -> None:
-        """Say that no more requests come."""
+        """Declare that no more requests come; `run` then ends with the last result."""
         self._is_closed = True
         self._check_finished()
 
     def stop(self, reason: PipelineError | None = None) -> None:
-        """Send nothing more; what is in flight is finished and recorded, the rest stays pending."""
+        """Make no more calls. Calls in flight finish and are stored; other requests stay pending."""
         self.stopped = self.stopped or reason
         self.is_draining = True
         self._stop.call()
@@ -149,9 +149,9 @@ class Sender:
         self.close()
 
     async def stop_when_stalled(self, patience: float, is_idle: Callable[[], bool] = lambda: False) -> None:
-        """Stop when nothing was finished for `patience` seconds: whoever started this may come again later.
+        """Stop with `TryLaterError` when nothing has finished for `patience` seconds.
 
-        Time without open requests does not count, nor time in which `is_idle` says that somebody else is waited for.
+        Time without open requests does not count, nor time in which `is_idle` returns True.
         """
         while True:
             if not self._open_requests or is_idle():
@@ -164,23 +164,23 @@ class Sender:
             await anyio.sleep(patience - idle)
 
     def statistics(self) -> Statistics:
-        """Return a snapshot, for progress, totals and tests alike."""
+        """Return a snapshot."""
         each = [queue.statistics() for queue in self._queues.values()]
         return Statistics(in_flight=sum(queue.in_flight for queue in each), queues=each, **self._counts)
 
     def rate_limiters(self) -> dict[str, RateLimiter]:
-        """Return the gates of the limits that this run shares with others, by quota."""
+        """Return the rate limiters whose limits other runs share, by quota name."""
         return {queue.quota: queue.rate_limiter for queue in self._queues.values() if queue.quota}
 
     @property
     def ended_queues(self) -> list[ModelQueue]:
-        """The lanes that were given up, with the reason in `ended`."""
+        """The queues of models that were given up; `ended` holds the reason."""
         return [queue for queue in self._queues.values() if queue.ended]
 
     # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _queue(self, request: Request) -> ModelQueue | None:
-        """Return the lane of a request; None, and the run stops, where it cannot be opened (no key)."""
+        """Return the queue of a request's model. If it cannot be opened (no key), stop the run and return None."""
         name = (request.provider, request.model, request.endpoint)
         queue = self._queues.get(name)
         if queue is None:
@@ -191,7 +191,7 @@ class Sender:
         return queue
 
     def _offer(self, queue: ModelQueue, *, wake: bool = True) -> None:
-        """Let a worker go to a lane's gate if it wants one; without `wake` the caller is a worker who will look."""
+        """List a queue for a worker if it needs one. Without `wake`, the caller is a worker that will look itself."""
         if not queue.needs_worker:
             return
         queue.has_worker = True
@@ -206,7 +206,7 @@ class Sender:
             self._start_worker()
 
     def _start_worker(self) -> None:
-        # One worker more for each lane, so that those who wait at gates take nothing from those who send.
+        # One extra worker per queue, so that workers waiting at rate limiters take nothing from those that send.
         if self._tasks and self._workers < self._concurrency + len(self._queues):
             self._workers += 1
             self._tasks.start_soon(self._work)
@@ -224,13 +224,13 @@ class Sender:
                 await event.wait()
 
     async def _admit(self, queue: ModelQueue) -> tuple[QueuedRequest, Permit] | None:
-        """Take the lane's next request through its gate; None if the lane was cleared meanwhile."""
+        """Take the queue's next request through its rate limiter; None if the queue was cleared meanwhile."""
         admitted = queue.try_next()
         if admitted is not None:
             self._slots.acquire_nowait()
         elif queue:  # else it was cleared since it asked for a worker
             if self._ready and self._slots.value:
-                self._wake_worker()  # this one may wait here for long
+                self._wake_worker()  # this worker may wait here for a long time
             admitted = await queue.wait_next(self._slots)
         queue.has_worker = False
         if admitted is not None:
@@ -240,7 +240,8 @@ class Sender:
         return admitted
 
     async def _send(self, queue: ModelQueue, queued: QueuedRequest, permit: Permit) -> None:
-        if reason := queue.refusal(queued.request):
+        reason = queue.refusal(queued.request)
+        if reason:
             await self._refuse(queue, queued, permit, reason)
             return
         reserved = await self._reserve(queued.request) if self._budget else 0
@@ -265,14 +266,15 @@ class Sender:
             usage = queue.codec.usage(answer) if exc.may_be_billed else None
         finally:
             queue.in_flight -= 1
-            if reply is None and error is None:  # cancelled in flight: it may be billed, and nobody will know
+            if reply is None and error is None:  # cancelled in flight: it may be billed, and no response will tell
                 self._counts["unknown"] += 1
         latency = self._clock.now() - sent_at
-        model = (reply and reply.model) or queued.request.model
+        model = queued.request.model
+        if reply is not None and reply.model:
+            model = reply.model
         cost = self._pricing.cost(queued.request, model, usage) if usage else Cost()
         if self._budget:
-            is_free = error is not None and not error.may_be_billed
-            self._budget.settle(reserved, 0 if is_free else reserved if cost.nanos is None else cost.nanos)
+            self._budget.settle(reserved, _spent(reserved, error, cost))
         if reply is not None:
             await self._succeeded(queue, queued, permit, reply, cost, latency)
         elif error is not None:
@@ -321,7 +323,7 @@ class Sender:
             await self._retry_or_give_up(queue, queued, error, attempt.latency_s)
 
     async def _refuse(self, queue: ModelQueue, queued: QueuedRequest, permit: Permit, reason: str) -> None:
-        """End a request that no waiting would let through."""
+        """Fail a request that is larger than a whole minute's limit."""
         queue.in_flight -= 1
         queue.rate_limiter.reconcile(permit, None)
         await self._finish(
@@ -356,7 +358,7 @@ class Sender:
             queue.add_delayed(queued, seconds)
 
     async def _reserve(self, request: Request) -> int | None:
-        """Set the worst case of a call aside; None, and nothing more is sent, where the budget does not cover it."""
+        """Reserve the worst case of a call. If the budget does not cover it, stop the run and return None."""
         assert self._budget is not None
         try:
             amount = self._pricing.worst_case(request)
@@ -370,7 +372,7 @@ class Sender:
         return None
 
     def _leave_pending(self, queue: ModelQueue, queued: QueuedRequest, permit: Permit) -> None:
-        """Give back what was taken for a call that is not made."""
+        """Return the slot and the permit of a call that is not made."""
         queue.in_flight -= 1
         self._slots.release()
         queue.rate_limiter.reconcile(permit, None)
@@ -412,14 +414,14 @@ class Sender:
         self._close_request()
 
     def _forget(self, queued: QueuedRequest) -> None:
-        """Leave a request pending: it gets no result, so the next run sends it."""
+        """Leave a request pending: without a result, the next run sends it."""
         self._counts["dropped"] += 1
-        # What an answer that could not be used said that it used goes with it; the journal keeps the call.
+        # The usage of unusable responses is dropped with the request; the attempt log still lists the calls.
         self._counts["unknown"] += sum(attempt.usage is not None for attempt in queued.attempts)
         self._close_request()
 
     def _end(self, queue: ModelQueue, reason: PipelineError) -> None:
-        """Give a model up: its requests stay pending, other models go on."""
+        """Give up a model: its requests stay pending, other models go on."""
         queue.ended = queue.ended or reason
         self.changed_at = anyio.current_time()
         self._drop_waiting(queue)
@@ -432,13 +434,13 @@ class Sender:
         self._close_request(len(dropped))
 
     def _unqueue(self, queued: QueuedRequest) -> None:
-        """Note that a request waits no more; lets the reader go on when half of the room is free."""
+        """Count a request as no longer queued; wake waiting submitters when half of the room is free."""
         self._queued_bytes -= _size(queued.request)
         if self._queued_bytes <= self._read_ahead_bytes // 2:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Let everybody look again who waits to submit."""
+        """Wake all tasks that wait in `submit`."""
         self._room.set()
         self._room = anyio.Event()
 
@@ -452,10 +454,25 @@ class Sender:
 
 
 def _describe(queue: model_queue.Statistics) -> str:
-    waiting = queue.waiting_for or ("answers" if queue.in_flight else "retries" if queue.retrying else "nothing")
-    trouble = f", last failure: {queue.trouble}" if queue.trouble else ""
-    name = f"{queue.provider}/{queue.model}"
-    return f"{name}: {queue.waiting} waiting, {queue.in_flight} in flight, waits for {waiting}{trouble}"
+    """Return one line about a queue, for the message of a stalled run."""
+    waits_for = "nothing"
+    if queue.waiting_for:
+        waits_for = queue.waiting_for
+    elif queue.in_flight:
+        waits_for = "answers"
+    elif queue.retrying:
+        waits_for = "retries"
+    text = (
+        f"{queue.provider}/{queue.model}: {queue.waiting} waiting, {queue.in_flight} in flight, waits for {waits_for}"
+    )
+    return f"{text}, last failure: {queue.trouble}" if queue.trouble else text
+
+
+def _spent(reserved: int, error: ProviderError | None, cost: Cost) -> int:
+    """Return what a call counts against the budget: its cost if known, else its whole reservation."""
+    if error is not None and not error.may_be_billed:
+        return 0
+    return reserved if cost.nanos is None else cost.nanos
 
 
 def _size(request: Request) -> int:

@@ -1,12 +1,12 @@
-"""One account, several processes: which share of a model's limits is this process's.
+"""Shares a model's limits between processes that use one account.
 
-Each process holds a lease on a share of a quota (an endpoint, a key, a model), which it renews every quarter of a
-second and learns what is left for it. A process that is killed gives its lease back by not renewing it. Who waits for
-the limit gets an equal part of what the others do not use; who does not wait keeps what it uses, and some room to grow.
-A cooldown of one is a cooldown of all.
+Each process holds a lease on a share of a quota (endpoint, key, model). It renews the lease every quarter of a second
+and learns its share. A process that is killed gives its lease back by no longer renewing it. Processes that wait for
+the limit get equal parts of what the others leave; a process that does not wait keeps what it uses, and some room to
+grow. A cooldown of one process holds for all.
 
-On one host a lease is a row in a small SQLite file, and times are those of the event loop's clock, which there is the
-same for all processes. In a cluster an actor keeps the leases (`cluster`).
+On one machine a lease is a row in a small SQLite file. Times are those of the event loop's clock, which is the same
+for all processes there. In a cluster an actor keeps the leases (`runner.cluster.quota`).
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ CREATE TABLE IF NOT EXISTS leases (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """What a process may have until it renews: its share of the limits, and until when nobody may call."""
+    """What a process may use until it renews: its share of the limits (0 to 1), and when the common cooldown ends."""
 
     share: float
     cooldown_until: float
 
 
 def quota_name(url: str, key: str | None, model: str) -> str:
-    """Return the name of a quota; the key cannot be read from it."""
+    """Return the name of a quota. It holds a hash of the key, not the key."""
     return checksum(url.encode(), b"\0", (key or "").encode(), b"\0", model.encode()).hex()
 
 
 class LeaseBroker(Protocol):
-    """Who gives leases out, as one process sees it. Times are of its event loop's clock."""
+    """Gives out leases, as seen by one process. Times are those of its event loop's clock."""
 
     async def renew(self, demands: Mapping[str, Demand], now: float) -> Mapping[str, Lease]:
-        """Tell what this process needs of each quota; return its leases. An `OSError`: there are no leases any more."""
+        """Report what this process needs of each quota; return its leases. Raises `OSError` if there are none."""
         ...
 
     async def give_back(self) -> None:
@@ -65,7 +65,7 @@ class LeaseBroker(Protocol):
 
 
 class SqliteBroker:
-    """The lessor of one host: a file, used in threads."""
+    """The broker on one machine: a file, used in threads."""
 
     def __init__(self, leases: LeaseTable) -> None:
         self._leases = leases
@@ -81,14 +81,14 @@ class SqliteBroker:
 
 
 class LeaseTable:
-    """The leases of one process, in a file that all share."""
+    """The leases of one process, in a file that all processes share."""
 
     def __init__(self, path: Path, holder: str) -> None:
         self._path = path
         self._holder = holder
 
     def renew(self, demands: Mapping[str, Demand], now: float) -> dict[str, Lease]:
-        """Tell what this process needs of each quota; return its leases. Raises `sqlite3.Error` or `OSError`."""
+        """Report what this process needs of each quota; return its leases. Raises `sqlite3.Error` or `OSError`."""
         with closing(self._connect()) as file, file:
             file.execute("BEGIN IMMEDIATE")
             file.execute("DELETE FROM leases WHERE expires < ? OR expires > ?", (now, now + 10 * LEASE_SECONDS))
@@ -116,14 +116,14 @@ class LeaseTable:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path.touch(mode=0o600)
         file = sqlite3.connect(self._path, timeout=LEASE_SECONDS, isolation_level=None)
-        # Nothing here is worth more than a second: what a power cut takes is made again.
+        # Leases live one second, so what a power cut takes is soon written again.
         file.execute("PRAGMA synchronous = OFF")
         file.execute(_SCHEMA)
         return file
 
 
 def share_of(holder: str, held: Mapping[str, Demand]) -> float:
-    """Return the share of one process among those that hold a quota."""
+    """Return the share of one process among those that hold leases on a quota."""
     equal = 1.0 / len(held)
     kept = {name: min(equal, _ROOM_TO_GROW * demand.used + _SMALLEST_SHARE) for name, demand in held.items()}
     waiting = [name for name, demand in held.items() if demand.is_waiting]
@@ -133,7 +133,7 @@ def share_of(holder: str, held: Mapping[str, Demand]) -> float:
 
 
 class QuotaSync:
-    """Renews the leases of a run: `gates` are those of its limits, by quota; each keeps to its lease."""
+    """Renews the leases of a run. `rate_limiters` returns those of its shared limits, by quota name."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class QuotaSync:
         self._notify = notify
 
     async def keep(self) -> None:
-        """Renew until cancelled. Where there are no leases each process goes by itself, which is said once."""
+        """Renew until cancelled. If leases become unavailable, say so once and use the whole limits."""
         try:
             while True:
                 demands = {quota: rate_limiter.demand() for quota, rate_limiter in self._rate_limiters().items()}
@@ -164,12 +164,13 @@ class QuotaSync:
                 await self._broker.give_back()
 
     def _take(self, leases: Mapping[str, Lease]) -> None:
-        """Keep to the shares of leases; where there is none, to nobody's but our own."""
+        """Apply the leases; a limit without one is used in full."""
         for quota, rate_limiter in self._rate_limiters().items():
             lease = leases.get(quota)
-            rate_limiter.take_share(*((lease.share, lease.cooldown_until) if lease else (1.0, 0.0)))
+            lease = lease or Lease(share=1.0, cooldown_until=0.0)
+            rate_limiter.take_share(lease.share, lease.cooldown_until)
 
 
 def lease_broker(settings: Config, run_id: str) -> LeaseBroker:
-    """Make what shares limits with the other runs of this machine; its file lies beside the ledger."""
+    """Return the broker that shares limits with other runs on this machine. Its file lies beside the ledger."""
     return SqliteBroker(LeaseTable(environment.ledger_path(settings).with_name("limits.sqlite"), run_id))

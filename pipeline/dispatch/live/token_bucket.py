@@ -1,4 +1,4 @@
-"""A leaky bucket whose level can be read and corrected, and the permits taken from buckets."""
+"""A leaky bucket whose level can be read and corrected, and the permits that calls take."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from aiolimiter import AsyncLimiter
 
 REQUESTS = "requests"
 TokenCost = Mapping[str, float]
-"""What one call takes out of the allowances, by kind: `requests`, `input_tokens`, `output_tokens`, `tokens`."""
+"""What one call takes from the limits, by kind: `requests`, `input_tokens`, `output_tokens`, `tokens`."""
 
 
 class Bucket(AsyncLimiter):
-    """aiolimiter's leaky bucket, with a level that can be looked at and put right.
+    """aiolimiter's leaky bucket, with a level that can be read and corrected.
 
-    `level` is what is used up and has not leaked out yet, `max_rate` what it holds.
+    `level` is what is used and has not leaked out yet, `max_rate` the capacity.
     """
 
     @property
@@ -31,15 +31,15 @@ class Bucket(AsyncLimiter):
 
     @property
     def rate(self) -> float:
-        """What leaks out, per second."""
+        """The leak rate, per second."""
         return self._rate_per_sec
 
     def take_nowait(self, amount: float) -> None:
-        """Take an amount that is known to be there."""
+        """Take an amount that is known to fit."""
         self._level += amount
 
     def retune(self, max_rate: float, time_period: float) -> None:
-        """Change size and rate, also while somebody waits; what was free stays free, as far as there is room."""
+        """Change capacity and rate, even while a task waits. What was free stays free, as far as there is room."""
         free = self.max_rate - self.level
         self.max_rate = max_rate
         self.time_period = time_period
@@ -49,9 +49,9 @@ class Bucket(AsyncLimiter):
 
 @dataclass(slots=True, kw_only=True)
 class Permit:
-    """Lets one call through, and is handed back with what became of it; `cost` is what was really taken.
+    """Permission for one call, handed back when its outcome is known; `cost` is what was taken from the buckets.
 
-    Not frozen: that would cost 1 µs a call.
+    `number` counts the model's calls. Not frozen: that would cost 1 µs per call.
     """
 
     cost: TokenCost

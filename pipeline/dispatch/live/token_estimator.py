@@ -1,4 +1,4 @@
-"""How many tokens a call will use: an estimate by size, corrected by reported usage."""
+"""Estimates how many tokens a call will use: from its size, corrected by the usage reported so far."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pipeline.core.types import Request, Usage
 
 _SMOOTHING = 0.1
 _GUESSED_OUTPUT_TOKENS = 300.0
-_LARGEST_RATIO = 5.0  # a picture or a document may be far larger than its guess; the next text is not
+_LARGEST_RATIO = 5.0  # an image may use far more than estimated; the next text will not
 
 
 class TokenEstimator:
-    """What a call is likely to use: an estimate by size, put right by what was reported so far."""
+    """A moving average over a model's calls."""
 
     def __init__(self) -> None:
         self._ratio = 1.0
@@ -26,7 +26,7 @@ class TokenEstimator:
         return min(expected, request.max_output_tokens or math.inf)
 
     def update(self, request: Request, usage: Usage) -> None:
-        """Move towards what one call really used."""
+        """Move the averages towards what a call used."""
         if request.estimated_input_tokens:
             ratio = usage.input_tokens / request.estimated_input_tokens
             self._ratio += _SMOOTHING * (min(_LARGEST_RATIO, ratio) - self._ratio)
