@@ -1,9 +1,8 @@
-"""Input dialects -> `Draft`: one line, its dialect told by its keys and its parts named.
+"""Parse an input line into a `Draft`. The keys of the line show its dialect.
 
-A provider's own dialect keeps its body as written; the others become one portable form (`messages` and a
-provider's fields) that each provider's codec translates. Nothing in a line is ignored: a key that means
-nothing in its dialect is an error, but for the portable one, where what is not ours is the provider's to
-judge.
+A body in a provider's own dialect is sent as written. The other dialects become one portable form (`messages` and a
+provider's fields) that each provider's codec translates. Nothing in a line is ignored: an unknown key is an error,
+except in the portable form, where the provider judges unknown fields.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _SHAPES = (
     '{"custom_id", "method", "url", "body": {…}} (OpenAI Batch), '
     '{"custom_id", "params": {…}} (Anthropic Batch), {"conversations": […]} (ShareGPT)'
 )
-# Dialects that look like ours and are not: the key that gives them away, their name, what to write instead.
+# Similar dialects that are not supported: a key that identifies each, its name, and what to write instead.
 _OTHERS: tuple[tuple[str, str, str], ...] = (
     ("preferred_output", "a preference (DPO) example", 'write its input.messages as {"messages": […]}'),
     (
@@ -60,10 +59,10 @@ _OTHERS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """One input line, its parts named; provider and defaults are not settled yet.
+    """One input line in parts. Its provider and its defaults are not chosen yet.
 
-    `protocol` is set for a provider's own dialect: then `fields` is the body as written. Else the draft is
-    portable, and `fields` is the line in portable form, `model` included, without our own keys. `endpoint` is the
+    `protocol` is set for a provider's own dialect. Then `fields` is the body as written. Else the draft is portable,
+    and `fields` is the line in portable form: with `model`, without our own keys. `endpoint` is the
     provider's endpoint that the line is for.
     """
 
@@ -81,7 +80,7 @@ class Draft:
 
 
 def parse(value: Any) -> Draft:
-    """Return the draft of one parsed line; `LineError` says what is missing, or which dialects there are."""
+    """Return the draft of one parsed line. A `LineError` says what is missing, or lists the dialects."""
     if not isinstance(value, dict):
         advice = "; write each element on a line of its own: jq -c '.[]' FILE" if isinstance(value, list) else ""
         raise LineError(f"a line must be a JSON object, not {_kind(value)}{advice}")
@@ -95,7 +94,7 @@ def parse(value: Any) -> Draft:
 
 
 def _native(line: dict[str, Any]) -> Draft:
-    """Read a line with `messages`: of fine-tuning where it holds nothing else and ends with its label."""
+    """Read a line with `messages`. It is a fine-tuning example if it has no other keys and ends with its label."""
     messages = _turns(line["messages"], "messages")
     if line.keys() <= _FINE_TUNING_KEYS and _is_example(messages):
         return _draft(line, _example_fields(line, messages))
@@ -103,7 +102,7 @@ def _native(line: dict[str, Any]) -> Draft:
 
 
 def _sharegpt(line: dict[str, Any]) -> Draft:
-    """Read turns of `from` and `value`; a last one of the assistant's is the label and is not sent."""
+    """Read turns of `from` and `value`. A last turn of the assistant is the label and is not sent."""
     _refuse_unknown(line, *_SHAREGPT_KEYS)
     turns = _turns(line["conversations"], "conversations")
     roles = [_sharegpt_role(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
@@ -138,7 +137,7 @@ def _provider_line(dialect: LineDialect, line: dict[str, Any]) -> Draft:
     )
 
 
-# By the key that tells the dialect. A line with several of them is of the first.
+# By the key that identifies the dialect. The first match wins.
 _READERS: Mapping[str, Callable[[dict[str, Any]], Draft]] = {
     **{dialect.body_key: partial(_provider_line, dialect) for dialect in LINE_DIALECTS},
     "conversations": _sharegpt,
@@ -162,7 +161,7 @@ def _draft(line: Mapping[str, Any], fields: Mapping[str, Any]) -> Draft:
 
 
 def _custom_id(value: Any) -> str | None:
-    """Return a line's name: text or a whole number, None where it has none."""
+    """Return a line's id as text, None if it has none."""
     if value is None:
         return None
     name = str(value) if type(value) is int else value
@@ -189,7 +188,7 @@ def _turns(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _refuse_unknown(line: Mapping[str, Any], *known: str) -> None:
-    """Refuse keys that mean nothing in a dialect: a misspelt one would vanish in silence."""
+    """Refuse keys that a dialect does not know. A misspelt key would otherwise be dropped silently."""
     if unknown := [key for key in line if key not in known]:
         raise LineError(f"{reprlib.repr(unknown)}: no keys of this dialect; put what is yours into metadata")
 
@@ -207,13 +206,17 @@ def _is_example(messages: list[dict[str, Any]]) -> bool:
 
 
 def _example_fields(line: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what is sent of an example: not the closing answer, its label, nor the weights of training."""
+    """Return an example without its label (the last answer) and without training weights."""
     if messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     if not messages:
         raise LineError("messages holds only the answer, which is not sent; a message of the user is missing")
-    unweighted = [{name: item for name, item in message.items() if name != "weight"} for message in messages]
-    return {**{name: item for name, item in line.items() if name != "weight"}, "messages": unweighted}
+    unweighted = [_without_weight(message) for message in messages]
+    return {**_without_weight(line), "messages": unweighted}
+
+
+def _without_weight(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if name != "weight"}
 
 
 # ── ShareGPT ────────────────────────────────────────────────────────────────────────────────────────────
@@ -228,7 +231,7 @@ def _sharegpt_role(turn: Mapping[str, Any], where: str) -> str:
 
 
 def _sharegpt_messages(turns: list[dict[str, Any]], roles: list[str]) -> list[dict[str, Any]]:
-    """Return messages for the turns with a role; calls get ids, and observations answer them in order."""
+    """Return messages for the turns with a role. Calls get ids, and observations answer them in order."""
     messages: list[dict[str, Any]] = []
     open_calls: deque[str] = deque()
     count = 0
@@ -257,7 +260,7 @@ def _sharegpt_value(turn: Mapping[str, Any], where: str) -> str:
 
 
 def _function_calls(value: str, where: str, count: int) -> list[dict[str, Any]]:
-    """Return OpenAI's form of `{"name", "arguments"}`, or of a list of such."""
+    """Return calls in OpenAI's form, from `{"name", "arguments"}` or a list of these."""
     given = _json(value, f"{where}.value")
     calls = given if isinstance(given, list) else [given]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
@@ -278,7 +281,7 @@ def _arguments(call: Mapping[str, Any]) -> str:
 
 
 def _sharegpt_tools(value: Any) -> list[Any]:
-    """Return tools in OpenAI's form; datasets hold them as JSON in a string, bare or already wrapped."""
+    """Return tools in OpenAI's form. Datasets have them as JSON in a string, bare or already wrapped."""
     tools = _json(value, "tools") if isinstance(value, str) and value.strip() else value
     if not tools:
         return []

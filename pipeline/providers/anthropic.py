@@ -25,7 +25,7 @@ ROLES = ("user", "assistant", "system", "developer", "tool")
 _CUT = ("max_tokens", "model_context_window_exceeded")
 
 RULES = (
-    # Spending limits and accounts on hold: nothing will succeed until somebody acts.
+    # Spending limits and accounts on hold: nothing will succeed until the user acts.
     Rule(codes=("enforced_spend_limit_reached", "contract_spend_limit_reached"), scope=ErrorScope.RUN),
     Rule(
         codes=("linked_organization_billing_unavailable", "linked_organization_spend_limit_reached"),
@@ -35,7 +35,7 @@ RULES = (
     Rule(statuses=(400,), says=r"^You have reached your specified", scope=ErrorScope.RUN),
     Rule(statuses=(400,), says=r"^Your credit balance is too low", scope=ErrorScope.RUN),
     Rule(types=("authentication_error", "billing_error", "permission_error"), scope=ErrorScope.RUN),
-    # One line names a file that is gone; any other 404 is about the model.
+    # A file that is gone concerns one line. Any other 404 is about the model.
     Rule(types=("not_found_error",), says=r"\b[Ff]ile", scope=ErrorScope.REQUEST),
     Rule(types=("not_found_error",), scope=ErrorScope.MODEL),
 )
@@ -96,11 +96,11 @@ class AnthropicCodec:
         return rate_limit_headers.limits(headers, _LIMITS)
 
     def charge(self, input_tokens: float, output_tokens: float, max_output_tokens: int | None) -> dict[str, float]:
-        """Charge what is expected: `max_tokens` is not reserved."""
+        """Charge the expected tokens. Anthropic does not reserve `max_tokens`."""
         return {"requests": 1.0, "input_tokens": input_tokens, "output_tokens": output_tokens}
 
     def used(self, usage: Usage) -> dict[str, float]:
-        """Reads from the cache do not count as input."""
+        """Return the real usage. Cache reads do not count as input."""
         counted = usage.input_tokens - usage.cache_read_tokens
         return {"input_tokens": float(counted), "output_tokens": float(usage.output_tokens)}
 
@@ -151,7 +151,7 @@ def _refusal(message: Mapping[str, Any]) -> str:
 
 
 def _usage(message: Mapping[str, Any]) -> Usage | None:
-    """Add the cached tokens to the input, which Anthropic tells without them; None where no usage is told."""
+    """Return the usage of a message, None if it has none. Our input tokens include Anthropic's cached tokens."""
     usage = responses.optional_object(message, "usage")
     uncached, output = responses.count(usage, "input_tokens"), responses.count(usage, "output_tokens")
     if uncached is None or output is None:

@@ -1,7 +1,7 @@
 """Anthropic's Message Batches API: https://docs.claude.com/en/docs/build-with-claude/batch-processing (August 2026).
 
-The requests of a chunk go into the call that makes the batch. A batch keeps no mark of ours; so the names of its
-requests begin with one, and a batch whose making was not confirmed is told by its results.
+The requests go into the call that creates the batch. A batch stores no tag, so the names of its requests begin with
+our local id. A batch whose creation was not confirmed is recognized by its results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AnthropicBatches:
     """`BatchCodec` for endpoints that speak Anthropic's protocol."""
 
     max_requests = 100_000
-    max_bytes = 255_999_000  # 256 MB, less what stands around the requests
+    max_bytes = 255_999_000  # 256 MB, less the text around the requests
     is_for_one_model = False
     has_tags = False
     separator = b","
@@ -76,7 +76,7 @@ class AnthropicBatches:
         return _read(answer, partial(batches.page, _batch))
 
     def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest:
-        """Ask for the results where the API has them: `results_url` may name any host, and the key goes with it."""
+        """Ask for results at the endpoint's own address: `results_url` could send the key to any host."""
         return HttpRequest(method="GET", url=f"{_url(endpoint)}/{file}", headers=headers)
 
     def refusal(self, answer: HttpResponse) -> ProviderError:
@@ -156,7 +156,7 @@ def _read(answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
 
 
 def _batch(value: Any) -> Batch:
-    """Read a batch; counts other than `processing` stay 0 until all of it has ended, so before that none is told."""
+    """Read a batch. Until it has ended, all counts but `processing` stay 0, so none is returned."""
     if not isinstance(value, dict):
         raise Malformed("a batch that is not an object")
     id, status = batches.named(value, "id"), batches.named(value, "processing_status")

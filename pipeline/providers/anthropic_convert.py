@@ -1,7 +1,7 @@
 """A portable line -> the body of an Anthropic message.
 
-What is written in Anthropic's own shape, and every field that neither provider knows, passes untouched.
-What is in OpenAI's shape is translated; what cannot be is a `LineError` that names it.
+Fields in Anthropic's own shape, and fields that neither provider knows, pass unchanged. Fields in OpenAI's shape are
+translated. A field that cannot be translated is a `LineError` that names it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHOICES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
 _TIERS = {"auto": "auto", "standard_only": "standard_only", "default": "standard_only"}
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
-# Fields without a counterpart, with the values that ask for nothing: those may go.
+# Fields without a counterpart. The listed values ask for nothing, so they can be dropped.
 _FOREIGN_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "frequency_penalty": (0,),
@@ -43,7 +43,7 @@ _FOREIGN_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 _FOREIGN_PARTS = ("input_audio", "file", "refusal")
-# In a message of an earlier answer these are null or empty, and then say nothing.
+# In a message copied from an earlier response these are null or empty, and can be dropped.
 _FOREIGN_MESSAGE_FIELDS = ("name", "refusal", "audio", "function_call", "annotations")
 
 
@@ -74,7 +74,7 @@ def _count_leading(messages: list[dict[str, Any]]) -> int:
 
 
 def _leading_systems(messages: list[dict[str, Any]]) -> list[Any]:
-    """Return the contents of the system messages that a conversation begins with."""
+    """Return the contents of the leading system messages."""
     leading = messages[: _count_leading(messages)]
     for index, message in enumerate(leading):
         if extra := [name for name, value in message.items() if value and name not in ("role", "content")]:
@@ -83,7 +83,7 @@ def _leading_systems(messages: list[dict[str, Any]]) -> list[Any]:
 
 
 def _joined(systems: list[Any]) -> Any:
-    """Join system texts by blank lines; where one is a list of blocks, all become blocks."""
+    """Join system texts with blank lines. If one is a list of blocks, all become blocks."""
     if all(isinstance(system, str) for system in systems):
         return "\n\n".join(systems)
     blocks: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ def _joined(systems: list[Any]) -> Any:
 
 
 def _messages(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Translate what follows the leading system messages; results of tools in a row share a user message."""
+    """Translate the messages after the leading system messages. Consecutive tool results share a user message."""
     first = _count_leading(messages)
     if first == len(messages):
         raise LineError("messages holds only system messages; add a message with the role user")
@@ -249,7 +249,7 @@ def _parallel_tool_calls(value: Any) -> dict[str, Any]:
 
 
 def _completed_choice(choice: dict[str, Any]) -> dict[str, Any]:
-    """Add the type that `parallel_tool_calls` leaves open; with no tool there is no word on parallel ones."""
+    """Add the type that `parallel_tool_calls` leaves open. Without tools, drop the choice about parallel calls."""
     choice = {"type": "auto", **choice}
     return without(choice, "disable_parallel_tool_use") if choice["type"] == "none" else choice
 

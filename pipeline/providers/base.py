@@ -66,7 +66,7 @@ class Codec(typing.Protocol):
         ...
 
     def headers(self, endpoint: Endpoint, key: str | None) -> Headers:
-        """Return every header of a request, names in lower case, but for host and content-length."""
+        """Return all headers of a request except host and content-length. Names are in lower case."""
         ...
 
     def body(
@@ -74,57 +74,62 @@ class Codec(typing.Protocol):
     ) -> dict[str, Any]:
         """Translate a portable line, without our own keys, to the provider's dialect.
 
-        Leaves `fields` as it is, but shares parts with it. Raises `LineError` for what is wrong, and for what
-        has no counterpart in this dialect: nothing is dropped in silence. A null field counts as absent.
+        Does not change `fields`, but the body shares parts with it. Raises `LineError` for invalid fields and for
+        fields without a counterpart in this dialect: nothing is dropped silently. A null field counts as absent.
         """
         ...
 
     def check_body(self, body: Mapping[str, Any]) -> None:
-        """Check the shape of a body in the provider's own dialect, no more; raises `LineError`."""
+        """Check only the shape of a body in the provider's own dialect. Raises `LineError`."""
         ...
 
     def max_output_tokens(self, body: Mapping[str, Any]) -> int | None:
-        """Return how many tokens the answer to a body can have at most, where the body says so."""
+        """Return the most output tokens that a body allows. None if it sets no limit."""
         ...
 
     def decode(self, answer: HttpResponse) -> Completion:
-        """Return the reply in a valid 200; everything else raises the provider's `ProviderError`.
+        """Return the completion in a valid 200. Raises the provider's `ProviderError` for everything else.
 
-        `Reply.model` is "" where the answer names none.
+        `Completion.model` is "" if the response names no model.
         """
         ...
 
     def usage(self, answer: HttpResponse) -> Usage | None:
-        """Return what an answer that is no reply says that it used: it is billed all the same; None if nothing."""
+        """Return the usage in a response that could not be decoded: it is billed anyway. None if it reports none."""
         ...
 
     def lost(self, error: TransportError) -> ProviderError:
-        """Return the provider's error for an answer that never came."""
+        """Return the provider's error for a response that never came."""
         ...
 
     def limits(self, headers: Mapping[str, str]) -> Sequence[Limit]:
-        """Return what an answer says of the provider's allowances; nothing where it says nothing usable."""
+        """Return the rate limits that response headers report. Empty if they report none."""
         ...
 
     def charge(self, input_tokens: float, output_tokens: float, max_output_tokens: int | None) -> dict[str, float]:
-        """Return what a call takes out of each kind of allowance when it is sent."""
+        """Return what a call takes from each kind of rate limit when it is sent."""
         ...
 
     def used(self, usage: Usage) -> dict[str, float]:
-        """Return what a call took in the end, for the kinds that the provider puts right afterwards."""
+        """Return what a call really used, for the kinds that the provider corrects after the response."""
         ...
 
 
 def headers(endpoint: Endpoint, key: str | None, key_header: str, own: Mapping[str, str | None]) -> Headers:
-    """Return the headers of an endpoint: the common ones, the protocol's `own` that have a value, the user's.
+    """Return the headers of an endpoint: the common ones, those in `own` that have a value, then the user's.
 
-    The key goes into the endpoint's `api_key_header`, else into `key_header`: as it is, but `authorization`
-    wants `Bearer KEY`.
+    The key goes into the endpoint's `api_key_header`, else into `key_header`. `authorization` gets `Bearer KEY`, every
+    other header the key alone.
     """
     name = (endpoint.api_key_header or key_header).lower()
     result = {"content-type": "application/json", "accept": "application/json", "user-agent": USER_AGENT}
     if key is not None:
-        result[name] = f"Bearer {key}" if name == "authorization" else key
-    result.update((name, value) for name, value in own.items() if value is not None)
-    result.update((name.lower(), value) for name, value in endpoint.headers.items())
+        is_bearer = name == "authorization"
+        result[name] = f"Bearer {key}" if is_bearer else key
+    for own_name, value in own.items():
+        if value is not None:
+            result[own_name] = value
+    # The user's headers come last, so that they can override ours.
+    for user_name, value in endpoint.headers.items():
+        result[user_name.lower()] = value
     return tuple(result.items())

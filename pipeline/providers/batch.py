@@ -30,7 +30,7 @@ Ending = Literal["expired", "cancelled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Why a batch failed its provider's validation; `line` counts the lines of the upload from 1, if one is named."""
+    """Why a batch failed its provider's validation. `line` is the line of the upload, from 1, if one is named."""
 
     code: str | None
     message: str
@@ -39,12 +39,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A batch as its provider tells of it.
+    """A batch as its provider reports it.
 
-    `status` is the provider's own word. Counts are None where it tells none (yet). `files` are the paths of the results
-    beneath the API's address, in the order in which they count. `ending` is what befell the requests that have no
-    result; None where every request should have one. `problems` are those of a batch that was refused as a whole.
-    `tag` is the mark that we gave it, where the API keeps one. Times are UTC, ISO 8601.
+    `status` is the provider's own word. Counts are None if they are not reported (yet). `files` are the paths of the
+    result files below the API's address, most important first. `ending` says why requests without a result have none
+    (expired, cancelled). It is None if every request should have a result. `problems` are set for a batch that was
+    refused as a whole. `tag` is the tag that we gave it, if the API stores one. Times are UTC, ISO 8601.
     """
 
     id: str
@@ -63,7 +63,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one request of a batch: the answer that a live call would have got, else how it ended."""
+    """The outcome of one request in a batch: the response that a live call would have got, else how it ended."""
 
     name: str
     answer: HttpResponse | None = None
@@ -117,21 +117,21 @@ class BatchCodec(typing.Protocol):
         ...
 
     def listed(self, answer: HttpResponse) -> tuple[Sequence[Batch], bool]:
-        """Return the batches of a page, and whether there are older ones."""
+        """Return the batches of a page, and True if there are older ones."""
         ...
 
     def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest: ...
 
     def refusal(self, answer: HttpResponse) -> ProviderError:
-        """Return the error in the answer to a download that is no file."""
+        """Return the error in the response to a failed download."""
         ...
 
     def outcome(self, line: bytes) -> Outcome:
-        """Read a line of a results file; raises `LineError` for what is none."""
+        """Read a line of a results file. Raises `LineError` if it is not one."""
         ...
 
     def belongs(self, nonce: str, line: bytes) -> bool:
-        """Tell by a line of its results whether a batch is ours, where it has no mark that says so."""
+        """Return True if a result line shows that a batch is ours. For APIs without tags."""
         ...
 
     def failure(self, problem: Problem) -> ProviderError:
@@ -139,7 +139,7 @@ class BatchCodec(typing.Protocol):
         ...
 
     def queue_limit(self, problem: Problem) -> int | None:
-        """Return how many input tokens the provider queues of a model, where a failure says that they are too many."""
+        """Return the provider's limit of queued input tokens for a model, if a failure names it."""
         ...
 
 
@@ -147,14 +147,14 @@ class BatchCodec(typing.Protocol):
 
 
 def address(endpoint: Endpoint, path: str) -> str:
-    """Return an address beneath that of the endpoint."""
+    """Return an address below the endpoint's base URL."""
     return f"{endpoint.base_url.rstrip('/')}/{path.lstrip('/')}"
 
 
 def read(
     answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T], error: type[ProviderError], rules: Sequence[Rule]
 ) -> T:
-    """Read the object of a 200; everything else raises `error`."""
+    """Read the object of a 200. Raises `error` for everything else."""
     value, _ = responses.accepted(answer, error, rules)
     try:
         return reader(value)
@@ -163,7 +163,7 @@ def read(
 
 
 def page(reader: Callable[[Any], Batch], value: Mapping[str, Any]) -> tuple[Sequence[Batch], bool]:
-    """Read a page of a list of batches, and whether more follow."""
+    """Return the batches of a page, and True if more follow."""
     listed = value.get("data") or []
     if not isinstance(listed, list):
         raise Malformed("its data is not a list")
@@ -176,33 +176,34 @@ def with_header(headers: Headers, name: str, value: str) -> Headers:
 
 
 def text(value: Mapping[str, Any], name: str) -> str | None:
-    """Return a text of an object, None where it is null, absent, empty or something else."""
+    """Return a text field of an object. None if it is not a non-empty text."""
     found = value.get(name)
     return found if isinstance(found, str) and found else None
 
 
 def named(value: Mapping[str, Any], name: str) -> str:
-    """Return the text that an object must have; `Malformed` where it has none."""
-    if (found := text(value, name)) is None:
+    """Return a text field that an object must have. Raises `Malformed` if it is missing."""
+    found = text(value, name)
+    if found is None:
         raise Malformed(f"it has no {name}")
     return found
 
 
 def counted(value: Any, name: str) -> int | None:
-    """Return a count, None where there is none that can be."""
+    """Return a count. None if it is absent or invalid."""
     count = value.get(name) if isinstance(value, dict) else None
     return count if type(count) is int and count >= 0 else None
 
 
 def from_unix(value: Any) -> str | None:
-    """Return Unix seconds as UTC, ISO 8601; None for what is no time."""
+    """Return Unix seconds as UTC, ISO 8601. None if they are not a valid time."""
     if type(value) not in (int, float) or not 0 <= value < 2**35:
         return None
     return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def from_rfc3339(value: Any) -> str | None:
-    """Return a time of RFC 3339 as UTC, ISO 8601 in whole seconds; None for what is no time."""
+    """Return an RFC 3339 time as UTC, ISO 8601 in whole seconds. None if it is not a valid time."""
     try:
         moment = datetime.fromisoformat(value).astimezone(UTC) if value else None
     except (TypeError, ValueError, OverflowError):
@@ -211,9 +212,9 @@ def from_rfc3339(value: Any) -> str | None:
 
 
 def result_line(line: bytes) -> tuple[str, Mapping[str, Any]]:
-    """Return the name in a line of results, and the line's object; `LineError` where there is none.
+    """Return the name in a result line, and the line's object. Raises `LineError` if it has no name.
 
-    Numbers stay exact. What is not strict JSON is mended, as it is paid for.
+    Numbers stay exact. JSON that is not strict is repaired, because the result is paid for.
     """
     try:
         value = jsonl.loads(line)
@@ -225,7 +226,7 @@ def result_line(line: bytes) -> tuple[str, Mapping[str, Any]]:
 
 
 def encoded(value: Any) -> bytes:
-    """Return a part of a line of results as JSON; what is nested too deep to be written is no reply to anything."""
+    """Return a part of a result line as JSON. A part nested too deep becomes a text, which decodes to an error."""
     try:
         return jsonl.dumps(value)
     except RecursionError:
@@ -233,7 +234,7 @@ def encoded(value: Any) -> bytes:
 
 
 def unusable(reason: str) -> HttpResponse:
-    """Return an answer that no reply can be read from, for a result that tells neither reply nor error."""
+    """Return a response that cannot be decoded, for a result with neither a response nor an error."""
     return HttpResponse(status=200, body=orjson.dumps(reason))
 
 

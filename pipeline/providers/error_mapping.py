@@ -1,4 +1,4 @@
-"""Errors of providers: what an answer says in any of many shapes, and by which table it reaches how far."""
+"""Read provider errors in their many shapes, and map each to its scope by a table of rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.core.errors import ErrorScope
 from pipeline.core.text import MAX_MESSAGE, MAX_WORD, excerpt, sanitize, word
 from pipeline.core.types import HttpResponse
 
-# The HTTP status that belongs to an error which came with another one: inside a 200.
+# The HTTP status of an error type, for errors that came inside a 200.
 _STATUSES: Mapping[str, int] = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -30,7 +30,7 @@ _STATUSES: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorBody:
-    """What an error answer says, whatever its shape; `status` is the HTTP status that belongs to it."""
+    """The contents of an error response, whatever its shape. `status` is the HTTP status of the error itself."""
 
     status: int
     type: str
@@ -75,12 +75,15 @@ def scope_of(complaint: ErrorBody, rules: Sequence[Rule], should_retry: str | No
     """Return how far an error reaches: the first rule that fits, then the server's word on trying again."""
     scope = next(rule.scope for rule in (*rules, *COMMON_RULES) if rule.fits(complaint))
     if scope in (ErrorScope.ATTEMPT, ErrorScope.REQUEST):
-        return {"true": ErrorScope.ATTEMPT, "false": ErrorScope.REQUEST}.get(should_retry or "", scope)
+        if should_retry == "true":
+            return ErrorScope.ATTEMPT
+        if should_retry == "false":
+            return ErrorScope.REQUEST
     return scope
 
 
 def error_body_of(answer: HttpResponse, value: Any) -> ErrorBody:
-    """Say in one form what any server says in its own: see `_error_object` for the shapes."""
+    """Return an error response in one form. `_error_object` lists the shapes that servers use."""
     error = _error_object(value)
     if error is None:
         status = answer.status if answer.status >= 400 else 500
@@ -107,7 +110,7 @@ def status_of(code: Any, kind: str | None) -> int:
 
 
 def _error_object(value: Any) -> Mapping[str, Any] | None:
-    """Find the object that explains an error; None where there is none. The cases:
+    """Return the object that explains an error, None if there is none. The shapes:
 
     `{"error": {…}}` (Anthropic, OpenAI, Azure, OpenRouter), the same in a list (Gemini); `{"error": "text"}`
     (Ollama); `{"detail": "text" | {…} | [{"loc", "msg"}…]}` (FastAPI); `{"message": "text", …}` (older vLLM).
@@ -140,5 +143,5 @@ def description(answer: HttpResponse) -> str:
 
 
 def member(value: Any, name: str) -> Any:
-    """Return a field of a value that need not be an object."""
+    """Return a field of a value, None if the value is not an object."""
     return value.get(name) if isinstance(value, dict) else None

@@ -25,7 +25,7 @@ ROLES = ("user", "assistant", "system", "developer", "tool", "function")
 _HOST = "api.openai.com"
 
 RULES = (
-    # Quotas and spending limits: they come as 429, but no retry passes them.
+    # Quotas and spending limits come as 429, but a retry does not help.
     Rule(types=("insufficient_quota",), scope=ErrorScope.RUN),
     Rule(
         codes=("insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached"),
@@ -36,7 +36,7 @@ RULES = (
     Rule(codes=("model_not_found", "model_not_available", "DeploymentNotFound"), scope=ErrorScope.MODEL),
     # A request that alone is larger than the limit per minute never fits.
     Rule(statuses=(429,), says=r"^Request too large .*tokens per min", scope=ErrorScope.REQUEST),
-    # OpenRouter's word on a conversation, not on the key.
+    # OpenRouter refuses a conversation, not the key.
     Rule(statuses=(403,), says=r"(?i)moderation|flagged", scope=ErrorScope.REQUEST),
 )
 
@@ -82,7 +82,7 @@ class OpenAICodec:
         validation.check_own_body(body)
 
     def max_output_tokens(self, body: Mapping[str, Any]) -> int | None:
-        """Return the limit of one answer times the number of answers asked for."""
+        """Return the limit of one choice times the number of choices."""
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         choices = body.get("n")
         if type(limit) is not int:
@@ -109,7 +109,7 @@ class OpenAICodec:
         return rate_limit_headers.limits(headers, _LIMITS)
 
     def charge(self, input_tokens: float, output_tokens: float, max_output_tokens: int | None) -> dict[str, float]:
-        """Charge `tokens` with the larger of the answer's bound and the prompt: so OpenAI counts, and leaves it so."""
+        """Charge `tokens` with the larger of the output limit and the prompt. OpenAI never corrects this."""
         tokens = max(float(max_output_tokens or 0), input_tokens)
         return {
             "requests": 1.0,
@@ -125,7 +125,7 @@ class OpenAICodec:
 
 @cache
 def _is_own_host(base_url: str) -> bool:
-    """Tell OpenAI's own servers (regional ones too) from compatible ones, which may refuse unknown fields."""
+    """Return True for OpenAI's own servers, regional ones too. Compatible servers may refuse unknown fields."""
     host = urlsplit(base_url).hostname or ""
     return host == _HOST or host.endswith("." + _HOST)
 
@@ -157,7 +157,7 @@ def _reply(completion: Mapping[str, Any], choice: Mapping[str, Any], raw: bytes,
 
 
 def _content(content: Any) -> str | None:
-    """Return the text of a message; some compatible servers send a list of parts."""
+    """Return the text of a message. Some compatible servers send a list of parts."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
@@ -183,7 +183,7 @@ def _tool_calls(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
 
 
 def _tool_call(call: Mapping[str, Any]) -> ToolCall:
-    """Read a call of a function, with arguments in JSON, or of a custom tool, with free text as its input."""
+    """Read a function call, whose arguments are JSON, or a custom tool call, whose input is free text."""
     id = call.get("id")
     function, custom = responses.optional_object(call, "function"), responses.optional_object(call, "custom")
     name = function.get("name") or custom.get("name")
@@ -197,16 +197,14 @@ def _tool_call(call: Mapping[str, Any]) -> ToolCall:
 
 
 def _usage(completion: Mapping[str, Any]) -> Usage | None:
-    """Return the usage as told, None where none is; what is not told in detail counts 0."""
+    """Return the reported usage, None if there is none. Details that are not reported count as 0."""
     usage = responses.optional_object(completion, "usage")
     prompt, output = responses.count(usage, "prompt_tokens"), responses.count(usage, "completion_tokens")
     if prompt is None or output is None:
         return None
     details = responses.optional_object(usage, "prompt_tokens_details")
-    read, written = (
-        responses.count(details, "cached_tokens") or 0,
-        responses.count(details, "cache_write_tokens") or 0,
-    )
+    read = responses.count(details, "cached_tokens") or 0
+    written = responses.count(details, "cache_write_tokens") or 0
     if read + written > prompt:
         raise Malformed("usage has more cached tokens than prompt tokens")
     reasoning = responses.count(responses.optional_object(usage, "completion_tokens_details"), "reasoning_tokens") or 0

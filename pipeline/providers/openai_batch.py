@@ -1,7 +1,7 @@
 """OpenAI's Batch API: https://platform.openai.com/docs/guides/batch (July 2026).
 
-A chunk is uploaded as a file, a batch is made of the file, and the results are two files more: one of answers and one
-of errors, either of which may not be there. A batch keeps metadata: by it one is found whose making was not confirmed.
+Requests are uploaded as a file, and a batch is created from the file. The results are two files, one of responses and
+one of errors. Either may be missing. A batch stores metadata, which finds a batch whose creation was not confirmed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class OpenAIBatches:
     """`BatchCodec` for endpoints that speak OpenAI's protocol."""
 
     max_requests = 50_000
-    max_bytes = 199_999_000  # 200 MB, less what stands around the requests
+    max_bytes = 199_999_000  # 200 MB, less the text around the requests
     is_for_one_model = True
     has_tags = True
     separator = b"\n"
@@ -139,7 +139,7 @@ class OpenAIBatches:
         return int(match[1].replace(",", "")) if match else None
 
     def failure(self, problem: Problem) -> ProviderError:
-        """Return the error of a failed batch; one that only came too early may be made again later."""
+        """Return the error of a failed batch. One that only came too early can be retried later."""
         body = orjson.dumps({"error": {"message": problem.message, "type": problem.code, "code": problem.code}})
         answer = HttpResponse(status=400, body=body)
         error = responses.refused(answer, orjson.loads(body), OpenAIAPIError, RULES)
@@ -212,12 +212,13 @@ def _read(answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
 
 
 def _batch(value: Any) -> Batch:
-    """Read a batch; `""` for a file that is not there counts as none."""
+    """Read a batch. An empty file id counts as no file."""
     if not isinstance(value, dict):
         raise Malformed("a batch that is not an object")
     status = batches.named(value, "status")
     counts = value.get("request_counts")
-    files = [id for name in ("output_file_id", "error_file_id") if (id := batches.text(value, name))]
+    file_ids = [batches.text(value, name) for name in ("output_file_id", "error_file_id")]
+    metadata = value.get("metadata")
     return Batch(
         id=batches.named(value, "id"),
         status=status,
@@ -227,30 +228,35 @@ def _batch(value: Any) -> Batch:
         failed=batches.counted(counts, "failed"),
         created_at=batches.from_unix(value.get("created_at")),
         expires_at=batches.from_unix(value.get("expires_at")),
-        files=tuple(f"files/{quote(id, safe='')}/content" for id in files),
+        files=tuple(f"files/{quote(id, safe='')}/content" for id in file_ids if id),
         ending=_ENDINGS.get(status),
         problems=_problems(value) if status == "failed" else (),
-        tag=batches.text(metadata, TAG) if isinstance(metadata := value.get("metadata"), dict) else None,
+        tag=batches.text(metadata, TAG) if isinstance(metadata, dict) else None,
     )
 
 
 def _problems(value: Mapping[str, Any]) -> Sequence[Problem]:
-    """Return why validation failed; at least one reason."""
+    """Return why validation failed, with at least one reason."""
     listed = member(value.get("errors"), "data")
-    found = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    problems = [
-        Problem(
-            code=word(each.get("code")),
-            message=sanitize(str(each.get("message") or "no reason is given"), MAX_MESSAGE),
-            line=each["line"] if type(each.get("line")) is int and each["line"] > 0 else None,
-        )
-        for each in found
-    ]
-    return tuple(problems) or (Problem(code=None, message="the batch failed, and the provider does not say why"),)
+    found = listed if isinstance(listed, list) else []
+    problems = [_problem(each) for each in found if isinstance(each, dict)]
+    if not problems:
+        problems = [Problem(code=None, message="the batch failed, and the provider does not say why")]
+    return tuple(problems)
+
+
+def _problem(value: Mapping[str, Any]) -> Problem:
+    line = value.get("line")
+    has_line = type(line) is int and line > 0
+    return Problem(
+        code=word(value.get("code")),
+        message=sanitize(str(value.get("message") or "no reason is given"), MAX_MESSAGE),
+        line=line if has_line else None,
+    )
 
 
 def _body(response: Mapping[str, Any]) -> bytes:
-    """Return the body of a response; some compatible servers write it as a text of JSON."""
+    """Return the body of a response. Some compatible servers write it as a string of JSON."""
     body = response.get("body")
     return body.encode("utf-8", "replace") if isinstance(body, str) else batches.encoded(body)
 

@@ -1,7 +1,7 @@
 """A portable line -> the body of an OpenAI chat completion.
 
-What is written in OpenAI's own shape, and every field that neither provider knows, passes untouched. What
-is in Anthropic's shape is translated; what cannot be is a `LineError` that names it.
+Fields in OpenAI's own shape, and fields that neither provider knows, pass unchanged. Fields in Anthropic's shape are
+translated. A field that cannot be translated is a `LineError` that names it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ _REASONING = re.compile(r"(?:ft:)?(?:o[0-9]|gpt-(?:[5-9]|[12][0-9]))(?![0-9a-z])
 
 @lru_cache(maxsize=1024)
 def is_reasoning(model: str) -> bool:
-    """Tell by its name (o-series, GPT-5 on) a model that wants `max_completion_tokens` and `developer`."""
+    """Return True for reasoning models (o-series, GPT-5 on), which need `max_completion_tokens` and `developer`."""
     return _REASONING.match(model) is not None
 
 
 def translate(line: Mapping[str, Any], model: str, *, limit_field: str | None, system_role: str) -> dict[str, Any]:
-    """Return the body of a checked line; `limit_field` None leaves the token limit's name as it is."""
+    """Return the body of a checked line. `limit_field` None keeps the name of the token limit."""
     body: dict[str, Any] = {"model": model}
     for name, value in line.items():
         if name in LIMIT_FIELDS:
@@ -77,7 +77,7 @@ def translate(line: Mapping[str, Any], model: str, *, limit_field: str | None, s
 
 
 def _given_limit_field(line: Mapping[str, Any]) -> str:
-    """Return the one name for the token limit: a line that has both means the newer one."""
+    """Return the name of the token limit in a line. The newer name wins if a line has both."""
     return LIMIT_FIELDS[1] if LIMIT_FIELDS[1] in line else LIMIT_FIELDS[0]
 
 
@@ -98,7 +98,7 @@ def _messages(messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _is_own(part: dict[str, Any]) -> bool:
-    """Tell a part that goes as it is from one that needs translation or a refusal."""
+    """Return True for a part that passes unchanged. Others must be translated or refused."""
     kind = part.get("type")
     return (
         isinstance(kind, str)
@@ -109,7 +109,7 @@ def _is_own(part: dict[str, Any]) -> bool:
 
 
 def _translated(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """Translate a message with Anthropic's blocks: calls move beside the content, results become messages."""
+    """Translate a message with Anthropic's blocks. Tool calls move to `tool_calls`, tool results to own messages."""
     parts: list[dict[str, Any]] = []
     given = message.get("tool_calls")
     calls = [*items(given, f"{where}.tool_calls")] if given else []
@@ -129,10 +129,13 @@ def _translated(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _turn(message: dict[str, Any], parts: list[dict[str, Any]], calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the message with its translated parts and calls; none where nothing is left of it."""
+    """Return the message with its translated parts and calls. Empty if nothing is left of it."""
     if not parts and not calls:
         return []
-    return [{**message, "content": parts or None, **({"tool_calls": calls} if calls else {})}]
+    turn = {**message, "content": parts or None}
+    if calls:
+        turn["tool_calls"] = calls
+    return [turn]
 
 
 def _parts(content: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
@@ -179,12 +182,11 @@ def _tool_call(block: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _tool_message(block: dict[str, Any], where: str) -> dict[str, Any]:
     _refuse_extra(block, where, "type", "tool_use_id", "content")
-    content = block.get("content")
-    return {
-        "role": "tool",
-        "tool_call_id": text(block.get("tool_use_id"), f"{where}.tool_use_id"),
-        "content": _result_text(content, f"{where}.content") if isinstance(content, list) else content or "",
-    }
+    call_id = text(block.get("tool_use_id"), f"{where}.tool_use_id")
+    content = block.get("content") or ""
+    if isinstance(content, list):
+        content = _result_text(content, f"{where}.content")
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
 def _result_text(content: list[Any], where: str) -> str:
@@ -233,17 +235,21 @@ def _tool_choice(value: Any) -> dict[str, Any]:
     choice: Any = _CHOICES.get(kind)
     if kind == "tool":
         choice = {"type": "function", "function": {"name": text(value.get("name"), "tool_choice.name")}}
-    is_single = value.get("disable_parallel_tool_use")
-    return {"tool_choice": choice, **({"parallel_tool_calls": False} if is_single else {})}
+    fields = {"tool_choice": choice}
+    if value.get("disable_parallel_tool_use"):
+        fields["parallel_tool_calls"] = False
+    return fields
 
 
 def _output_config(value: Any) -> dict[str, Any]:
     config = mapping(value, "output_config")
     _refuse_extra(config, "output_config", "effort", "format")
     fields: dict[str, Any] = {}
-    if (effort := config.get("effort")) is not None:
+    effort = config.get("effort")
+    if effort is not None:
         fields["reasoning_effort"] = effort
-    if (given := config.get("format")) is not None:
+    given = config.get("format")
+    if given is not None:
         schema = mapping(mapping(given, "output_config.format").get("schema"), "output_config.format.schema")
         _refuse_extra(given, "output_config.format", "type", "schema")
         fields["response_format"] = {
@@ -254,7 +260,7 @@ def _output_config(value: Any) -> dict[str, Any]:
 
 
 def _refuse_extra(value: Mapping[str, Any], where: str, *known: str) -> None:
-    """Refuse fields of an object beyond the known ones; null and false ask for nothing and may go."""
+    """Refuse unknown fields of an object. Null and false are dropped, because they ask for nothing."""
     for name, item in value.items():
         if name not in known and item is not None and item is not False:
             raise no_counterpart(f"{where}.{name}", _NAME)

@@ -1,4 +1,4 @@
-"""What the headers of an answer say about pace: how long to wait, and what is left of the allowances."""
+"""Read rate-limit headers: how long to wait, the limits, and what remains of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds to wait: `retry-after-ms`, else `retry-after` in seconds, else as an HTTP date.
 
-    The result is finite and positive, but has no ceiling; a hint that is not is no hint. A date counts from
-    the answer's own `date` header: the provider's clock and ours need not agree.
+    The result is finite and positive, but has no upper bound. Other values are ignored. A date counts from the
+    response's own `date` header, because the provider's clock and ours may differ.
     """
     text = headers.get("retry-after", "").strip()
     return (
@@ -30,9 +30,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def limits(headers: Mapping[str, str], names: Mapping[str, tuple[str, str]]) -> list[Limit]:
-    """Return the allowances that `names` finds: kind -> (header of the limit, header of what remains).
+    """Return the rate limits in the headers. `names` maps a kind to the headers of its limit and its remainder.
 
-    What is absent, not a whole number, or makes no sense (Azure's -1 and 0 for unknown) is left out.
+    Limits that are absent, not whole numbers, or not positive (Azure sends -1 and 0 for unknown) are left out.
     """
     found = []
     for kind, (limit_name, remaining_name) in names.items():

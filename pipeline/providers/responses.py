@@ -1,4 +1,4 @@
-"""What comes back from a provider -> the JSON object of a reply, or the error that it is instead."""
+"""Parse provider responses: the JSON object of a completion, or an error."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from pipeline.providers.error_mapping import Rule, description, error_body_of, m
 from pipeline.providers.rate_limit_headers import retry_after
 
 MAX_TOKENS = 10**9
-"""More tokens than any answer can have: a number beyond it is a server's mistake."""
+"""More tokens than any response can have. A larger number is a server's mistake."""
 
 _MOST_DIGITS = 309
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _REQUEST_IDS = ("request-id", "x-request-id", "apim-request-id")
-# A gateway that gave up waiting: the provider behind it may have finished the work.
+# A gateway stopped waiting. The provider behind it may have finished the work and may bill it.
 _GAVE_UP = (504, 524)
 
 
 class Malformed(Exception):
-    """A 200 whose body is not what the protocol promises; the message says where."""
+    """A 200 whose body breaks the protocol. The message says where."""
 
 
 def accepted(answer: HttpResponse, error: type[ProviderError], rules: Sequence[Rule]) -> tuple[dict[str, Any], bytes]:
-    """Return the JSON object of a 200 and its text; everything else raises `error`.
+    """Return the JSON object of a 200 and its text. Raises `error` for everything else.
 
-    The text is the body byte for byte, unless that is not strict JSON (see `_mended`).
+    The text is the body byte for byte, unless the body is not strict JSON (see `_mended`).
     """
     value, raw = parsed(answer.body)
     if 300 <= answer.status < 400:
@@ -44,20 +44,20 @@ def accepted(answer: HttpResponse, error: type[ProviderError], rules: Sequence[R
     if answer.status != 200 or not isinstance(value, dict):
         raise invalid_response(answer, error, "not a JSON object")
     if raw.count(b"[") + raw.count(b"{") > jsonl.MAX_DEPTH and jsonl.is_too_deep(value):
-        # It would go into a result line that nobody can read again.
+        # The result line would be nested too deep to be read again.
         raise invalid_response(answer, error, f"nested more than {jsonl.MAX_DEPTH} deep")
     return value, raw
 
 
 def refusal(answer: HttpResponse, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
-    """Return the error for an answer that is not the file that was asked for."""
+    """Return the error for a failed download."""
     if 300 <= answer.status < 400:
         return _redirect(answer, error)
     return refused(answer, parsed(answer.body)[0], error, rules)
 
 
 def refused(answer: HttpResponse, value: Any, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
-    """Return the error for an answer that says one; `value` is its JSON, None if it is none."""
+    """Return the error in a response. `value` is its parsed JSON, None if it is not JSON."""
     complaint = error_body_of(answer, value)
     return error(
         complaint.message,
@@ -72,7 +72,7 @@ def refused(answer: HttpResponse, value: Any, error: type[ProviderError], rules:
 
 
 def invalid_response(answer: HttpResponse, error: type[ProviderError], reason: str) -> ProviderError:
-    """Return the error for an answer that is no reply and no error either; the work may be billed."""
+    """Return the error for a response that is neither a completion nor an error. The work may be billed."""
     return error(
         f"unusable answer, {reason}: {description(answer)}",
         type="invalid_response",
@@ -85,7 +85,7 @@ def invalid_response(answer: HttpResponse, error: type[ProviderError], reason: s
 
 
 def usage_of(answer: HttpResponse, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
-    """Return the usage in an answer that could not be used, None where it tells none that can be."""
+    """Return the usage in a response that could not be used. None if it has no valid usage."""
     value, _ = parsed(answer.body)
     try:
         return read(value) if isinstance(value, dict) else None
@@ -94,12 +94,12 @@ def usage_of(answer: HttpResponse, read: Callable[[Mapping[str, Any]], Usage | N
 
 
 def lost(error: TransportError, kind: type[ProviderError]) -> ProviderError:
-    """Return the provider's error for an answer that never came; what was sent may be billed."""
+    """Return the provider's error for a response that never came. A request that was sent may be billed."""
     return kind(error.message, type=error.type, scope=error.scope, may_be_billed=error.is_sent)
 
 
 def request_id(headers: Mapping[str, str]) -> str | None:
-    """Return the provider's name for a request, from the headers of its answer."""
+    """Return the provider's id of a request, from the response headers."""
     for name in _REQUEST_IDS:
         if found := word(headers.get(name)):
             return found
@@ -107,7 +107,7 @@ def request_id(headers: Mapping[str, str]) -> str | None:
 
 
 def count(usage: Mapping[str, Any], name: str) -> int | None:
-    """Return a number of tokens, None where it is not told; `Malformed` for what cannot be one."""
+    """Return a number of tokens. None if it is absent. Raises `Malformed` for anything but a valid count."""
     value = usage.get(name)
     if value is None:
         return None
@@ -117,9 +117,9 @@ def count(usage: Mapping[str, Any], name: str) -> int | None:
 
 
 def usage_or_none(usage: Callable[[Mapping[str, Any]], Usage | None], message: Mapping[str, Any]) -> Usage | None:
-    """Return the usage that a function reads from a message, None where it tells what cannot be.
+    """Return the usage that a function reads from a message. None if its numbers are invalid.
 
-    Wrong numbers are no reason to throw an answer away and pay for another.
+    Wrong numbers are no reason to discard a response and pay for another.
     """
     try:
         return usage(message)
@@ -128,7 +128,7 @@ def usage_or_none(usage: Callable[[Mapping[str, Any]], Usage | None], message: M
 
 
 def optional_object(owner: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return an object of an answer, empty where it is null or absent; `Malformed` for anything else."""
+    """Return an object in a response. Empty if it is null or absent. Raises `Malformed` for anything else."""
     value = owner.get(name)
     if value is None:
         return {}
@@ -138,7 +138,7 @@ def optional_object(owner: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def arguments(value: Any) -> Any:
-    """Return the arguments of a tool call, parsed where that loses nothing, else as they came."""
+    """Return the arguments of a tool call. JSON text is parsed if that loses nothing."""
     if not isinstance(value, str):
         return value
     try:
@@ -148,7 +148,7 @@ def arguments(value: Any) -> Any:
 
 
 def _redirect(answer: HttpResponse, error: type[ProviderError]) -> ProviderError:
-    """Return the error for a redirect: following it would carry key and conversation to another address."""
+    """Return the error for a redirect. Following it would send the key and the conversation to another address."""
     location = answer.headers.get("location", "")
     try:
         target = urlsplit(location).hostname or location
@@ -168,7 +168,7 @@ def _redirect(answer: HttpResponse, error: type[ProviderError]) -> ProviderError
 
 
 def parsed(body: bytes) -> tuple[Any, bytes]:
-    """Return the JSON value of a body and its text; the value is None where the body is not JSON."""
+    """Return the JSON value of a body and its text. The value is None if the body is not JSON."""
     try:
         return orjson.loads(body), body
     except orjson.JSONDecodeError:
@@ -179,14 +179,14 @@ def parsed(body: bytes) -> tuple[Any, bytes]:
 
 
 def _integer(digits: str) -> int | None:
-    """Return an integer, None where it is larger than any float: strict readers refuse a text that holds one."""
+    """Return an integer. None if it is larger than any float, because strict readers refuse it."""
     return int(digits) if len(digits) < _MOST_DIGITS else None
 
 
 def _mended(body: bytes) -> tuple[Any, bytes]:
-    """Read what orjson refuses: lone surrogates, broken UTF-8, NaN. It is paid for, and must not be lost.
+    """Read JSON that orjson refuses: lone surrogates, broken UTF-8, NaN. The response is paid for and must be kept.
 
-    What cannot be written as JSON again, or not read again by a strict reader, becomes U+FFFD, or null for a number.
+    Characters that strict JSON cannot hold become U+FFFD, and such numbers become null.
     """
     value = json.loads(body.decode("utf-8-sig", "replace"), parse_int=_integer)
     text = _SURROGATES.sub("\ufffd", json.dumps(value, ensure_ascii=False))

@@ -1,6 +1,6 @@
-"""A guess of how many input tokens a body has, from the size of its text: cheap, good to some 25 %.
+"""Estimate the input tokens of a body from the size of its text. Cheap, and within about 25 %.
 
-Bytes of UTF-8 and not characters: one of Chinese is about a token, one of English a quarter of it.
+It counts bytes of UTF-8, not characters: a Chinese character is about one token, an English one a quarter.
 Anthropic's table of models says 3.4 characters a token up to 4.6 and 2.5 from 4.7 on (a new tokenizer); for
 OpenAI bytes/4 was measured against o200k_base over 13 languages, code and JSON.
 """
@@ -34,7 +34,7 @@ _CLAUDE = re.compile(r"claude-(?:[a-z]+-)?([0-9]{1,2})(?![0-9])(?:[-.]([0-9]{1,2
 
 
 def estimate_input_tokens(body: Mapping[str, Any], protocol: Protocol, model: str) -> int:
-    """Guess the input tokens of a body in either dialect. Malformed parts count nothing."""
+    """Estimate the input tokens of a body in any dialect. Malformed parts count as 0."""
     density = bytes_per_token(protocol, model)
     messages = body.get("messages")
     tokens = _PER_REQUEST + _text_tokens(body.get("system"), density)
@@ -48,7 +48,7 @@ def estimate_input_tokens(body: Mapping[str, Any], protocol: Protocol, model: st
 
 @lru_cache(maxsize=1024)
 def bytes_per_token(protocol: Protocol, model: str) -> float:
-    """Return how many bytes make a token; an unknown model behind Anthropic's protocol is a new one."""
+    """Return the bytes per token of a model. An unknown model of Anthropic's protocol counts as a new one."""
     if match := _CLAUDE.search(model):
         version = (int(match[1]), int(match[2] or 0))
         return _NEW_CLAUDE_BYTES if version >= _NEW_CLAUDE else _OLD_CLAUDE_BYTES
@@ -65,7 +65,7 @@ def _message_tokens(message: Any, density: float) -> float:
 
 
 def _text_tokens(content: Any, density: float) -> float:
-    """Return the tokens of a content: text by its bytes, a medium flat, so base64 is never taken for text."""
+    """Return the tokens of content: text by its bytes, media at a flat rate, so that base64 never counts as text."""
     if isinstance(content, str):
         return (len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))) / density
     if isinstance(content, list):

@@ -1,4 +1,4 @@
-"""What is checked in a line before it is sent, and small tools to read JSON whose shape nobody promised."""
+"""Checks on a line before it is sent, and helpers to read JSON of unknown shape."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FORBIDDEN = frozenset({"base_url", "api_base", "url", "headers", "api_key", "ex
 
 
 def shown(value: Any) -> str:
-    """Return a value for an error message: its repr, cut where it is long."""
+    """Return a value for an error message: its repr, shortened if it is long."""
     return reprlib.repr(value)
 
 
 def completed(fields: Mapping[str, Any], defaults: RequestDefaults) -> dict[str, Any]:
-    """Return a line without null fields and `stream: false`, with the defaults for what it does not say."""
+    """Return a line without null fields and `stream: false`, and with defaults for absent fields."""
     line = {name: value for name, value in fields.items() if value is not None}
     check_route(line)
     if line.pop("stream", False) is not False:
@@ -36,7 +36,7 @@ def completed(fields: Mapping[str, Any], defaults: RequestDefaults) -> dict[str,
 
 
 def check_line(line: Mapping[str, Any], roles: Collection[str], max_temperature: float) -> None:
-    """Check what every portable line must keep to; `LineError` names the field."""
+    """Check the rules for all portable lines. Raises a `LineError` that names the field."""
     _check_messages(line.get("messages"), roles)
     if "system" in line:
         _check_system(line["system"])
@@ -48,20 +48,20 @@ def check_line(line: Mapping[str, Any], roles: Collection[str], max_temperature:
 
 
 def check_model(model: Any) -> None:
-    """Check that a model is named."""
+    """Check that the line names a model."""
     if not isinstance(model, str) or not model.strip():
         raise LineError(f"model must be a non-empty string, not {shown(model)}")
 
 
 def check_route(fields: Mapping[str, Any]) -> None:
-    """Refuse a line that says where it goes: input must not choose who gets keys and conversations."""
+    """Refuse a line that sets its own address: input must not choose who gets keys and conversations."""
     if not _FORBIDDEN.isdisjoint(fields):
         names = ", ".join(sorted(_FORBIDDEN.intersection(fields)))
         raise LineError(f'{names}: not for a line to say; name the endpoint in config.yaml, and here as "provider"')
 
 
 def check_own_body(body: Mapping[str, Any]) -> None:
-    """Check the shape of a body in a provider's own dialect, no more: the provider is the judge."""
+    """Check only the shape of a body in a provider's own dialect. The provider judges the rest."""
     check_route(body)
     check_model(body.get("model"))
     items(body.get("messages"), "messages")
@@ -72,7 +72,7 @@ def check_own_body(body: Mapping[str, Any]) -> None:
 def no_counterpart(
     where: str, provider: str, advice: str = "remove it, or send the line to another provider"
 ) -> LineError:
-    """Return the error for something that the other provider's dialect cannot say."""
+    """Return the error for a field without a counterpart in the other provider's dialect."""
     return LineError(f"{sanitize(where, MAX_WORD)} has no counterpart in {provider}'s dialect; {advice}")
 
 
@@ -105,7 +105,7 @@ def without(value: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def put(body: dict[str, Any], name: str, value: Any) -> None:
-    """Set a field that several fields may become: objects are joined, a contradiction is an error."""
+    """Set a field that several source fields map to. Objects are merged. A contradiction is a `LineError`."""
     present = body.get(name)
     if isinstance(present, dict) and isinstance(value, dict):
         joined = dict(present)
@@ -135,7 +135,8 @@ def _check_messages(messages: Any, roles: Collection[str]) -> None:
         if content is not None:
             items(content, f"messages[{index}].content")
         elif role != "assistant" or not (message.get("tool_calls") or message.get("function_call")):
-            raise LineError(f"messages[{index}] has no content" + (" and no tool_calls" if role == "assistant" else ""))
+            missing = "content and no tool_calls" if role == "assistant" else "content"
+            raise LineError(f"messages[{index}] has no {missing}")
 
 
 def _check_system(system: Any) -> None:
