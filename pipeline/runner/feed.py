@@ -25,7 +25,7 @@ from pipeline.inputs.sources import ByteRange, can_be_read_again
 from pipeline.results import writer
 from pipeline.results.resume_index import InputRange, PendingRanges
 from pipeline.results.writer import Done, ResultWriter
-from pipeline.runner import wiring
+from pipeline.runner import factory
 from pipeline.runner.dedupe import Deduper, copies
 from pipeline.runner.options import Options
 
@@ -65,7 +65,7 @@ class InputFeed:
         self._recorder = recorder
         self._clock = clock
         self._say = say
-        self._planner = wiring.planner(settings, options)
+        self._planner = factory.planner(settings, options)
         self._retired = RetiredModels(settings, model=options.model, today=clock.moment().date())
         self._basis = self._planner.basis()
         self._awaited = PendingRanges()
@@ -81,7 +81,7 @@ class InputFeed:
 
     def preview(self) -> dict[tuple[str, str], Request]:
         """Plan the first lines of files; return a request for each provider and model among them."""
-        planner = wiring.planner(self._settings, self._options)
+        planner = factory.planner(self._settings, self._options)
         found: dict[tuple[str, str], Request] = {}
         files = [source for source in self._sources if _is_file(source)]
         for line in islice(self._lines_of(files), min(PREVIEW_LINES, self._options.limit or PREVIEW_LINES)):
@@ -185,7 +185,7 @@ class InputFeed:
         if self._originals is None:
             return
         lines = islice(self._lines_of(self._sources), self.lines)
-        planner = wiring.planner(self._settings, self._options)
+        planner = factory.planner(self._settings, self._options)
         with self._recorder.path.open("rb") as file:
             copied = copies(
                 file,
@@ -313,7 +313,7 @@ class InputFeed:
         if self._positions is not None:
             return self._positions, self._planner.ids
         positions = FingerprintMap()
-        planner = wiring.planner(self._settings, self._options)
+        planner = factory.planner(self._settings, self._options)
         for line in self._lines_of(self._sources):
             item = planner.plan(line)
             positions.put(writer.key(item.custom_id, item.digest), len(positions))

@@ -1,44 +1,42 @@
-"""One run on this machine, from inputs to summary: the place where its parts are made and joined.
+"""Runs on this machine: `run_batch` is what `pipeline run` does for one results file.
 
-    read ─▶ plan ─▶ send ─▶ record ─▶ totals
-    └── intake ──┘  sender  recorder  books (the ledger)
+    reader ─▶ planner ─▶ sender ─▶ writer ─▶ totals, ledger
+    └──── feed ─────┘
 
-`run_batch` is what `pipeline run` does for one results file. What frames the work, from opening to summary, is `run`;
-the parts themselves are made in `assemble`.
+`Run` opens and concludes; `LocalExecutor` sends the requests.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import anyio
 from anyio import to_thread
 
 from pipeline.accounting.pricing import BATCH, LIVE, LanePricing, Prices
-from pipeline.accounting.run_ledger import NullRunLedger, RunLedger
+from pipeline.accounting.run_ledger import RunLedger
 from pipeline.core import config, config_file, environment, http, process
 from pipeline.core.config import Config
-from pipeline.core.errors import PipelineError, StorageError, UsageError
+from pipeline.core.errors import StorageError, UsageError
 from pipeline.core.types import Request
 from pipeline.dispatch.batch.coordinator import BatchCoordinator
 from pipeline.dispatch.batch.store import BatchItem, BatchRecord, BatchStore, Step
 from pipeline.dispatch.live import shared_limits
 from pipeline.dispatch.live.rate_limiter import RateLimiter
-from pipeline.dispatch.live.sender import Sender, Statistics
+from pipeline.dispatch.live.sender import Sender
 from pipeline.dispatch.live.shared_limits import QuotaSync
 from pipeline.inputs import reader
-from pipeline.inputs.sources import ByteRange
 from pipeline.results import codec
-from pipeline.runner import options, rehearsal, wiring
-from pipeline.runner.base import RunBase, Watch, place_of
-from pipeline.runner.options import Options
-from pipeline.runner.summary import Attempts, Summary
+from pipeline.runner import factory, rehearsal
+from pipeline.runner.base import Run, Watch, check, place_of
+from pipeline.runner.context import RunContext
+from pipeline.runner.executor import ExecutorStatistics, Task, WorkPhase
+from pipeline.runner.options import Ended, Options
+from pipeline.runner.summary import Summary
 
 _COUNT_REST_SECONDS = 5.0
 
@@ -66,95 +64,98 @@ async def run_batch(
     with rehearsal.settings_for(config, options) as settings:
         place = place_of(output)
         sources = reader.sources([os.fspath(item) for item in inputs], but=place)
-        books = RunLedger(environment.ledger_path(config))
-        job = LocalRun(sources, place, settings, options, Prices(config), books, say)
-        return await job.execute(watch, handle_signals=handle_signals)
+        ledger = RunLedger(environment.ledger_path(config))
+        possible = with_possible_concurrency(settings)
+        context = RunContext(sources, place, possible, options, Prices(config), ledger, say)
+        warnings = check(context)
+        granted, requested = possible.sending.concurrency, settings.sending.concurrency
+        if granted < requested:
+            warnings.append(
+                f"{granted:,} requests in flight instead of {requested:,}: no more files may be open (ulimit -n)"
+            )
+        run = Run(context, LocalExecutor(context), watch=watch, warnings=warnings)
+        return await run.execute(handle_signals=handle_signals)
 
 
-class LocalRun(RunBase):
-    """A run whose requests are sent from here."""
+def with_possible_concurrency(settings: Config) -> Config:
+    """Return the settings with as many requests in flight as this process may have files open."""
+    possible = process.raise_fd_limit(settings.sending.concurrency)
+    return settings.with_("sending", concurrency=possible)
 
-    ended: options.Ended = MappingProxyType({})  # models that are given up before the run begins
+
+class LocalExecutor:
+    """Sends requests from this machine, live and through batch APIs.
+
+    `rate_limiter_of` returns the rate limiter of a model. `keep_share` keeps the run to its share of limits that
+    others use too. `ended` holds the models that were given up before. `sender` and `batches` exist once `execute` has
+    begun.
+    """
 
     def __init__(
         self,
-        sources: Sequence[str | ByteRange],
-        output: str | Path,
-        settings: Config,
-        options: Options,
-        prices: Prices,
-        books: RunLedger | NullRunLedger,
-        say: Callable[[str], None],
+        context: RunContext,
         *,
-        run_id: str | None = None,
+        rate_limiter_of: Callable[[str, str], RateLimiter] | None = None,
+        keep_share: Task | None = None,
+        ended: Ended = MappingProxyType({}),
     ) -> None:
-        wanted = settings.sending.concurrency
-        room = process.raise_fd_limit(wanted)
-        settings = settings.with_("sending", concurrency=room)
-        super().__init__(sources, output, settings, options, prices, books, say, run_id=run_id)
-        if room < wanted:
-            self.warnings += (
-                f"{room:,} requests in flight instead of {wanted:,}: no more files may be open (ulimit -n)",
-            )
+        self._context = context
+        self._rate_limiter_of = rate_limiter_of or partial(factory.rate_limiter, context.settings)
+        self._keep_share = keep_share
+        self._ended = ended
         self.sender: Sender
-        self.batch_store = BatchStore(self.recorder.path)
+        self.batch_store = BatchStore(context.writer.path)
         self.batches: BatchCoordinator | None = None
-        self.batches_done = anyio.Event()
+        self._batches_done = anyio.Event()
 
-    async def answer(self, watch: Watch | None) -> None:
-        await to_thread.run_sync(self._open)
-        async with http.Client(self.settings.sending) as client:
-            self.sender = wiring.sender(
-                self.settings,
+    async def execute(self, phase: WorkPhase) -> None:
+        context, settings = self._context, self._context.settings
+        async with http.Client(settings.sending) as client:
+            self.sender = factory.sender(
+                settings,
                 client,
-                self.clock,
-                self.recorder,
-                self.pricing,
-                self.budget,
+                context.clock,
+                context.writer,
+                LanePricing(context.prices, context.clock),
+                context.budget,
                 rate_limiter_of=self._rate_limiter_of,
-                ended=self.ended,
+                ended=self._ended,
             )
-            if self.settings.lane != LIVE or self.batch_store.still_open:
+            if settings.lane != LIVE or self.batch_store.still_open:
                 self.batches = self._batch_lane(client)
-            async with anyio.create_task_group() as writing:
-                writing.start_soon(self.recorder.run)
-                try:
-                    await self._attend(watch, *self._beside())
-                    if self.signal is None:
-                        await self._copy_results()
-                finally:
-                    self.recorder.close()
-
-    def release(self) -> None:
-        self.batch_store.release()
-        super().release()
+            async with phase.begin(*self._beside()) as scope:
+                await self._send(phase, scope)
+            if phase.signal is None:
+                await self._copy_results()
 
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _open_lanes(self) -> None:
-        """Learn what earlier runs left with batch APIs; batches of a simulator are gone with it."""
+    def open(self, resources: ExitStack) -> Iterator[Request]:
+        """Read which batches earlier runs left; those of a simulator are gone with it."""
+        resources.callback(self.batch_store.release)
         self.batch_store.open()
         for record in self.batch_store.still_open:
             if record.simulated or self._is_lost(record):
                 self.batch_store.close_record(record, Step.DROPPED)
         left = self.batch_store.still_open
-        if left and self.options.fresh:
+        if left and self._context.options.fresh:
             raise UsageError(
-                f"{len(left):,} batch(es) of {self.recorder.name!r} are not collected, and --fresh would pay for "
-                "their requests again",
+                f"{len(left):,} batch(es) of {self._context.writer.name!r} are not collected, and --fresh would "
+                "pay for their requests again",
                 hint="run without --fresh to collect them, or cancel them first: pipeline batches cancel ID",
             )
         if left:
-            self.say(
+            self._context.notify(
                 f"{sum(record.requests for record in left):,} requests are in {len(left):,} batch(es) of earlier runs"
             )
+        return self._requests_in_batches()
 
     def _is_lost(self, record: BatchRecord) -> bool:
         """Tell whether nothing is lost by forgetting a record: no batch was made of it, and live it goes another way.
 
         Raises `StorageError` where a batch was made of requests that are damaged now.
         """
-        if self.settings.lane == LIVE and not record.may_have_batch:
+        if self._context.settings.lane == LIVE and not record.may_have_batch:
             return True
         if not self.batch_store.is_damaged(record):
             return False
@@ -164,57 +165,52 @@ class LocalRun(RunBase):
                 f"{path!r} is damaged or gone, and batch {record.name} was made of it",
                 hint=f"bring it back, or give the batch up: pipeline batches cancel --forget {record.name}",
             )
-        self.say(f"{path!r} is damaged; no batch was made of it, its requests are sent anew")
+        self._context.notify(f"{path!r} is damaged; no batch was made of it, its requests are sent anew")
         return True
 
-    def _hold(self) -> None:
+    def _requests_in_batches(self) -> Iterator[Request]:
+        """Yield the requests in open batches, without those that have results (unless their batch retries failures)."""
+        feed = self._context.feed
         for record in self.batch_store.still_open:
-            requests = (item.request for _, item in self.batch_store.items(record))
-            self.intake.hold(
-                request
-                for request in requests
-                if record.retries_failed or self.intake.outcome(request.custom_id, request.digest) is None
-            )
+            for _, item in self.batch_store.items(record):
+                request = item.request
+                if record.retries_failed or feed.outcome(request.custom_id, request.digest) is None:
+                    yield request
 
     def _batch_lane(self, client: http.Client) -> BatchCoordinator:
-        return wiring.batch_lane(
-            self.settings,
+        return factory.batch_lane(
+            self._context.settings,
             client,
-            self.clock,
+            self._context.clock,
             self.batch_store,
-            self.recorder,
-            LanePricing(self.prices, self.clock, BATCH),
-            self.budget,
-            self.options,
-            run_id=self.run_id,
-            input=self.intake,
-            say=self.say,
-            send_live=None if self.settings.lane == BATCH else self._send_live,
+            self._context.writer,
+            LanePricing(self._context.prices, self._context.clock, BATCH),
+            self._context.budget,
+            self._context.options,
+            run_id=self._context.run_id,
+            input=self._context.feed,
+            say=self._context.notify,
+            send_live=None if self._context.settings.lane == BATCH else self._send_live,
         )
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _beside(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+    def _beside(self) -> list[Task]:
         """Return what goes on beside the work."""
-        tasks: list[Callable[[], Coroutine[Any, Any, None]]] = [
-            partial(to_thread.run_sync, self.prices.load),
-            partial(self.sender.stop_when_stalled, config.poll_policy(self.settings)),
+        context = self._context
+        tasks: list[Task] = [
+            partial(to_thread.run_sync, context.prices.load),
+            partial(self.sender.stop_when_stalled, config.poll_policy(context.settings)),
         ]
-        if sharing := self._sharing():
-            tasks.append(sharing)
+        if self._keep_share:
+            tasks.append(self._keep_share)
+        elif context.settings.sending.share_limits and not context.options.simulate:
+            broker = shared_limits.lease_broker(context.settings, context.run_id)
+            sync = QuotaSync(broker, context.clock, rate_limiters=self.sender.rate_limiters, notify=context.notify)
+            tasks.append(sync.keep)
         return tasks
 
-    def _rate_limiter_of(self, provider: str, model: str) -> RateLimiter:
-        return wiring.rate_limiter(self.settings, provider, model)
-
-    def _sharing(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        """Return what keeps this run to its share of limits; None where it has all of them."""
-        if not self.settings.sending.share_limits or self.options.simulate:
-            return None
-        broker = shared_limits.lease_broker(self.settings, self.run_id)
-        return QuotaSync(broker, self.clock, rate_limiters=self.sender.rate_limiters, notify=self.say).keep
-
-    async def _work(self, scope: anyio.CancelScope) -> None:
+    async def _send(self, phase: WorkPhase, scope: anyio.CancelScope) -> None:
         async with anyio.create_task_group() as work:
             work.start_soon(self._feed)
             if self.batches:
@@ -223,13 +219,13 @@ class LocalRun(RunBase):
             if self.batches:
                 if self.sender.stopped:
                     self.batches.stop()
-                await self.batches_done.wait()
-            # After a stop the reader may still count what is left, but nobody waits long for a number.
-            scope.deadline = anyio.current_time() + (0 if self.signal else _COUNT_REST_SECONDS)
+                await self._batches_done.wait()
+            # After a stop the reader may still be counting the lines that are left: a number not worth a long wait.
+            scope.deadline = anyio.current_time() + (0 if phase.signal else _COUNT_REST_SECONDS)
 
     async def _feed(self) -> None:
-        is_live = self.batches is None or self.settings.lane == LIVE
-        await self.intake.feed(self.sender.submit if is_live else self._submit_to_batches)
+        is_live = self.batches is None or self._context.settings.lane == LIVE
+        await self._context.feed.feed(self.sender.submit if is_live else self._submit_to_batches)
         if self.batches:
             await self.batches.close()
         else:
@@ -244,7 +240,7 @@ class LocalRun(RunBase):
         try:
             await batches.run()
         finally:
-            self.batches_done.set()
+            self._batches_done.set()
             self.sender.close()
 
     async def _send_live(self, items: Sequence[BatchItem]) -> None:
@@ -253,12 +249,12 @@ class LocalRun(RunBase):
 
     async def _copy_results(self) -> None:
         """Give each request that was not sent because an equal one was the result of that one."""
-        groups = self.intake.copies(self.run_id)
+        groups = self._context.feed.copies(self._context.run_id)
         while lines := await to_thread.run_sync(next, groups, None):
-            await self.recorder.append_lines(lines)
-            for copy in map(codec.decode, lines):
-                self.run_totals.add(copy)
-                self.books.accounts.add(copy, self.clock.utc()[:10])
+            await self._context.writer.append_lines(lines)
+            day = self._context.clock.utc()[:10]
+            for line in lines:
+                self._context.count(codec.decode(line), day=day)
 
     # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -270,35 +266,28 @@ class LocalRun(RunBase):
             text += ", leaving batches to go on at their providers"
         return text
 
-    def statistics(self) -> Statistics:
-        return self.sender.statistics()
-
-    def reasons(self, *, is_unfinished: bool) -> list[PipelineError]:
-        return wiring.stop_reasons(self.sender, self.batches) if is_unfinished or not self.batches else []
-
-    @property
-    def stopped(self) -> PipelineError | None:
-        return self.sender.stopped or (self.batches.stopped if self.batches else None)
-
-    @property
-    def is_draining(self) -> bool:
-        return self.sender.is_draining
-
-    def is_partial(self) -> bool:
-        return super().is_partial() or (self.batches is not None and self.batches.is_partial)
-
-    def chunks_in_sight(self) -> Sequence[BatchRecord]:
-        return self.batches.statistics().records if self.batches else ()
-
-    def _attempts(self) -> Attempts:
-        attempts = super()._attempts()
+    def statistics(self) -> ExecutorStatistics:
+        live = self.sender.statistics()
+        reasons = factory.stop_reasons(self.sender, self.batches)
         if not self.batches:
-            return attempts
+            return ExecutorStatistics(
+                live=live,
+                stopped=self.sender.stopped,
+                reasons=reasons,
+                end_reasons=reasons,
+                is_draining=self.sender.is_draining,
+                is_partial=live.dropped > 0,
+            )
         batch = self.batches.statistics()
-        return replace(
-            attempts,
-            total=attempts.total + batch.attempts,
-            billed=attempts.billed + batch.billed,
-            failed=attempts.failed + batch.failed,
-            unknown=attempts.unknown + batch.unknown,
+        return ExecutorStatistics(
+            live=live,
+            batch_attempts=batch.attempts,
+            batch_billed=batch.billed,
+            batch_failed=batch.failed,
+            batch_unknown=batch.unknown,
+            batches=batch.records,
+            stopped=self.sender.stopped or self.batches.stopped,
+            reasons=reasons,  # no end reasons: what one lane could not answer the other one has answered
+            is_draining=self.sender.is_draining,
+            is_partial=live.dropped > 0 or self.batches.is_partial,
         )

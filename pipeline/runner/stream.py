@@ -23,7 +23,7 @@ from pipeline.core.types import Request, Result
 from pipeline.dispatch.live.sender import Sender
 from pipeline.inputs.planner import Invalid, Planner, invalid_result
 from pipeline.inputs.reader import Line
-from pipeline.runner import rehearsal, wiring
+from pipeline.runner import factory, rehearsal
 from pipeline.runner.options import Options
 
 _BATCH = 100
@@ -49,7 +49,7 @@ async def stream(
         raise UsageError(f"a stream knows the lane live only, not {config.lane}: batches want files")
     outgoing, incoming = anyio.create_memory_object_stream[Result](_WAITING_RESULTS)
     with rehearsal.settings_for(config, options) as settings:
-        planner = wiring.planner(settings, options)
+        planner = factory.planner(settings, options)
         clock = Clock()
         async with http.Client(settings.sending) as client:
             pricing = LanePricing(Prices(config), clock)
@@ -57,14 +57,14 @@ async def stream(
             if budget and not options.simulate:
                 today, month = RunLedger(environment.ledger_path(config)).spent(clock.moment())
                 budget = budget_of(config, spent_today=today, spent_this_month=month)
-            sender = wiring.sender(
+            sender = factory.sender(
                 settings,
                 client,
                 clock,
                 _Outgoing(outgoing),
                 pricing,
                 budget,
-                rate_limiter_of=partial(wiring.rate_limiter, settings),
+                rate_limiter_of=partial(factory.rate_limiter, settings),
                 ended={},
             )
 
@@ -87,7 +87,7 @@ async def stream(
                 except GeneratorExit:
                     tasks.cancel_scope.cancel()
                     return
-        for reason in wiring.stop_reasons(sender):
+        for reason in factory.stop_reasons(sender):
             raise reason
 
 

@@ -29,7 +29,7 @@ from pipeline.results import codec, resume_index, writer
 from pipeline.results.resume_index import InputRange, PendingRanges
 from pipeline.results.totals import Totals
 from pipeline.results.writer import ResultWriter
-from pipeline.runner.base import SHOWN_FAILURES
+from pipeline.runner.context import SHOWN_FAILURES
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Summary
 from pipeline.simulator import Options as Simulation

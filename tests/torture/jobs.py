@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.core.types import Result
 from pipeline.results.writer import ResultWriter
-from pipeline.runner import base
+from pipeline.runner import context
 from pipeline.simulator import Options, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,7 +264,7 @@ def _acknowledge_to(fd: int) -> None:
 
             super().__init__(path, on_done=tell, **rest)
 
-    base.ResultWriter = Telling  # type: ignore[attr-defined]
+    context.ResultWriter = Telling  # type: ignore[attr-defined]
 
 
 def kill(process: BaseProcess) -> bool:

@@ -224,9 +224,9 @@ SABOTEURS = (
     ),
     Saboteur(
         name="the first signal drops what is in flight",
-        file="runner/local.py",
-        old="        self.sender.stop()\n        text",
-        new="        self.sender.stop()\n        self.scope.cancel()\n        text",
+        file="runner/executor.py",
+        old="        return self._stop()\n",
+        new="        self._scope.cancel()\n        return self._stop()\n",
         test="tests/torture/test_signals.py::test_one_signal_finishes_what_is_in_flight",
     ),
     Saboteur(
@@ -318,7 +318,7 @@ SABOTEURS = (
     Saboteur(
         name="calls of a lost worker are forgotten",
         file="runner/cluster/driver.py",
-        old="                await self.recorder.adopt(unknown)\n",
+        old="                await self._context.writer.adopt(unknown)\n",
         new="                pass\n",
         test="tests/runner/cluster/test_driver.py::test_a_lost_worker_costs_what_it_had_in_flight",
     ),
@@ -346,7 +346,7 @@ SABOTEURS = (
     Saboteur(
         name="workers spend as if each had all the money",
         file="runner/cluster/worker.py",
-        old="Budget(self._task.grant, is_final=False)",
+        old="Budget(task.grant, is_final=False)",
         new="Budget(10**18)",
         test="tests/runner/cluster/test_driver.py::test_a_cap_is_one_of_all_workers",
     ),

@@ -23,9 +23,10 @@ from pipeline.core.errors import UsageError
 from pipeline.inputs import reader
 from pipeline.inputs.sources import can_be_read_again
 from pipeline.runner import rehearsal
-from pipeline.runner.base import Watch, place_of
+from pipeline.runner.base import Run, Watch, check, place_of
 from pipeline.runner.cluster.driver import Driver
 from pipeline.runner.cluster.ray import LOCAL, Session
+from pipeline.runner.context import RunContext
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Summary
 
@@ -58,14 +59,16 @@ async def run_batch(
     place = place if isinstance(place, str) else place.absolute()
     sources = _sources([os.fspath(item) for item in inputs], place)
     with rehearsal.settings_for(config, options) as settings:
-        books = RunLedger(environment.ledger_path(config))
-        driver = Driver(sources, place, settings, options, Prices(config), books, say)
+        ledger = RunLedger(environment.ledger_path(config))
+        context = RunContext(sources, place, settings, options, Prices(config), ledger, say)
+        warnings = check(context)
         if not session.is_open:
             here = session.address == LOCAL
             say("starting a Ray cluster on this machine" if here else f"joining the Ray cluster at {session.address}")
-        pool = await to_thread.run_sync(session.pool, settings, driver.run_id)
+        pool = await to_thread.run_sync(session.pool, settings, context.run_id)
         try:
-            return await driver.lead(pool, watch, handle_signals=handle_signals)
+            run = Run(context, Driver(context, pool), watch=watch, warnings=warnings)
+            return await run.execute(handle_signals=handle_signals)
         finally:
             await to_thread.run_sync(pool.close)
             if session is not ray:

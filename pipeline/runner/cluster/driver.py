@@ -8,37 +8,33 @@ what it had in flight: its part is taken over as it lies there, and another does
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import anyio
 import anyio.abc
 from anyio import to_thread
 
-from pipeline.accounting.pricing import Prices
-from pipeline.accounting.run_ledger import RunLedger
 from pipeline.core import config
 from pipeline.core.config import Config
 from pipeline.core.errors import BudgetReachedError, PipelineError, StorageError, TryLaterError, UsageError
 from pipeline.core.hashing import FingerprintSet
-from pipeline.core.types import IdRange
+from pipeline.core.types import IdRange, Request
 from pipeline.dispatch.batch.store import BatchStore
-from pipeline.dispatch.live.sender import Statistics
 from pipeline.inputs.sources import ByteRange, size_of
 from pipeline.results import staging, writer
 from pipeline.results.codec import StoredResult
 from pipeline.results.staging import Name, staging_of, taken_over
 from pipeline.results.totals import Totals
-from pipeline.runner.base import SHOWN_FAILURES, Progress, RunBase, Watch
 from pipeline.runner.cluster import statistics as merging
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.scheduler import Scheduler, Shard
 from pipeline.runner.cluster.worker import Greeting, ShardOutcome, Snapshot, Task, own_version
+from pipeline.runner.context import SHOWN_FAILURES, RunContext
+from pipeline.runner.executor import ExecutorStatistics, WorkPhase
 from pipeline.runner.options import Options
-from pipeline.runner.summary import Summary
 
 PARTS_AT_ONCE = 2  # of one worker: while one waits for its last answers the other goes on
 _PARTS_PER_WORKER = 8  # so that all workers end at about the same time
@@ -93,27 +89,23 @@ class WorkerPool(Protocol):
         ...
 
 
-class Driver(RunBase):
-    """A run whose requests are sent by workers."""
+class Driver:
+    """Sends the requests of a run through the workers of a pool, and collects their results.
 
-    def __init__(
-        self,
-        sources: Sequence[str],
-        output: str | Path,
-        settings: Config,
-        options: Options,
-        prices: Prices,
-        books: RunLedger,
-        say: Callable[[str], None],
-    ) -> None:
-        super().__init__(sources, output, settings, options, prices, books, say)
-        self._staging = staging_of(output)
+    Mutable while it works: the workers, what each part holds of the money (`_granted`) and was last seen to do
+    (`_parts`), what was counted and collected, and why it ended.
+    """
+
+    def __init__(self, context: RunContext, pool: WorkerPool) -> None:
+        settings = context.settings
+        self._context = context
+        self._pool = pool
+        self._staging = staging_of(context.output)
         self._token = ""
-        self._pool: WorkerPool
         self._places = 1  # of workers: no more than there is work for
         self._at_once = min(PARTS_AT_ONCE, settings.sending.concurrency)
         self._workers: list[WorkerHandle] = []
-        self._scheduler = Scheduler(sources, self.intake, limit=options.limit)
+        self._scheduler = Scheduler(context.sources, context.feed, limit=context.options.limit)
         self._tasks: anyio.abc.TaskGroup | None = None
         self._parts: dict[Name, Snapshot] = {}
         self._granted: dict[int, int] = {}
@@ -122,50 +114,39 @@ class Driver(RunBase):
         self._ended: dict[tuple[str, str], PipelineError] = {}
         self._stopped: PipelineError | None = None
         self._is_lost = False  # the cluster is
+        self._phase: WorkPhase | None = None
 
-    async def lead(self, pool: WorkerPool, watch: Watch | None, *, handle_signals: bool) -> Summary:
-        """Do all of it with these workers."""
-        self._pool = pool
-        return await self.execute(watch, handle_signals=handle_signals)
-
-    async def answer(self, watch: Watch | None) -> None:
-        await to_thread.run_sync(self._open)
-        async with anyio.create_task_group() as writing:
-            writing.start_soon(self.recorder.run)
-            try:
-                await self._attend(watch)
-                with anyio.CancelScope(shield=True):
-                    await self._collect_rest()
-            finally:
-                self.recorder.close()
-
-    # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _open_lanes(self) -> None:
-        chunks = BatchStore(self.recorder.path)
+    def open(self, resources: ExitStack) -> Iterable[Request]:
+        """Refuse an output with open batches: only a run on one machine collects them."""
+        store = BatchStore(self._context.writer.path)
         try:
-            chunks.open()
-            if chunks.still_open:
+            store.open()
+            if store.still_open:
                 raise UsageError(
-                    f"{len(chunks.still_open):,} batch(es) of {str(self.recorder.path)!r} are not collected",
+                    f"{len(store.still_open):,} batch(es) of {str(self._context.writer.path)!r} are not collected",
                     hint="collect them first: run the command once without --ray",
                 )
         finally:
-            chunks.release()
+            store.release()
+        return ()
 
-    def _hold(self) -> None:
-        """Nothing is elsewhere any more."""
+    async def execute(self, phase: WorkPhase) -> None:
+        self._phase = phase
+        async with phase.begin() as scope:
+            await self._work(scope)
+        with anyio.CancelScope(shield=True):
+            await self._collect_rest()
 
     # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _work(self, scope: anyio.CancelScope) -> None:
         self._token = await to_thread.run_sync(self._staging.open)
-        size = await to_thread.run_sync(_size_of, self.sources)
+        size = await to_thread.run_sync(_size_of, self._context.sources)
         self._places = min(self._pool.size, -(-size // _SMALLEST_PART) or 1)
         part_bytes = min(max(size // (self._places * _PARTS_PER_WORKER), _SMALLEST_PART), _LARGEST_PART)
         self._scheduler.begin(part_bytes, ahead=self._at_once * self._places)
         async with anyio.create_task_group() as self._tasks:
-            self._tasks.start_soon(self._expect_workers, config.poll_policy(self.settings))
+            self._tasks.start_soon(self._expect_workers, config.poll_policy(self._context.settings))
             self._tasks.start_soon(self._expect_loss, scope)
             self._tasks.start_soon(self._beat)
             for _ in range(self._places):
@@ -176,11 +157,13 @@ class Driver(RunBase):
 
     async def _keep_worker(self) -> None:
         """Keep one place manned while there is work."""
-        settings = self.settings.with_("sending", concurrency=self.settings.sending.concurrency // self._at_once)
+        settings = self._context.settings.with_(
+            "sending", concurrency=self._context.settings.sending.concurrency // self._at_once
+        )
         losses = 0
         while not (self._scheduler.is_over or self._scheduler.is_stopped):
             try:
-                worker = await self._pool.start_worker(settings, self.options, first_share=1 / self._places)
+                worker = await self._pool.start_worker(settings, self._context.options, first_share=1 / self._places)
                 _require_same_version(await worker.greet(self._staging.place, self._token))
                 is_new = not await self._employ(worker)
             except PipelineError as exc:
@@ -188,7 +171,7 @@ class Driver(RunBase):
                 return
             except WorkerLostError as exc:
                 is_new = True
-                self.say(f"a worker could not be started: {exc}")
+                self._context.notify(f"a worker could not be started: {exc}")
                 if losses + 1 >= _MOST_LOSSES:
                     hint = "is pipeline installed on all machines of the cluster, in the same version?"
                     self._end(UsageError(f"no worker can be started: {exc}", hint=hint))
@@ -217,7 +200,7 @@ class Driver(RunBase):
             except WorkerLostError as exc:
                 if worker in self._workers:
                     self._workers.remove(worker)
-                    self.say(f"a worker was lost, others do what it left: {exc}")
+                    self._context.notify(f"a worker was lost, others do what it left: {exc}")
 
         self._workers.append(worker)
         async with anyio.create_task_group() as beside:
@@ -230,10 +213,10 @@ class Driver(RunBase):
 
     async def _expect_workers(self, patience: float) -> None:
         """End the run when nobody is there to do anything for so many seconds."""
-        since = self.clock.now()
-        while self.clock.now() - since < patience:
+        since = self._context.clock.now()
+        while self._context.clock.now() - since < patience:
             if self._workers:
-                since = self.clock.now()
+                since = self._context.clock.now()
             await anyio.sleep(_LOOK_SECONDS)
         self._end(
             TryLaterError(
@@ -275,14 +258,14 @@ class Driver(RunBase):
     def _first_grant(self, number: int) -> int | None:
         """Set money aside for a part that begins: a fraction of what is left; None without a budget."""
         self._granted[number] = 0
-        return self._set_aside(number, self._share_of_money()) if self.budget else None
+        return self._set_aside(number, self._share_of_money()) if self._context.budget else None
 
     def _grant(self, snapshot: Snapshot) -> int | None:
         """Set more money aside for a part; 0: not now, None: there is no more.
 
         While others hold some that they may give back, who waits for it goes on waiting.
         """
-        assert self.budget is not None
+        assert self._context.budget is not None
         share = self._share_of_money()
         if not snapshot.is_waiting:
             return self._set_aside(snapshot.number, share)
@@ -294,21 +277,21 @@ class Driver(RunBase):
         return None if all_wait else 0
 
     def _set_aside(self, number: int, amount: int) -> int:
-        assert self.budget is not None
-        if not self.budget.try_reserve(amount):
+        assert self._context.budget is not None
+        if not self._context.budget.try_reserve(amount):
             return 0
         self._granted[number] += amount
         return amount
 
     def _share_of_money(self) -> int:
-        assert self.budget is not None
-        return max(0, self.budget.room) // (_PARTS_OF_MONEY * self._at_once * self._places)
+        assert self._context.budget is not None
+        return max(0, self._context.budget.room) // (_PARTS_OF_MONEY * self._at_once * self._places)
 
     def _settle(self, number: int, spent: int | None) -> None:
         """Take what a part spent, and back what it did not; None: all that it held may be spent."""
         granted = self._granted.pop(number)
-        if self.budget:
-            self.budget.settle(granted, granted if spent is None else spent)
+        if self._context.budget:
+            self._context.budget.settle(granted, granted if spent is None else spent)
 
     # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -357,7 +340,7 @@ class Driver(RunBase):
             finally:
                 self._scheduler.done()
         is_whole = outcome.sender is not None and not (outcome.stopped or outcome.ended or outcome.sender.dropped)
-        if is_whole and not self.is_draining and len(collected.keys) < shard.wanted:
+        if is_whole and not self._is_draining and len(collected.keys) < shard.wanted:
             missing = shard.wanted - len(collected.keys)
             self._end(StorageError(f"{missing:,} results that were reported done are not in {str(output)!r}"))
 
@@ -373,11 +356,11 @@ class Driver(RunBase):
         """Take what a part tells beside its results."""
         if outcome.sender:
             self._counts.update(merging.counts(outcome.sender))
-        self.failures += outcome.failures[: max(0, SHOWN_FAILURES - len(self.failures))]
+        self._context.failures += outcome.failures[: max(0, SHOWN_FAILURES - len(self._context.failures))]
         self._ended.update(outcome.ended)
-        if isinstance(outcome.stopped, BudgetReachedError) and self.budget:
+        if isinstance(outcome.stopped, BudgetReachedError) and self._context.budget:
             # What others were granted they may spend.
-            self._end(self.budget.reached(outcome.stopped.amount), is_for_all=False)
+            self._end(self._context.budget.reached(outcome.stopped.amount), is_for_all=False)
         elif outcome.stopped is not None:
             self._end(outcome.stopped)
 
@@ -393,19 +376,19 @@ class Driver(RunBase):
             groups = part.groups()
             while group := await to_thread.run_sync(next, groups, None):
                 new = [pair for pair in zip(*group, strict=True) if self._collected.add(_key(pair[1]))]
-                await self.recorder.append_lines([line for line, _ in new])
+                await self._context.writer.append_lines([line for line, _ in new])
                 for _, each in new:
                     keys.append(_key(each))
                     totals.add(each)
                     counts.update(merging.counts_of(each))
-                    self.books.accounts.add(each, each.completed_at[:10])
+                    self._context.ledger.accounts.add(each, each.completed_at[:10])
             unknown = part.unknown()
             if unknown:
-                await self.recorder.adopt(unknown)
+                await self._context.writer.adopt(unknown)
             await to_thread.run_sync(part.remove)
         finally:
             part.release()
-        self.run_totals.add_state(totals.as_state())
+        self._context.totals.add_state(totals.as_state())
         seen = self._parts.pop(name, None)
         if is_lost:
             untold = len(unknown)
@@ -418,7 +401,7 @@ class Driver(RunBase):
         return _Collected(keys=keys, spent=None if unknown else totals.spending.nanos)
 
     def _patience(self) -> float:
-        return _LOCK_SECONDS if self._is_lost else config.poll_policy(self.settings)
+        return _LOCK_SECONDS if self._is_lost else config.poll_policy(self._context.settings)
 
     async def _collect_rest(self) -> None:
         """Collect what workers have done that were sent away; what cannot be collected is left to the next run."""
@@ -435,12 +418,12 @@ class Driver(RunBase):
             yield
         except PipelineError as exc:
             self._stopped = self._stopped or exc
-            self.say(exc.message)
+            self._context.notify(exc.message)
 
     # ── what it is asked ──────────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self) -> str:
-        count = self.statistics().in_flight
+        count = self.statistics().live.in_flight
         self._end(None)
         return f"finishing about {count:,} request(s) in flight"
 
@@ -458,30 +441,30 @@ class Driver(RunBase):
         except WorkerLostError:
             return
 
-    def statistics(self) -> Statistics:
-        return merging.statistics(self._counts, [part.sender for part in self._parts.values()])
-
-    def progress(self) -> Progress:
-        run = Totals()
-        run.add_state(self.run_totals.as_state())
+    def statistics(self) -> ExecutorStatistics:
+        live = merging.statistics(self._counts, [part.sender for part in self._parts.values()])
+        uncollected = Totals()
         for part in self._parts.values():
-            run.add_state(part.totals)
-        return replace(super().progress(), run=run)
-
-    def reasons(self, *, is_unfinished: bool) -> list[PipelineError]:
-        reasons = [self._stopped, *self._ended.values()]
-        return list({reason.message: reason for reason in reasons if reason}.values())
-
-    def is_partial(self) -> bool:
-        return super().is_partial() or self._scheduler.is_stopped
+            uncollected.add_state(part.totals)
+        by_message = {}
+        for reason in (self._stopped, *self._ended.values()):
+            if reason:
+                by_message[reason.message] = reason
+        reasons = tuple(by_message.values())
+        return ExecutorStatistics(
+            live=live,
+            uncollected=uncollected,
+            stopped=self._stopped,
+            reasons=reasons,
+            end_reasons=reasons,
+            is_draining=self._is_draining,
+            is_partial=live.dropped > 0 or self._scheduler.is_stopped,
+        )
 
     @property
-    def stopped(self) -> PipelineError | None:
-        return self._stopped
-
-    @property
-    def is_draining(self) -> bool:
-        return self._stopped is not None or self.signal is not None
+    def _is_draining(self) -> bool:
+        has_signal = self._phase is not None and self._phase.signal is not None
+        return self._stopped is not None or has_signal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,7 @@ import os
 import shutil
 import socket
 from array import array
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from pipeline.core import errors
 from pipeline.core import process as aio
 from pipeline.core.clock import Clock
 from pipeline.core.config import Config
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import PipelineError, TryLaterError
 from pipeline.core.types import IdRange
 from pipeline.dispatch.live.rate_limiter import RateLimiter
 from pipeline.dispatch.live.sender import Statistics
@@ -32,9 +31,12 @@ from pipeline.inputs import reader
 from pipeline.inputs.sources import ByteRange, require_unchanged
 from pipeline.results import staging, writer
 from pipeline.results.staging import Name
-from pipeline.runner import options, wiring
+from pipeline.results.totals import Totals
+from pipeline.runner import factory, options
 from pipeline.runner.cluster.id_registry import Scan
-from pipeline.runner.local import LocalRun
+from pipeline.runner.context import RunContext
+from pipeline.runner.executor import WorkPhase
+from pipeline.runner.local import LocalExecutor, with_possible_concurrency
 from pipeline.runner.options import Options
 
 
@@ -133,7 +135,7 @@ class Worker:
         try:
             for span in task.spans:
                 require_unchanged(span)
-            part = ShardRun(task, self)
+            part = self._part(task)
             self._parts[task.number] = part
             return ShardOutcome() if self._is_stopping else await part.do()
         except PipelineError as exc:
@@ -158,7 +160,7 @@ class Worker:
             part.end_early()
 
     def _scan(self, spans: Sequence[ByteRange], before: IdRange) -> Scan:
-        planner = wiring.planner(self._settings, self._options)
+        planner = factory.planner(self._settings, self._options)
         planner.claim(before)
         keys = array("Q")
         lines = 0
@@ -174,15 +176,30 @@ class Worker:
 
     # ── what its parts share ──────────────────────────────────────────────────────────────────────────────────────
 
-    def job(self, task: Task) -> tuple[Config, Options, Prices, str]:
-        """Return what the job of a part is made with."""
-        return self._settings, replace(self._options, limit=task.limit, fresh=False), self._prices, self._run_id
+    def _part(self, task: Task) -> ShardRun:
+        context = RunContext(
+            task.spans,
+            task.output,
+            with_possible_concurrency(self._settings),
+            replace(self._options, limit=task.limit, fresh=False),
+            self._prices,
+            NullRunLedger(),
+            _say_nothing,
+            run_id=self._run_id,
+        )
+        executor = LocalExecutor(
+            context,
+            rate_limiter_of=self.rate_limiter_of,
+            keep_share=partial(self.keep_share, context.clock),
+            ended=task.ended,
+        )
+        return ShardRun(task, context, executor)
 
     def rate_limiter_of(self, provider: str, model: str) -> RateLimiter:
         """Return the rate limiter of a model, which stays as long as the worker."""
         name = (provider, model)
         if name not in self._rate_limiters:
-            self._rate_limiters[name] = wiring.rate_limiter(self._settings, provider, model)
+            self._rate_limiters[name] = factory.rate_limiter(self._settings, provider, model)
             self._rate_limiters[name].take_share(self._first_share, 0.0)
         return self._rate_limiters[name]
 
@@ -194,100 +211,116 @@ class Worker:
     def _shared_rate_limiters(self) -> dict[str, RateLimiter]:
         rate_limiters: dict[str, RateLimiter] = {}
         for part in self._parts.values():
-            rate_limiters |= part.sender.rate_limiters() if part.is_begun else {}
+            rate_limiters |= part.rate_limiters() if part.is_begun else {}
         return rate_limiters
 
 
-class ShardRun(LocalRun):
-    """The ordinary job on some lines of the inputs; the driver has opened the books and draws the conclusions."""
+class ShardRun:
+    """A part of the input, sent from this worker into a file of its own.
 
-    def __init__(self, task: Task, worker: Worker) -> None:
-        self.ended = task.ended
-        self._task = task
-        self._worker = worker
+    Unlike `Run` it takes money and known results from the driver, and leaves summary and ledger to it.
+    """
+
+    def __init__(self, task: Task, context: RunContext, executor: LocalExecutor) -> None:
         self.is_begun = False
         self._ends_early = False
-        settings, options, prices, run_id = worker.job(task)
-        super().__init__(
-            task.spans, task.output, settings, options, prices, NullRunLedger(), _say_nothing, run_id=run_id
-        )
+        self._task = task
+        self._context = context
+        self._executor = executor
+        drain_timeout = context.settings.sending.drain_timeout
+        self._phase = WorkPhase(executor.stop, _say_nothing, drain_timeout=drain_timeout, beside=[self._begin])
+        context.on_storage_error = self._on_storage_error
+        if task.grant is not None:
+            context.budget = Budget(task.grant, is_final=False)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The money of this part; None without a cap."""
+        return self._context.budget
 
     async def do(self) -> ShardOutcome:
         """Do the part and tell how it ended; its file is left to the driver."""
+        writer = self._context.writer
         try:
-            await self.answer(None)
-            trouble = await to_thread.run_sync(self.recorder.publish, b"{}")
+            await to_thread.run_sync(self._open)
+            async with anyio.create_task_group() as writing:
+                writing.start_soon(writer.run)
+                try:
+                    await self._executor.execute(self._phase)
+                finally:
+                    writer.close()
+            trouble = await to_thread.run_sync(writer.publish, b"{}")
         except BaseExceptionGroup as group:
             raise errors.only_one(group) or group from group
         finally:
-            self.release()
-        if isinstance(self._task.output, str) and trouble is None:  # what is at the store needs no spool any more
-            await to_thread.run_sync(shutil.rmtree, self.recorder.path.parent)
+            writer.release()
+        if isinstance(self._task.output, str) and trouble is None:  # what is at the store needs no local copy
+            await to_thread.run_sync(shutil.rmtree, writer.path.parent)
         return self.outcome(trouble)
 
     def outcome(self, trouble: PipelineError | None) -> ShardOutcome:
         """Return how it ended; `trouble` is what kept it from going on, or its results from their store."""
-        ended = self.sender.ended_queues if self.is_begun else ()
+        budget = self.budget
+        spent = budget.used if budget else 0
+        failures = tuple(self._context.failures)
+        if not self.is_begun:
+            return ShardOutcome(spent=spent, failures=failures, stopped=trouble)
+        sent = self._executor.statistics()
+        ended = self._executor.sender.ended_queues
         return ShardOutcome(
-            sender=self.statistics() if self.is_begun else None,
-            spent=self.budget.used if self.budget else 0,
-            failures=tuple(self.failures),
-            ended={(lane.provider, lane.model): lane.ended for lane in ended if lane.ended},
-            stopped=trouble or (self.stopped if self.is_begun else None),
+            sender=sent.live,
+            spent=spent,
+            failures=failures,
+            ended={(queue.provider, queue.model): queue.ended for queue in ended if queue.ended},
+            stopped=trouble or sent.stopped,
         )
 
     def snapshot(self) -> Snapshot:
         """Return how it is getting on."""
+        budget = self.budget
         return Snapshot(
             number=self._task.number,
             output=self._task.output,
-            totals=self.run_totals.as_state(),
-            sender=self.statistics(),
+            totals=self._context.totals.as_state(),
+            sender=self._executor.statistics().live,
             wanted=self._wanted(),
-            is_waiting=self.budget is not None and self.budget.awaited > 0,
+            is_waiting=budget is not None and budget.awaited > 0,
         )
+
+    def rate_limiters(self) -> dict[str, RateLimiter]:
+        """Return the rate limiters that this part uses."""
+        return self._executor.sender.rate_limiters()
 
     def end_early(self) -> None:
         """Send nothing new."""
         self._ends_early = True
         if self.is_begun:
-            self.stop()
+            self._executor.stop()
 
-    # ── where it differs from a job of its own ────────────────────────────────────────────────────────────────────
+    def _open(self) -> None:
+        writer, feed = self._context.writer, self._context.feed
+        writer.open()
+        feed.learn(writer.done(Totals()))
+        feed.claim(self._task.before)
+        feed.know(self._task.known)
+        writer.begin()
 
-    async def _work(self, scope: anyio.CancelScope) -> None:
+    async def _begin(self) -> None:
+        """Note that requests are being sent; a stop that came before takes effect now."""
         self.is_begun = True
         if self._ends_early:
-            self.stop()
-        await super()._work(scope)
+            self._executor.stop()
 
-    def _preview(self) -> tuple[str, ...]:
-        return ()
-
-    def _open_lanes(self) -> None:
-        pass
-
-    def _hold(self) -> None:
-        self.intake.claim(self._task.before)
-        self.intake.know(self._task.known)
-
-    def _money(self) -> Budget | None:
-        return None if self._task.grant is None else Budget(self._task.grant, is_final=False)
-
-    def _left_over(self) -> AbstractContextManager[Callable[[], None]]:
-        return nullcontext(lambda: None)
-
-    def _rate_limiter_of(self, provider: str, model: str) -> RateLimiter:
-        return self._worker.rate_limiter_of(provider, model)
-
-    def _sharing(self) -> Callable[[], Coroutine[Any, Any, None]]:
-        return partial(self._worker.keep_share, self.clock)
+    def _on_storage_error(self, error: PipelineError) -> None:
+        if isinstance(error, TryLaterError):
+            self._phase.drain()
 
     def _wanted(self) -> int:
         """Return how much more money is waited for, or soon will be."""
-        if self.budget is None or self.budget.is_final:
+        budget = self.budget
+        if budget is None or budget.is_final:
             return 0
-        return max(self.budget.awaited, int(self.budget.room < (self._task.grant or 0) // 2))
+        return max(budget.awaited, int(budget.room < (self._task.grant or 0) // 2))
 
 
 def own_version() -> str:

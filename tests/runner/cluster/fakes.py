@@ -18,11 +18,12 @@ from pipeline.dispatch.live.rate_limiter import Demand
 from pipeline.dispatch.live.shared_limits import Lease
 from pipeline.inputs.sources import ByteRange
 from pipeline.results.staging import Name
-from pipeline.runner.base import Watch
+from pipeline.runner.base import Run, Watch, check
 from pipeline.runner.cluster.driver import Driver, WorkerLostError
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.quota import Quota
 from pipeline.runner.cluster.worker import Greeting, ShardOutcome, Snapshot, Task, Worker
+from pipeline.runner.context import RunContext
 from pipeline.runner.options import Options
 from pipeline.runner.summary import Summary
 
@@ -210,5 +211,6 @@ async def drive(
     """Have a job done by the pool."""
     books = RunLedger(environment.ledger_path(settings))
     names = [str(source) for source in sources]
-    driver = Driver(names, output, settings, Options(**options), Prices(settings), books, say)
-    return await driver.lead(pool, watch, handle_signals=handle_signals)
+    context = RunContext(names, output, settings, Options(**options), Prices(settings), books, say)
+    run = Run(context, Driver(context, pool), watch=watch, warnings=check(context))
+    return await run.execute(handle_signals=handle_signals)
