@@ -1,14 +1,14 @@
-"""One provider's batch API, called with patience: what may be repeated is repeated, making a batch never blindly.
+"""The client of one provider's batch API. It repeats what may be repeated, but never creates a batch blindly.
 
-Every call goes through `_ask`, which waits as the retry policy says. A batch may have been made although no answer
-came; `create` says so by `UncertainError`, and `find` looks for it.
+Every call goes through `_ask`, which waits as the retry policy says. A batch may exist although no response came:
+then `create` raises `UncertainError`, and `find` looks for the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -24,7 +24,7 @@ from pipeline.core.http import Content, Write
 from pipeline.core.text import redact, redactor
 from pipeline.core.types import HttpRequest, HttpResponse
 from pipeline.dispatch import retry
-from pipeline.dispatch.batch.store import BatchRecord, BatchStore
+from pipeline.dispatch.batch.store import BatchRecord, BatchStore, parse_time
 from pipeline.dispatch.retry import Policy
 from pipeline.providers import BatchCodec, Codec, responses
 from pipeline.providers.base import Headers
@@ -37,7 +37,7 @@ _UPLOADS = 2  # at the same time: they share one line
 
 
 class UncertainError(Exception):
-    """A batch may have been made, and nobody knows its id."""
+    """A batch may have been created, but its id is unknown."""
 
 
 Ask = Callable[[HttpRequest, Content | None], Awaitable[HttpResponse]]
@@ -46,7 +46,7 @@ Download = Callable[[HttpRequest, Write, int], Awaitable[HttpResponse]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConnection:
-    """How an endpoint is reached: its address, its headers with the key, and what makes calls."""
+    """The connection to an endpoint: address, headers with the key, functions that make calls, and redaction."""
 
     endpoint: Endpoint
     headers: Headers
@@ -56,9 +56,9 @@ class BatchConnection:
 
 
 class BatchClient:
-    """Carries the chunks of one provider to its batch API, and the results back.
+    """Uploads, creates, polls, cancels and downloads the batches of one provider.
 
-    `max_outage` is for how many seconds a provider may be out of reach.
+    `max_outage` is how many seconds a provider may be unreachable.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class BatchClient:
         self._uploads = anyio.Semaphore(_UPLOADS)
 
     async def upload(self, store: BatchStore, record: BatchRecord) -> str | None:
-        """Upload a chunk and return the id of the file; None where that is not a call of its own."""
+        """Upload a batch file and return its id; None if the API has no separate upload."""
         call = self.batches.upload(self._connection.endpoint, self._connection.headers, record.local_id)
         if call is None:
             return None
@@ -91,9 +91,9 @@ class BatchClient:
             return await self._ask(call, self.batches.uploaded, self._content(store, record))
 
     async def create(self, store: BatchStore, record: BatchRecord, begin: Callable[[], Awaitable[None]]) -> Batch:
-        """Make the batch of a chunk; `begin` is awaited before every call that may make it.
+        """Create a batch; `begin` is awaited before every call that may create it.
 
-        Raises `UncertainError`, or the provider's error when none can have been made.
+        Raises `UncertainError`, or the provider's error if no batch can have been created.
         """
         call = self.batches.create(self._connection.endpoint, self._connection.headers, record.local_id, record.file_id)
         content = None if call.tail is None else self._content(store, record)
@@ -106,12 +106,12 @@ class BatchClient:
                 raise UncertainError(error.message) from error
 
     async def find(self, record: BatchRecord, taken: set[str]) -> Batch | None:
-        """Look for the batch that was made of a chunk without our learning its id; `taken` are ids of others.
+        """Look for a batch whose id we never learned; `taken` are ids of others.
 
-        Where batches keep marks it is the one with ours; else one of its size that was made then.
+        If the API stores tags, it is the batch with ours; otherwise one of the same size, created at that time.
         """
         assert record.creating_at is not None
-        earliest = _time(record.creating_at) - _SKEW
+        earliest = parse_time(record.creating_at) - _SKEW
         after: str | None = None
         while True:
             call = self.batches.list(self._connection.endpoint, self._connection.headers, after)
@@ -119,7 +119,7 @@ class BatchClient:
                 page, has_more = await self._ask(call, self.batches.listed, may_repeat=lambda e: not is_no_api(e))
             except ProviderError as error:
                 if is_no_api(error):
-                    return None  # who has no list of batches has made none
+                    return None  # an API without a list of batches has created none
                 raise
             for batch in page:
                 if batch.id in taken:
@@ -127,22 +127,22 @@ class BatchClient:
                 if self.batches.has_tags:
                     if batch.tag == record.local_id:
                         return batch
-                elif batch.total == record.requests and batch.created_at and _time(batch.created_at) >= earliest:
+                elif batch.total == record.requests and batch.created_at and parse_time(batch.created_at) >= earliest:
                     return batch
             if not has_more or not page or page[-1].id == after:
                 return None
             after, oldest = page[-1].id, page[-1].created_at
-            if oldest and _time(oldest) < earliest:
+            if oldest and parse_time(oldest) < earliest:
                 return None
 
     async def poll(self, id: str) -> Batch:
-        """Return what the provider tells of a batch."""
+        """Return the state of a batch."""
         return await self._ask(
             self.batches.poll(self._connection.endpoint, self._connection.headers, id), self.batches.batch
         )
 
     async def cancel(self, id: str) -> Batch:
-        """Ask the provider to cancel a batch; one that has ended meanwhile is told as it is."""
+        """Cancel a batch; return its state, also if it has ended meanwhile."""
         call = self.batches.cancel(self._connection.endpoint, self._connection.headers, id)
         try:
             return await self._ask(call, self.batches.batch)
@@ -152,13 +152,13 @@ class BatchClient:
             raise
 
     async def fetch(self, file: str, path: Path) -> None:
-        """Download a file of results. What was cut is gone on with, and the file holds whole lines only."""
+        """Download a results file. Resume interrupted downloads; write complete lines only."""
         call = self.batches.download(self._connection.endpoint, self._connection.headers, file)
         with files.open_private(path) as target:
             lines = _Lines(target, self._connection.mask, self._max_line_bytes)
             attempts, most, since = 0, 0, anyio.current_time()
             while True:
-                if lines.taken > most:  # what gets on is not given up
+                if lines.taken > most:  # a download that makes progress is not given up
                     attempts, most, since = 0, lines.taken, anyio.current_time()
                 attempts += 1
                 lines.begin()
@@ -168,7 +168,7 @@ class BatchClient:
                         lines.end()
                         return
                     error = self.batches.refusal(answer)
-                    if answer.status == 416:  # there is less than we had: from the beginning, then
+                    if answer.status == 416:  # the file is shorter than what we have: start over
                         lines.restart()
                         error = error.replace(scope=ErrorScope.ATTEMPT)
                 except TransportError as exc:
@@ -176,7 +176,7 @@ class BatchClient:
                 await self._pause(error, attempts, since)
 
     def _content(self, store: BatchStore, record: BatchRecord) -> Content:
-        """Return what reads a chunk anew for every call, in a thread."""
+        """Return content that reads the batch file anew for every call, in a thread."""
 
         async def blocks() -> AsyncIterator[bytes]:
             found = store.content(record, separator=self.batches.separator, entry=self.batches.entry)
@@ -194,7 +194,7 @@ class BatchClient:
         before: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
         may_repeat: Callable[[ProviderError], bool] = lambda error: True,
     ) -> T:
-        """Make a call and read its answer. Raises `ProviderError`, or `TryLaterError` when patience is at its end."""
+        """Make a call and decode its response. Raises `ProviderError`; `TryLaterError` after `max_outage` seconds."""
         attempts = 0
         since = anyio.current_time()
         while True:
@@ -213,7 +213,7 @@ class BatchClient:
             await self._pause(error, attempts, since)
 
     async def _pause(self, error: ProviderError, attempts: int, since: float) -> None:
-        """Wait before a call is made again; raises the error where none would help, `TryLaterError` after too long."""
+        """Wait before a retry. Raises the error if a retry cannot help, `TryLaterError` after `max_outage` seconds."""
         seconds = self._policy.wait_patiently(error, attempts)
         if seconds is None:
             raise error
@@ -228,9 +228,9 @@ class BatchClient:
 
 
 class _Lines:
-    """Takes the pieces of a download and writes the lines that are whole; `taken` counts their bytes as they came.
+    """Writes the complete lines of a download; `taken` counts their bytes as they came.
 
-    A line that is larger than `max_bytes` is left out: what the results do not tell is dealt with later.
+    A line larger than `max_bytes` is left out; its request then counts as missing from the results.
     """
 
     def __init__(self, file: IO[bytes], mask: Callable[[bytes], bytes], max_bytes: int) -> None:
@@ -243,20 +243,20 @@ class _Lines:
         self.taken = 0
 
     def begin(self) -> None:
-        """Make ready for what comes from `taken` on."""
+        """Prepare for a download that continues at `taken`."""
         self._rest.clear()
         self._left_out = 0
         self._next = self.taken
 
     def restart(self) -> None:
-        """Begin from nothing."""
+        """Start over with an empty file."""
         self._file.truncate(0)
         self._file.seek(0)
         self.taken = 0
         self.begin()
 
     async def write(self, place: int, piece: bytes) -> None:
-        """Take a piece that begins at a place; a server may begin from nothing, but not elsewhere."""
+        """Take a piece that begins at `place`. A server may start over at 0, but not continue elsewhere."""
         if place == 0 and self._next:
             self.restart()
         if place != self._next:
@@ -275,7 +275,7 @@ class _Lines:
             self._rest.clear()
 
     def end(self) -> None:
-        """Take a last line without its end, if it is whole."""
+        """Take a last line without its newline, if it is complete."""
         if self._rest.strip():
             if responses.parsed(bytes(self._rest))[0] is None:
                 raise TransportError("the results end amid a line", type="connection_error", is_sent=True)
@@ -287,27 +287,23 @@ class _Lines:
 
 
 def is_no_api(error: ProviderError) -> bool:
-    """Tell whether there is nothing at an address that was called."""
+    """Return True if there is no API at the address."""
     return error.status in (404, 405, 501)
 
 
 def _may_repeat_create(error: ProviderError) -> bool:
-    """Tell whether nothing can have been made and it may be tried again: too many calls, or no connection."""
+    """Return True if no batch can have been created and a retry may help: 429, or no connection."""
     return error.status == 429 or (error.status is None and not error.may_be_billed)
 
 
 def _is_refusal(error: ProviderError) -> bool:
-    """Tell whether a provider refused to make a batch; what a gateway says of its waiting (408 …) is no refusal."""
+    """Return True if the provider refused to create a batch. A gateway's timeout (408 …) is no refusal."""
     status = error.status or 0
     return status == 501 or (300 <= status < 500 and status not in (408, 409, 425))
 
 
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
-
-
 def batch_client(settings: Config, client: http.Client, notify: Callable[[str], None], name: str) -> BatchClient:
-    """Make what talks to a provider's batch API: address, headers with the key, codecs."""
+    """Return the client of a provider's batch API: address, headers with the key, codecs."""
     endpoint = settings.providers.get(name)
     if endpoint is None:
         raise UsageError(f"a batch was made with the provider {name!r}, which is not configured any more")

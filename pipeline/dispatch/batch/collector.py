@@ -1,7 +1,7 @@
-"""The results of a batch that has ended -> a verdict on each of its requests, whatever the files hold.
+"""Reads the results of a batch that has ended and classifies each request, whatever the files hold.
 
-Results come in any order, in up to two files, and may tell of a request twice, of none at all, or of one that nobody
-sent: the first word on a request counts, and what nothing tells of is judged by how the batch ended.
+Results come in any order, in up to two files. They may name a request twice, not at all, or one that was never sent:
+the first result of a request counts, and a request without one is classified by how the batch ended.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _GROUP = 256
 
 
 class WrongBatchError(Exception):
-    """The results are those of another batch."""
+    """The results belong to another batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectedItem:
-    """A request and the verdict on it; `is_known` when its result was recorded before."""
+    """A request and its outcome; `is_known` if its result was stored before."""
 
     item: BatchItem
     outcome: ItemOutcome
@@ -38,7 +38,7 @@ class CollectedItem:
 
 
 class ResultCollector:
-    """What one chunk brings in; `strangers` counts results of requests that are not in it."""
+    """Collects the results of one batch; `unmatched` counts results of requests that are not in it."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class ResultCollector:
         self.unmatched = 0
 
     async def gather(self, batch: Batch) -> AsyncIterator[Sequence[CollectedItem]]:
-        """Fetch the results and yield verdicts in groups. Raises `NotOursError`, before the first of them."""
+        """Fetch the results and yield outcomes in groups. Raises `WrongBatchError` before the first group."""
         await to_thread.run_sync(self._note_places)
         path = self._store.download_path(self._record)
         is_confirmed = self._record.is_confirmed
@@ -77,7 +77,7 @@ class ResultCollector:
             yield collected
 
     async def rest(self, ending: str) -> AsyncIterator[Sequence[CollectedItem]]:
-        """Yield verdicts on the requests that nothing told of so far."""
+        """Yield outcomes of the requests without a result so far."""
         unseen = (item for _, item in self._store.items(self._record) if fingerprint(item.name) not in self._seen)
         while group := await to_thread.run_sync(lambda: list(islice(unseen, _GROUP))):
             yield [self._collected(item, self._classifier.unfinished(item, ending)) for item in group]
@@ -85,9 +85,9 @@ class ResultCollector:
     async def refused(
         self, named: Mapping[int, ProviderError], whole: ProviderError | None
     ) -> AsyncIterator[Sequence[CollectedItem]]:
-        """Yield verdicts on the requests of a batch that was not taken: errors by line, and what was said of it all.
+        """Yield outcomes of a refused batch: `named` holds errors by line, `whole` is the batch's own error.
 
-        Lines without an error go again, unless the whole batch met one that no other attempt would pass.
+        Lines without an error are sent again, unless the batch's own error is final.
         """
         final = of_whole_batch(whole) if whole is not None and whole.scope is not ErrorScope.ATTEMPT else None
         numbered = enumerate(self._store.items(self._record), start=1)

@@ -1,12 +1,12 @@
-"""The batch lane: requests go to the providers' own batch APIs, at half the price, and become the same results.
+"""Batch sending: requests go to the providers' batch APIs, at half the price, and become the same results.
 
-Requests are written into chunks (`loading`, `chunks`), and each chunk is seen through by a task of its own:
+Requests are written into batch files (`loader`, `builder`, `store`), and a task of its own takes each through its life:
 
     written ─▶ uploaded ─▶ creating ─▶ created ─▶ (polled until it has ended) ─▶ collected
 
-Each step is on the disk before the next is taken (`passage`), so a later run goes on where this one was killed and
-never makes a batch twice. Whatever a provider does with a batch (`harvest`, `verdict`), every request ends as a result,
-or goes again: with the next chunk or, where `resend` is given, live.
+Each step is on the disk before the next is taken (`lifecycle`), so a later run continues where this one was killed and
+never creates a batch twice. Whatever a provider does with a batch (`collector`, `outcome`), every request ends as a
+result or is sent again: in another batch or, with `send_live`, live.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ _LONELY_REFUSALS = 3  # after which a chunk is held for too large, though the pr
 
 
 class Input(Protocol):
-    """What is known of requests that an earlier run sent, by their custom_id and digest."""
+    """What is known of requests that an earlier run sent, by custom_id and digest."""
 
     def outcome(self, custom_id: str, digest: str) -> bool | None:
         """Return True when the results hold an answer, False when they hold a failure, None for neither."""
         ...
 
     def is_wanted(self, custom_id: str, digest: str) -> bool:
-        """Tell whether the input still has a request; known once all of it was read."""
+        """Return True if the input still holds a request; known only when all of it was read."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """The lane at a moment: calls for requests as `send.Statistics` has them, and the chunks of this run.
+    """A snapshot: calls for requests, counted as the live sender's statistics, and the batches of this run.
 
-    `unknown` counts also the requests of batches that were made again though a first one may be there.
+    `unknown` includes the requests of batches that were created again although a first one may exist.
     """
 
     attempts: int
@@ -75,9 +75,10 @@ class Statistics:
 
 @dataclass(slots=True, kw_only=True)
 class _Rest:
-    """What a batch leaves over: requests that go again, how many somebody else cancelled, what ends a model or all.
+    """What a batch leaves over: requests to send again, errors that end a model or the run.
 
-    `failures` is how often one of those has failed that go again.
+    `failures` is the highest count of failed attempts among those requests. `cancelled` counts requests whose batch
+    was cancelled by someone else.
     """
 
     items: BatchItems
@@ -87,11 +88,11 @@ class _Rest:
 
 
 class BatchCoordinator:
-    """Sends requests by batches and gives each result to `recording`.
+    """Sends requests in batches and gives each result to `results`.
 
-    `run` sees through what earlier runs left, and what `submit` brings until `close`. `open_courier` makes what talks
-    to a provider. With `resend` that which a batch did not answer goes there instead of into another one, before the
-    `deadline`. With `waits` false nobody waits for a batch: each is looked at once.
+    `run` finishes the batches of earlier runs and those of the requests that come through `submit` until `close`.
+    `open_client` returns the client of a provider. If there is `send_live`, it takes the requests that a batch did not
+    answer before the `deadline`; otherwise they go into another batch. With `waits` False each batch is polled once.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class BatchCoordinator:
     # ── what goes in ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def run(self) -> None:
-        """See every chunk through, until `close` was called and nothing is left to be done, or until `stop`."""
+        """Work until `close` was called and every batch is done, or until `stop`."""
         async with anyio.create_task_group() as self._tasks:
             for record in self._open_records():
                 self._follow(record)
@@ -158,13 +159,13 @@ class BatchCoordinator:
         await self._load([BatchItem(request=request) for request in requests])
 
     async def close(self) -> None:
-        """Say that no more requests come: what is loaded goes out now."""
+        """Declare that no more requests come, and submit what is loaded."""
         await self._loader.submit_all()
         self._closed.set()
         self._check_finished()
 
     def stop(self, reason: PipelineError | None = None) -> None:
-        """Begin nothing new. Batches go on at their providers, and a later run collects them."""
+        """Start nothing new. Batches go on at their providers; a later run collects them."""
         self.stopped = self.stopped or reason
         self._stop.call()
         self._counts["dropped"] += self._loader.discard()
@@ -173,7 +174,7 @@ class BatchCoordinator:
 
     @property
     def reasons(self) -> list[PipelineError]:
-        """Why requests are left without a result, the most far-reaching first."""
+        """Why requests have no result, the reason with the widest scope first."""
         groups = self._builder.groups.values()
         refusals = [] if self._send_live else [group.refusal for group in groups]
         found = [self.stopped, self._loader.refused, *refusals, *self._waiting]
@@ -187,7 +188,7 @@ class BatchCoordinator:
 
     @property
     def is_partial(self) -> bool:
-        """Tell whether requests are left without a result."""
+        """Return True if requests are left without a result."""
         return bool(self._counts["dropped"] or self._open_records() or self._waiting)
 
     def statistics(self) -> Statistics:
@@ -200,7 +201,7 @@ class BatchCoordinator:
         return [record for record in self._store.still_open if record.simulated == self._is_simulated]
 
     async def _load(self, items: Sequence[BatchItem]) -> None:
-        """Put requests into chunks; where a provider takes no batches they go live, if anything does."""
+        """Put requests into batches. If a provider takes no batches, send them live where that is allowed."""
         turned_away = items if self._stop.is_called else await self._loader.load(items)
         if turned_away and self._send_live and not self._loader.refused and not self._stop.is_called:
             await self._send_live(turned_away)
@@ -218,7 +219,7 @@ class BatchCoordinator:
             retries_failed=self._retries_failed,
         )
 
-    # ── the life of a chunk ───────────────────────────────────────────────────────────────────────────────────────
+    # ── the life of a batch ───────────────────────────────────────────────────────────────────────────────────────
 
     def _follow(self, record: BatchRecord) -> None:
         assert self._tasks is not None, "run() comes first"
@@ -226,7 +227,7 @@ class BatchCoordinator:
         self._tasks.start_soon(self._see_through, record)
 
     async def _see_through(self, record: BatchRecord) -> None:
-        """Take a chunk as far as it gets now, and settle what is set aside for it."""
+        """Take a batch as far as it gets now; hold the budget of one that goes on after this run."""
         if record.run != self._run_id:
             self._reservations.take_over(record.local_id, (each.request for _, each in self._store.items(record)))
         try:
@@ -286,15 +287,15 @@ class BatchCoordinator:
                 record = await self._leave(record, Step.CREATING)
 
     async def _leave(self, record: BatchRecord, step: Step) -> BatchRecord:
-        """Go back to a step: the batch is none, or not ours."""
+        """Go back to a step, because the batch failed or is not ours."""
         assert record.batch_id is not None
         nothing = dict.fromkeys(("batch_id", "status", "succeeded", "failed", "created_at", "expires_at"))
         return await self._lifecycle.save(record, **nothing, step=step, not_ours=(*record.not_ours, record.batch_id))
 
     def _has_no_room(self, group: BatchGroup, record: BatchRecord, batch: Batch) -> bool:
-        """Tell whether a batch only failed as the provider's queue is full: then it is made again later.
+        """Return True if a batch failed only because the provider's queue is full, so it can be created again later.
 
-        One that is too large for an empty queue is not: its requests go on in smaller ones.
+        A batch that is too large even for an empty queue cannot: its requests go into smaller ones.
         """
         codec = group.client.batches
         if codec.failure(batch.problems[0]).scope is not ErrorScope.ATTEMPT:
@@ -308,7 +309,7 @@ class BatchCoordinator:
         return True
 
     async def _wait_for_room(self, group: BatchGroup, record: BatchRecord) -> None:
-        """Wait until another batch of ours has ended, or for a while: the queue is the account's, not ours alone."""
+        """Wait until another batch of ours ends, at most for a pause: other programs may use the queue too."""
         if not self._waits:
             raise TryLaterError("the provider's queue is full")
         pause = min(_LONGEST_ROOM_PAUSE, _ROOM_PAUSE * 2 ** (self._refusals[record.local_id] - 1))
@@ -316,7 +317,7 @@ class BatchCoordinator:
             await group.room.acquire()
 
     async def _broke_off(self, group: BatchGroup, record: BatchRecord, error: ProviderError | TryLaterError) -> None:
-        """End what an error of a batch API ends. Where no batch can have been made, requests may go live."""
+        """Handle an error of a batch API by its scope. If no batch can have been created, the requests may go live."""
         if isinstance(error, ProviderError) and error.scope is ErrorScope.RUN:
             self._end(group, error)
         elif self._send_live and not record.may_have_batch and not self._stop.is_called:
@@ -335,7 +336,7 @@ class BatchCoordinator:
             await self._drop(record)
 
     def _end(self, group: BatchGroup, error: ProviderError) -> None:
-        """Give up what an error reaches."""
+        """Give up the run or the group, by the error's scope."""
         if not error.message.startswith(group.name):
             error = error.replace(message=f"{group.name}: {error.message}")
         if error.scope is ErrorScope.RUN:
@@ -344,7 +345,7 @@ class BatchCoordinator:
             group.refusal = group.refusal or error
 
     async def _drop(self, record: BatchRecord) -> None:
-        """Forget a chunk of which no batch was made; its requests are pending, a later run sends them."""
+        """Drop a record without a batch. Its requests stay pending; a later run sends them."""
         self._counts["dropped"] += record.requests
         await self._close_record(record, Step.DROPPED)
 
@@ -353,7 +354,7 @@ class BatchCoordinator:
     async def _collect(self, group: BatchGroup, record: BatchRecord, batch: Batch) -> None:
         """Turn a batch that has ended into results, and send again what it did not answer.
 
-        Raises `NotOursError` where another batch was taken for ours.
+        Raises `WrongBatchError` if another batch was taken for ours.
         """
         collector = self._collector(group, record)
         await self._bring_in(group, record, collector.gather(batch))
@@ -362,12 +363,12 @@ class BatchCoordinator:
             self._notify(f"{group.name}: batch {batch.id} has {text}")
 
     async def _refused(self, group: BatchGroup, record: BatchRecord, batch: Batch) -> None:
-        """Deal with a batch that failed validation: lines that its provider names fail, the others go again."""
+        """Handle a batch that failed validation: lines that the provider names fail, the others are sent again."""
         errors = [(problem.line, group.client.batches.failure(problem)) for problem in batch.problems]
         named = {line: error for line, error in errors if line and error.scope is ErrorScope.REQUEST}
         whole = next((error for line, error in errors if line not in named), None)
         if whole and whole.scope is ErrorScope.ATTEMPT and record.requests == 1:
-            named, whole = {1: whole}, None  # alone and still too large
+            named, whole = {1: whole}, None  # a single request that is still too large
         if whole and self._send_live:
             self._notify(f"{group.name}: batch {batch.id} was refused, its requests go live: {whole.message}")
             whole = None
@@ -381,7 +382,7 @@ class BatchCoordinator:
         await self._bring_in(group, record, self._collector(group, record).rest("abandoned"), step=Step.DROPPED)
 
     async def _go_live(self, group: BatchGroup, record: BatchRecord) -> None:
-        """Send the requests of a chunk live of which no batch was made."""
+        """Send the requests of a record without a batch live."""
         await self._bring_in(group, record, self._collector(group, record).refused({}, None))
 
     async def _bring_in(
@@ -391,10 +392,10 @@ class BatchCoordinator:
         groups: AsyncIterator[Sequence[CollectedItem]],
         step: Step = Step.COLLECTED,
     ) -> None:
-        """Carry verdicts out: record results, then close the chunk, then send what goes again.
+        """Apply outcomes: store the results, then close the record, then send again what is left over.
 
-        In this order a crash makes nothing go twice: what the chunk left over is pending until it is on its next way.
-        When the run is to stop, the chunk stays as it is until a later run.
+        In this order a crash sends nothing twice: what is left over is pending until it is sent again. If the run is
+        stopped, the record stays as it is for a later run.
         """
         rest = _Rest(items=self._store.leftovers(record))
         is_whole = False
@@ -417,9 +418,9 @@ class BatchCoordinator:
         await self._send_on(record, rest.items)
 
     async def _carry_out(self, record: BatchRecord, collected: Sequence[CollectedItem], rest: _Rest) -> BatchRecord:
-        """Record results and note what goes again; return the chunk with what these cost.
+        """Store results and collect what is sent again; return the record with their cost added.
 
-        What somebody else cancelled while we waited is not sent again before somebody repeats the command.
+        Requests of a batch that someone else cancelled meanwhile are not sent again until the command is repeated.
         """
         done: list[Result] = []
         cost = unpriced = 0
@@ -454,9 +455,9 @@ class BatchCoordinator:
         self._counts["unknown"] += outcome.attempt is not None and outcome.attempt.is_unknown
 
     async def _send_on(self, record: BatchRecord, rest: BatchItems) -> None:
-        """Put requests that a chunk left over on their next way: live, or in another chunk.
+        """Send the requests that a batch left over: live, or in another batch.
 
-        What another run sent goes only if the input still holds it, which is known when all of it was read.
+        Those of another run go only if the input still holds them, which is known when all of it was read.
         """
         is_of_other_run = record.run != self._run_id
         if rest.requests and is_of_other_run:
@@ -477,13 +478,13 @@ class BatchCoordinator:
         if self._closed.is_set():
             await self._loader.submit_all()
 
-    # ── small things ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── helpers ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _collector(self, group: BatchGroup, record: BatchRecord) -> ResultCollector:
         classifier = OutcomeClassifier(record, group.client.codec, self._pricing, self._clock, self._max_attempts)
 
         def is_known(item: BatchItem) -> bool:
-            """Tell whether a result was recorded before: a failure may be older than a chunk that tries it again."""
+            """Return True if a result was stored before. A failure may be older than the batch that retries it."""
             answered = self._input.outcome(item.request.custom_id, item.request.digest)
             return answered is True or (answered is False and not record.retries_failed)
 
@@ -502,7 +503,7 @@ class BatchCoordinator:
 
 
 def _advice(record: BatchRecord) -> str:
-    """Say what may be done about an API or a batch that is not there."""
+    """Return what the user can do about a missing API or batch."""
     if record.batch_id:
         return f"if it is gone for good: pipeline batches cancel --forget {record.batch_id}"
     return "has this endpoint a batch API? --lane live and --lane auto do without"

@@ -1,7 +1,7 @@
-"""The passage of a chunk: uploaded, its batch made or found, waited for until it has ended.
+"""The life of a batch: upload it, create or find it, wait until it has ended.
 
-Each step is on the disk before the next is taken. What a crash, a signal or a lost answer leaves is gone on with:
-before a batch is made a second time it is looked for, until the first call must be over.
+Each step is on the disk before the next is taken, so that a later run continues after a crash, a signal or a lost
+response. Before a batch is created a second time it is looked for, until the first call must be over.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.core.clock import Clock
 from pipeline.core.errors import ProviderError, TryLaterError
 from pipeline.core.http import SLOWEST_BYTES_PER_SECOND
 from pipeline.dispatch.batch.client import BatchClient, UncertainError
-from pipeline.dispatch.batch.store import BatchRecord, BatchStore, Step
+from pipeline.dispatch.batch.store import BatchRecord, BatchStore, Step, parse_time
 from pipeline.dispatch.cancel import StopSignal
 from pipeline.providers.batch import Batch
 
@@ -33,10 +33,10 @@ _LONGEST_CANCELLING = timedelta(minutes=15)  # OpenAI says up to 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PollPolicy:
-    """How long is waited, in seconds: between two looks at a batch, and for the answer of one small call.
+    """How long to wait, in seconds: between two polls of a batch, and for the response of one small call.
 
-    `rounds` is how often a batch is tried to be made. `live_seconds` tells how long the requests of a chunk take live;
-    None where nothing goes live. All is to be there before the `deadline`, also what an earlier run sent.
+    `rounds` limits the attempts to create a batch. `live_seconds` returns how long a batch's requests would take live;
+    None if nothing may go live. All results are due before the `deadline`, including those of earlier runs.
     """
 
     poll_interval: float
@@ -47,7 +47,7 @@ class PollPolicy:
 
 
 class Wait(StrEnum):
-    """How waiting for a batch ended: with its end, while it goes on, or with one that does not heed its cancelling."""
+    """How waiting for a batch ended: it ended, it goes on, or it ignores that it was cancelled."""
 
     ENDED = "ended"
     GOES_ON = "goes on"
@@ -55,7 +55,7 @@ class Wait(StrEnum):
 
 
 class BatchLifecycle:
-    """Takes chunks from one step to the next, and notes each."""
+    """Takes batches from one step to the next and saves each step."""
 
     def __init__(
         self, store: BatchStore, clock: Clock, stop: StopSignal, poll_policy: PollPolicy, notify: Callable[[str], None]
@@ -66,25 +66,25 @@ class BatchLifecycle:
         self._poll_policy = poll_policy
         self._notify = notify
         self._begun = clock.moment()
-        self.maybe_duplicated = 0  # requests of batches that were made again, though a first one may be there
+        self.maybe_duplicated = 0  # requests of batches created again although a first one may exist
         self.disk = anyio.CapacityLimiter(1)
 
     async def save(self, record: BatchRecord, **changes: Any) -> BatchRecord:
-        """Note a step on the disk and return the chunk as it is now."""
+        """Save a step on the disk and return the changed record."""
         record = replace(record, **changes)
         with anyio.CancelScope(shield=True):
             await to_thread.run_sync(self._store.save, record, limiter=self.disk)
         return record
 
     async def upload(self, client: BatchClient, record: BatchRecord) -> BatchRecord:
-        """Upload a chunk; as it was where that was cut short."""
+        """Upload a batch file; return the record unchanged if the run stops meanwhile."""
         with self._stop.cuts_short():
             file_id = await client.upload(self._store, record)
             return await self.save(record, step=Step.UPLOADED, file_id=file_id)
         return record
 
     async def create(self, client: BatchClient, record: BatchRecord) -> BatchRecord:
-        """Make the batch of a chunk or, if one may have been made, find it. Raises `ProviderError`, `TryLaterError`."""
+        """Create the batch or, if it may exist already, find it. Raises `ProviderError`, `TryLaterError`."""
         rounds = 0
         while record.step is not Step.CREATED:
             if record.step is Step.CREATING:
@@ -114,13 +114,13 @@ class BatchLifecycle:
         return record
 
     async def _find(self, client: BatchClient, record: BatchRecord) -> Batch | None:
-        """Look for a batch that may have been made, until the call that may have made it must be over, and longer.
+        """Look for a batch that may exist, until the call that may have created it must be over, and a while longer.
 
-        A provider may go on with a call that we gave up, and tell of the batch somewhat later.
+        A provider may finish a call that we gave up, and list the batch a little later.
         """
         assert record.creating_at is not None
         longest = self._poll_policy.call + record.content / SLOWEST_BYTES_PER_SECOND
-        over = _time(record.creating_at) + timedelta(seconds=longest + _LATENESS * self._poll_policy.call)
+        over = parse_time(record.creating_at) + timedelta(seconds=longest + _LATENESS * self._poll_policy.call)
         pause = _FIRST_PAUSE
         while True:
             for taken in self._taken(record):
@@ -136,9 +136,9 @@ class BatchLifecycle:
             pause *= _PAUSE_GROWTH
 
     def _taken(self, record: BatchRecord) -> Iterator[set[str]]:
-        """Yield what a chunk's batch is not: first all that our other chunks claim, then what is theirs for certain.
+        """Yield ids to skip in the search: first all that our other records claim, then only those certainly theirs.
 
-        Two chunks of one size may have claimed each other's batch; each must find its own again.
+        Two records of the same size may have claimed each other's batch; each must find its own again.
         """
         others = [each for each in self._store.all if each.batch_id and each.local_id != record.local_id]
         sure = {each.name for each in others if each.is_confirmed or not each.is_open} | set(record.not_ours)
@@ -150,9 +150,9 @@ class BatchLifecycle:
     async def wait(
         self, client: BatchClient, record: BatchRecord, *, is_patient: bool
     ) -> tuple[BatchRecord, Batch | None, Wait]:
-        """Wait for the end of a batch; return its last state where it has ended, and how the waiting did.
+        """Wait for the end of a batch; return its last state if it has ended, and how the waiting ended.
 
-        A batch that is late is cancelled, so that the rest of it can go live before the deadline.
+        A late batch is cancelled, so that its unanswered requests can go live before the deadline.
         """
         id = _id_of(record)
         pause, is_cancelled = _FIRST_PAUSE, False
@@ -180,12 +180,12 @@ class BatchLifecycle:
             pause = min(pause * _PAUSE_GROWTH, self._poll_policy.poll_interval)
 
     async def _save_reported(self, record: BatchRecord, batch: Batch) -> BatchRecord:
-        """Note what a provider tells of a batch, if that is news."""
+        """Save what the provider reports of a batch, if it changed."""
         reported = _reported(batch)
         return await self.save(record, **reported) if replace(record, **reported) != record else record
 
     async def _give_up(self, client: BatchClient, record: BatchRecord) -> BatchRecord:
-        """Cancel a batch that is late; that it is ours to cancel is noted first."""
+        """Cancel a late batch, after saving that the cancellation is ours."""
         id = _id_of(record)
         self._notify(f"{record.group}: batch {id} is cancelled; what it did not answer goes live")
         record = await self.save(record, is_given_up=True)
@@ -208,18 +208,18 @@ class BatchLifecycle:
 
     def _seconds_until(self, record: BatchRecord, cancelling: timedelta, share: int) -> float | None:
         """Return the seconds until only the time is left that cancelling and going live need, or a share of it all."""
-        deadlines = [_time(record.deadline)] if record.deadline else []
+        deadlines = [parse_time(record.deadline)] if record.deadline else []
         deadlines += [self._poll_policy.deadline] if self._poll_policy.deadline else []
         if self._poll_policy.live_seconds is None or not deadlines:
             return None
-        deadline, begun = min(deadlines), max(_time(record.at), self._begun)
+        deadline, begun = min(deadlines), max(parse_time(record.at), self._begun)
         needed = timedelta(seconds=self._poll_policy.live_seconds(record)) + cancelling
         return (deadline - min(needed, (deadline - begun) / share) - self._clock.moment()).total_seconds()
 
     def _refuse_overdue(self, record: BatchRecord) -> None:
         """Wait for no batch that should have ended long ago. Raises `TryLaterError`."""
-        begun = _time(record.created_at or record.creating_at or record.at)
-        expires = _time(record.expires_at) if record.expires_at else begun + _WINDOW
+        begun = parse_time(record.created_at or record.creating_at or record.at)
+        expires = parse_time(record.expires_at) if record.expires_at else begun + _WINDOW
         if self._clock.moment() > expires + _OVERDUE:
             text = f"batch {record.batch_id} should have expired at {expires:%Y-%m-%dT%H:%M:%SZ} and has not ended"
             raise TryLaterError(text)
@@ -240,7 +240,3 @@ def _reported(batch: Batch) -> dict[str, Any]:
         "created_at": batch.created_at,
         "expires_at": batch.expires_at,
     }
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text)

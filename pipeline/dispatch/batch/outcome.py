@@ -1,7 +1,7 @@
-"""Outcome of a request in a batch -> its result, another try, or the end of its model. Pure but for the clock.
+"""Classifies the outcome of each request in a batch: a result, another attempt, or the end of its model.
 
-The same answers that a live call would have got go through the same codec. What a batch API says was not done was not
-billed; only an answer that could not be used was.
+Pure but for the clock. Responses go through the same codec as those of live calls. What a batch API reports as not
+done was not billed; only a response that could not be used was.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pipeline.providers.batch import Outcome
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemOutcome:
-    """What is to be done: record a `result`, try `again`, or neither, as an `error` ends the model or the run.
+    """What to do with a request: store a `result`, send it `again`, or neither if an `error` ends the model or the run.
 
-    `nanos` is what it cost (nano-dollars), None where nobody knows; `attempt` is the one that failed. `is_cancelled`
-    when its batch was cancelled before it came to this request.
+    `nanos` is its cost in nano-dollars, None if unknown; `attempt` is the failed one. `is_cancelled`: the batch was
+    cancelled before this request was processed.
     """
 
     result: Result | None = None
@@ -34,7 +34,7 @@ class ItemOutcome:
 
 
 class OutcomeClassifier:
-    """Judges the outcomes of one chunk. `max_attempts` are those that may fail by a request's own fault."""
+    """Classifies the outcomes of one batch. `max_attempts` limits the attempts that count against a request."""
 
     def __init__(self, record: BatchRecord, codec: Codec, pricing: Pricing, clock: Clock, max_attempts: int) -> None:
         self._record = record
@@ -44,7 +44,7 @@ class OutcomeClassifier:
         self._max_attempts = max_attempts
 
     def classify(self, item: BatchItem, answer: Outcome) -> ItemOutcome:
-        """Judge what the results tell of a request."""
+        """Classify a result line of a request."""
         if answer.answer is None:
             return self.unfinished(item, answer.ending or "missing")
         try:
@@ -56,7 +56,7 @@ class OutcomeClassifier:
         return ItemOutcome(result=self._result(item, reply=reply, cost=cost), nanos=cost.nanos)
 
     def unfinished(self, item: BatchItem, ending: str) -> ItemOutcome:
-        """Judge a request without an answer: `expired`, `cancelled`, `failed`, `missing`, or `abandoned` by us."""
+        """Classify a request without a response: `expired`, `cancelled`, `failed`, `missing`, or `abandoned` by us."""
         message, may_be_billed = {
             "expired": ("the batch expired before it came to this request", False),
             "cancelled": ("the batch was cancelled before it came to this request", False),
@@ -76,7 +76,7 @@ class OutcomeClassifier:
         return replace(outcome, is_cancelled=ending == "cancelled")
 
     def refused(self, item: BatchItem, error: ProviderError) -> ItemOutcome:
-        """Judge a request for which the provider refused a whole batch: it fails by what was said of it."""
+        """Fail a request that the provider named when it refused the whole batch."""
         attempt = Attempt.of_error(error, at=self._clock.utc(), latency_s=0.0)
         return ItemOutcome(result=self._result(item, failed=attempt), attempt=attempt)
 

@@ -1,14 +1,14 @@
-"""Chunks: requests on their way to a batch API, on the disk, so that no crash loses a batch or makes it twice.
+"""Batch files and their journal, on the disk, so that no crash loses a batch or creates it twice.
 
     answers.batches/                     beside `answers.jsonl`, readable by its owner only
-        journal.jsonl                    every step of every chunk, the last line of each counts
-        0a1b2c3d4e5f.jsonl               the requests of a chunk, until all have their results
-        0a1b2c3d4e5f.results             what is being downloaded
-        0a1b2c3d4e5f.left                what its results leave to be sent again
+        journal.jsonl                    every step of every batch; the last line of each counts
+        0a1b2c3d4e5f.jsonl               the requests of a batch, until all have their results
+        0a1b2c3d4e5f.results             the results being downloaded
+        0a1b2c3d4e5f.left                requests that its results leave to be sent again
 
-A chunk is written first and known to the journal then, on the disk, before anything is sent. Each step is noted before
-the next is taken; so whoever finds the journal after a crash knows whether a batch may have been made, and looks for it
-instead of making another. Whoever holds the lock of the results owns all this.
+A batch file is written first, then its record is saved, on the disk, before anything is sent. Each step is saved before
+the next is taken, so after a crash the journal shows whether a batch may exist at the provider; then it is looked for
+instead of being created again. The holder of the results file's lock owns all of this.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields, replace
+from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
@@ -50,7 +51,7 @@ _REQUEST_FIELDS = (
 
 
 class Step(StrEnum):
-    """How far a chunk has come. From `CREATING` on there may be a batch of it at the provider."""
+    """How far a batch has come. From `CREATING` on it may exist at the provider."""
 
     WRITTEN = "written"
     UPLOADED = "uploaded"
@@ -200,7 +201,7 @@ class BatchItems:
 
 
 class OpenBatch(BatchItems):
-    """A chunk that is being written, not known to the journal yet; `content` is what its upload measures so far."""
+    """A batch file being written, not in the journal yet; `content` is the size of its upload so far, in bytes."""
 
     def __init__(self, directory: Path) -> None:
         self.local_id = secrets.token_hex(6)
@@ -229,7 +230,7 @@ class OpenBatch(BatchItems):
 
 
 class BatchStore:
-    """The chunks of one results file. `open` first; one thread at a time."""
+    """The batch records and files of one results file. Call `open` first; one thread at a time."""
 
     def __init__(self, results_file: Path) -> None:
         self.directory = files.beside(results_file, SUFFIX)
@@ -255,7 +256,7 @@ class BatchStore:
                 path.unlink(missing_ok=True)
 
     def is_damaged(self, record: BatchRecord) -> bool:
-        """Tell whether the file of a chunk is not what was written."""
+        """Return True if a batch file differs from what was written."""
         digest = sha256()
         try:
             with self.path(record).open("rb") as file:
@@ -266,18 +267,18 @@ class BatchStore:
         return digest.hexdigest() != record.sha256
 
     def begin(self) -> OpenBatch:
-        """Begin a chunk."""
+        """Open a new batch file."""
         self._make_directory()
         return OpenBatch(self.directory)
 
     def leftovers(self, record: BatchRecord) -> BatchItems:
-        """Begin a file of what a chunk leaves over; a crash loses it, and leaves its requests pending."""
+        """Open a file for the requests that a batch leaves over. A crash loses it, and its requests stay pending."""
         path = self.directory / f"{record.local_id}.left"
         path.unlink(missing_ok=True)
         return BatchItems(path)
 
     def save(self, record: BatchRecord) -> None:
-        """Note how far a chunk has come; returns when that is on the disk. Raises `StorageError`."""
+        """Save a record; return when it is on the disk. Raises `StorageError`."""
         if self._journal is None:
             self._make_directory()
         self._all[record.local_id] = record
@@ -292,13 +293,13 @@ class BatchStore:
         self._journal.append(_line(record))
 
     def close_record(self, record: BatchRecord, step: Step) -> None:
-        """Note that nothing is left to be done for a chunk, and delete its requests."""
+        """Save that a batch is done, and delete its requests."""
         self.save(replace(record, step=step))
         for path in (self.path(record), self.download_path(record)):
             path.unlink(missing_ok=True)
 
     def reread(self, record: BatchRecord) -> BatchRecord:
-        """Return a chunk as the journal has it now."""
+        """Return a record as it was saved last."""
         return self._all.get(record.local_id, record)
 
     def release(self) -> None:
@@ -308,7 +309,7 @@ class BatchStore:
             self._journal = None
 
     def items(self, record: BatchRecord) -> Iterator[tuple[int, BatchItem]]:
-        """Yield the requests of a chunk, each with its place in the file."""
+        """Yield the requests of a batch, each with its byte offset in the file."""
         yield from _items(self.path(record))
 
     def reader(self, record: BatchRecord) -> IO[bytes]:
@@ -332,7 +333,7 @@ class BatchStore:
         return self.directory / f"{record.local_id}.results"
 
     def path(self, record: BatchRecord) -> Path:
-        """Return the file of a chunk."""
+        """Return the path of a batch file."""
         return self.directory / f"{record.local_id}.jsonl"
 
     def _stranger(self) -> str | None:
@@ -371,6 +372,11 @@ def _items(path: Path) -> Iterator[tuple[int, BatchItem]]:
         raise StorageError(f"cannot read {str(path)!r}: {exc.strerror}") from exc
     except (LineError, KeyError, TypeError) as exc:
         raise StorageError(f"{str(path)!r} is damaged at byte {place:,}") from exc
+
+
+def parse_time(text: str) -> datetime:
+    """Return a time of a record or of a provider (ISO 8601)."""
+    return datetime.fromisoformat(text)
 
 
 def item_at(file: IO[bytes], place: int) -> BatchItem:
