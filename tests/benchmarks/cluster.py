@@ -1,9 +1,9 @@
-"""What a cluster costs: CPU for each request of workers and driver, and how many workers one budget actor serves.
+"""What a cluster costs: CPU for each request of workers and driver, and how many workers one quota actor serves.
 
     pip install -e '.[dev,ray]' && python -m tests.benchmarks.cluster build/benchmark
 
 On one machine workers take the processor from each other, so their number does not make it faster here; what each of
-them costs, and what all of them ask of driver and budget actor, is the same on many. The server is that of
+them costs, and what all of them ask of driver and quota actor, is the same on many. The server is that of
 `throughput`. Writes `cluster.md` to the folder given.
 """
 
@@ -28,7 +28,7 @@ from tests.benchmarks.throughput import serving, write_input
 WORKERS = (1, 2, 4)
 REQUESTS = 80_000
 CALLS = 10_000
-ASKING = 100  # calls on their way to the budget actor at a time
+ASKING = 100  # calls on their way to the quota actor at a time
 HOLDERS = (10, 200)
 _TICK = os.sysconf("SC_CLK_TCK")
 _SETTINGS = """
@@ -49,7 +49,7 @@ class Row:
 
 
 def main(folder: Path) -> None:
-    """Start a cluster, run jobs on it, ask the budget actor; print and write the table."""
+    """Start a cluster, run jobs on it, ask the quota actor; print and write the table."""
     from ray.cluster_utils import Cluster
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def _cpu_of(title: str) -> dict[int, float]:
 
 
 async def _capacity(address: str, holders: int) -> float:
-    """Return how many calls a second one budget actor answers when there are so many workers."""
+    """Return how many calls a second one quota actor answers when there are so many workers."""
     import ray
 
     from pipeline.runner.cluster.ray import QuotaActor
@@ -150,7 +150,7 @@ def _table(rows: list[Row], capacities: dict[int, float], server: str) -> str:
     each = 1 / RENEWED_EVERY
     for holders, capacity in capacities.items():
         lines.append(
-            f"The budget actor answers {capacity:,.0f} calls a second when there are {holders} workers; a worker makes "
+            f"The quota actor answers {capacity:,.0f} calls a second when there are {holders} workers; a worker makes "
             f"{each:.0f}, so it serves {capacity / each:,.0f} workers."
         )
     return "\n".join(lines) + "\n"

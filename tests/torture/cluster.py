@@ -111,7 +111,7 @@ def kill_head() -> None:
 
 def kill_budget() -> None:
     """Kill the actor that keeps the leases."""
-    _kill_one("Budget")
+    _kill_one("QuotaActor")
 
 
 def _kill_one(kind: str) -> None:

@@ -337,7 +337,7 @@ SABOTEURS = (
         test="tests/runner/cluster/test_id_registry.py::test_parts_are_planned_as_one",
     ),
     Saboteur(
-        name="a new budget actor gives all to the first who asks",
+        name="a new quota actor gives all to the first who asks",
         file="runner/cluster/quota.py",
         old="        is_new = now < self._began + LEASE_SECONDS\n",
         new="        is_new = False\n",

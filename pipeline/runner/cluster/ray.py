@@ -182,7 +182,7 @@ class RayPool:
         return self._loss()
 
     def close(self) -> None:
-        """End the budget actor."""
+        """End the quota actor."""
         _kill(self._ray, self._quota)
 
     def _loss(self) -> TryLaterError:

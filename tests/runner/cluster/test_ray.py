@@ -34,7 +34,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_whatever_dies_nothing_is_lost_or_paid_twice(cluster: Cluster, tmp_path: Path) -> None:
-    """A worker, the budget actor and a node are killed, one after the other, and the job ends by itself.
+    """A worker, the quota actor and a node are killed, one after the other, and the job ends by itself.
 
     Every id stands once, what was paid for again is no more than what was in flight, and is told.
     """
