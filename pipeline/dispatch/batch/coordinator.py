@@ -43,7 +43,7 @@ _GROUP = 256
 _SHOWN = 3
 _ROOM_PAUSE = 30.0  # seconds; doubles while a provider's queue stays full
 _LONGEST_ROOM_PAUSE = 600.0
-_LONELY_REFUSALS = 3  # after which a chunk is held for too large, though the provider names no limit
+_LONELY_REFUSALS = 3  # after so many a batch counts as too large, even if the provider names no limit
 
 
 class Input(Protocol):
@@ -375,7 +375,7 @@ class BatchCoordinator:
         await self._bring_in(group, record, self._collector(group, record).refused(named, whole))
 
     async def _abandon(self, group: BatchGroup, record: BatchRecord) -> None:
-        """Send all of a batch live that does not heed that it was cancelled: it may be paid twice, and is told."""
+        """Send the requests of a batch that ignores its cancellation live, and say so: they may be paid twice."""
         self._notify(
             f"{group.name}: batch {record.batch_id} does not end though it was cancelled; its requests go live"
         )

@@ -193,7 +193,7 @@ class BatchLifecycle:
         return record
 
     def is_late(self, record: BatchRecord) -> bool:
-        """Tell whether what is not answered of a chunk must go live now."""
+        """Return True if the unanswered requests of a batch must go live now."""
         seconds = self._seconds_to_switch(record)
         return seconds is not None and seconds <= 0
 
@@ -231,7 +231,7 @@ def _id_of(record: BatchRecord) -> str:
 
 
 def _reported(batch: Batch) -> dict[str, Any]:
-    """Return what a chunk keeps of what a provider tells."""
+    """Return the fields of a record that a provider reports."""
     return {
         "batch_id": batch.id,
         "status": batch.status,

@@ -24,7 +24,7 @@ from pipeline.results import object_store_writer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """A batch, or a chunk that is still to become one, and whose results it brings."""
+    """A batch, or the record of one not created yet, and the results file that it belongs to."""
 
     record: BatchRecord
     results_file: Path
@@ -94,7 +94,7 @@ async def cancel(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
 
 
 def give_up(each: Listed) -> Listed:
-    """Note that nothing more comes of a chunk. Raises `TryLaterError` while a run is at it."""
+    """Give up a batch: nothing more is expected of it. Raises `TryLaterError` while a run uses it."""
     target = disk.target_of(each.results_file)
     fd = disk.open_locked(target)
     store = BatchStore(target)

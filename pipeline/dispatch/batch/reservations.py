@@ -1,7 +1,7 @@
 """Budget reservations of batches: reserved and settled request by request, closed batch by batch.
 
-Without a budget all of this does nothing. When nobody in this run waits for a batch any longer, what it still has
-reserved is held: it may be spent, and a later run settles it.
+Without a budget all of this does nothing. When this run no longer waits for a batch, what it still has reserved is
+held: it may be spent, and a later run settles it.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class BatchRecord:
         return self.step not in _CLOSED
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a summary shows of it; `cost` is in dollars, None while nobody knows."""
+        """Return what a summary shows; `cost` is in dollars, None while it is unknown."""
         is_priced = self.step is Step.COLLECTED and not self.unpriced
         return {
             "id": self.batch_id,
@@ -144,7 +144,7 @@ class BatchRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchItem:
-    """A request of a chunk, and under which `name`; `attempts` failed before, `counted` of them by its own fault."""
+    """A request of a batch and its `name` there; `attempts` failed before, `counted` of them count against it."""
 
     request: Request
     name: str = ""
@@ -216,7 +216,7 @@ class OpenBatch(BatchItems):
         self.input_tokens += item.request.estimated_input_tokens
 
     def finish(self, lines: list[bytes], record: BatchRecord) -> BatchRecord:
-        """Write the last lines; return the chunk with what the file holds now, on the disk."""
+        """Write the last lines, on the disk; return the record with what the file holds."""
         self.write(lines, sync=True)
         return replace(
             record,
@@ -246,7 +246,7 @@ class BatchStore:
         return tuple(record for record in self._all.values() if record.is_open)
 
     def open(self) -> None:
-        """Read the journal, and delete what a crash left of chunks that it does not know. What is not ours stays."""
+        """Read the journal, and delete batch files of a crash that it does not name. Files that are not ours stay."""
         self._all = {record.local_id: record for record in read_records(self.directory)}
         if self._stranger():
             return
@@ -313,7 +313,7 @@ class BatchStore:
         yield from _items(self.path(record))
 
     def reader(self, record: BatchRecord) -> IO[bytes]:
-        """Open the file of a chunk, for `member_at`."""
+        """Open a batch file, for `item_at`."""
         return self.path(record).open("rb")
 
     def content(
@@ -329,7 +329,7 @@ class BatchStore:
         yield bytes(block)
 
     def download_path(self, record: BatchRecord) -> Path:
-        """Return where the results of a chunk are put while they are fetched."""
+        """Return the path of a batch's results while they are downloaded."""
         return self.directory / f"{record.local_id}.results"
 
     def path(self, record: BatchRecord) -> Path:
@@ -380,13 +380,13 @@ def parse_time(text: str) -> datetime:
 
 
 def item_at(file: IO[bytes], place: int) -> BatchItem:
-    """Return the request whose lines begin at a place in a chunk's file."""
+    """Return the request at a byte offset of a batch file."""
     file.seek(place)
     return _decode(file.readline(), file.readline())
 
 
 def read_records(directory: Path) -> list[BatchRecord]:
-    """Return the chunks that a directory tells of, the oldest first; a line that a crash cut tells nothing."""
+    """Return the records in a directory's journal, the oldest first. A line that a crash cut short is skipped."""
     try:
         content = (directory / _JOURNAL).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
