@@ -43,20 +43,20 @@ class AnthropicBatches:
     has_tags = False
     separator = b","
 
-    def name(self, nonce: str, custom_id: str, digest: str) -> str:
-        own = f"{nonce}-{custom_id}"
-        return own if _NAME.fullmatch(own) else f"{nonce}-{digest}"
+    def name(self, local_id: str, custom_id: str, digest: str) -> str:
+        own = f"{local_id}-{custom_id}"
+        return own if _NAME.fullmatch(own) else f"{local_id}-{digest}"
 
     def entry(self, name: str, body: bytes) -> bytes:
         return _ENTRY % (orjson.dumps(name), body)
 
-    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> None:
+    def upload(self, endpoint: Endpoint, headers: Headers, local_id: str) -> None:
         return None
 
     def uploaded(self, answer: HttpResponse) -> str:
         raise NotImplementedError("there is no upload")
 
-    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> HttpRequest:
+    def create(self, endpoint: Endpoint, headers: Headers, local_id: str, file_id: str | None) -> HttpRequest:
         return HttpRequest(method="POST", url=_url(endpoint), headers=headers, body=b'{"requests":[', tail=b"]}")
 
     def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
@@ -99,9 +99,9 @@ class AnthropicBatches:
             return Outcome(name=name, answer=HttpResponse(status=status, body=body))
         return Outcome(name=name, answer=batches.unusable("a result of no known type"))
 
-    def belongs(self, nonce: str, line: bytes) -> bool:
+    def belongs(self, local_id: str, line: bytes) -> bool:
         try:
-            return batches.result_line(line)[0].startswith(f"{nonce}-")
+            return batches.result_line(line)[0].startswith(f"{local_id}-")
         except LineError:
             return False
 

@@ -1,7 +1,7 @@
-"""What a provider's batch API is to the rest of the program: a codec of calls and answers, without I/O or clock.
+"""The interface of a codec for a provider's batch API: calls and responses, without I/O or clock.
 
-A batch is made of a chunk of requests, each under a name that the provider takes and that no other batch has. What the
-two APIs differ in stands in `anthropic_batches` and `openai_batches`; what to do with a batch, in `batch`.
+A batch consists of requests. Each has a name that the provider accepts and that no other batch uses. The differences
+between the APIs are in `anthropic_batch` and `openai_batch`. `dispatch.batch` decides what to do with a batch.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class BatchCodec(typing.Protocol):
     separator: bytes
     """What stands between two requests of an upload."""
 
-    def name(self, nonce: str, custom_id: str, digest: str) -> str:
+    def name(self, local_id: str, custom_id: str, digest: str) -> str:
         """Return the name of a request in a batch: its own id where the provider takes it."""
         ...
 
@@ -92,7 +92,7 @@ class BatchCodec(typing.Protocol):
         """Return a request as it stands in the upload."""
         ...
 
-    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> HttpRequest | None:
+    def upload(self, endpoint: Endpoint, headers: Headers, local_id: str) -> HttpRequest | None:
         """Return the call that uploads a chunk ahead of its batch; None where it goes into the batch's own call."""
         ...
 
@@ -100,7 +100,7 @@ class BatchCodec(typing.Protocol):
         """Return the id of the file that was uploaded. This and all that read answers raise `ProviderError`."""
         ...
 
-    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> HttpRequest:
+    def create(self, endpoint: Endpoint, headers: Headers, local_id: str, file_id: str | None) -> HttpRequest:
         """Return the call that makes a batch."""
         ...
 
@@ -130,7 +130,7 @@ class BatchCodec(typing.Protocol):
         """Read a line of a results file. Raises `LineError` if it is not one."""
         ...
 
-    def belongs(self, nonce: str, line: bytes) -> bool:
+    def belongs(self, local_id: str, line: bytes) -> bool:
         """Return True if a result line shows that a batch is ours. For APIs without tags."""
         ...
 

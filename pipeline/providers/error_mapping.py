@@ -50,13 +50,13 @@ class Rule:
     says: str = ""
     is_structured: bool = False
 
-    def fits(self, complaint: ErrorBody) -> bool:
+    def fits(self, error_body: ErrorBody) -> bool:
         return (
-            (self.statuses is None or complaint.status in self.statuses)
-            and (self.types is None or complaint.type in self.types)
-            and (self.codes is None or complaint.code in self.codes)
-            and re.search(self.says, complaint.message) is not None
-            and (complaint.is_structured or not self.is_structured)
+            (self.statuses is None or error_body.status in self.statuses)
+            and (self.types is None or error_body.type in self.types)
+            and (self.codes is None or error_body.code in self.codes)
+            and re.search(self.says, error_body.message) is not None
+            and (error_body.is_structured or not self.is_structured)
         )
 
 
@@ -71,9 +71,9 @@ COMMON_RULES = (
 )
 
 
-def scope_of(complaint: ErrorBody, rules: Sequence[Rule], should_retry: str | None) -> ErrorScope:
+def scope_of(error_body: ErrorBody, rules: Sequence[Rule], should_retry: str | None) -> ErrorScope:
     """Return how far an error reaches: the first rule that fits, then the server's word on trying again."""
-    scope = next(rule.scope for rule in (*rules, *COMMON_RULES) if rule.fits(complaint))
+    scope = next(rule.scope for rule in (*rules, *COMMON_RULES) if rule.fits(error_body))
     if scope in (ErrorScope.ATTEMPT, ErrorScope.REQUEST):
         if should_retry == "true":
             return ErrorScope.ATTEMPT

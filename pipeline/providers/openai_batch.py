@@ -54,17 +54,17 @@ class OpenAIBatches:
     has_tags = True
     separator = b"\n"
 
-    def name(self, nonce: str, custom_id: str, digest: str) -> str:
+    def name(self, local_id: str, custom_id: str, digest: str) -> str:
         return custom_id if len(custom_id) <= _LONGEST_NAME else digest
 
     def entry(self, name: str, body: bytes) -> bytes:
         return _ENTRY % (orjson.dumps(name), body)
 
-    def upload(self, endpoint: Endpoint, headers: Headers, nonce: str) -> HttpRequest:
-        boundary = f"pipeline-{nonce}"
+    def upload(self, endpoint: Endpoint, headers: Headers, local_id: str) -> HttpRequest:
+        boundary = f"pipeline-{local_id}"
         head = (
             f'--{boundary}\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-            f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{nonce}.jsonl"\r\n'
+            f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{local_id}.jsonl"\r\n'
             "content-type: application/jsonl\r\n\r\n"
         )
         return HttpRequest(
@@ -78,12 +78,12 @@ class OpenAIBatches:
     def uploaded(self, answer: HttpResponse) -> str:
         return _read(answer, lambda file: batches.named(file, "id"))
 
-    def create(self, endpoint: Endpoint, headers: Headers, nonce: str, file_id: str | None) -> HttpRequest:
+    def create(self, endpoint: Endpoint, headers: Headers, local_id: str, file_id: str | None) -> HttpRequest:
         wanted = {
             "input_file_id": file_id,
             "endpoint": _ENDPOINT,
             "completion_window": "24h",
-            "metadata": {TAG: nonce},
+            "metadata": {TAG: local_id},
         }
         return HttpRequest(
             method="POST", url=batches.address(endpoint, "batches"), headers=headers, body=orjson.dumps(wanted)
@@ -131,7 +131,7 @@ class OpenAIBatches:
             )
         return Outcome(name=name, answer=batches.unusable("neither a response nor an error"))
 
-    def belongs(self, nonce: str, line: bytes) -> bool:
+    def belongs(self, local_id: str, line: bytes) -> bool:
         return True
 
     def queue_limit(self, problem: Problem) -> int | None:

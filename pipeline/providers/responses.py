@@ -58,12 +58,12 @@ def refusal(answer: HttpResponse, error: type[ProviderError], rules: Sequence[Ru
 
 def refused(answer: HttpResponse, value: Any, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
     """Return the error in a response. `value` is its parsed JSON, None if it is not JSON."""
-    complaint = error_body_of(answer, value)
+    error_body = error_body_of(answer, value)
     return error(
-        complaint.message,
-        type=complaint.type,
-        code=complaint.code,
-        scope=scope_of(complaint, rules, answer.headers.get("x-should-retry")),
+        error_body.message,
+        type=error_body.type,
+        code=error_body.code,
+        scope=scope_of(error_body, rules, answer.headers.get("x-should-retry")),
         status=answer.status,
         request_id=request_id(answer.headers) or word(member(value, "request_id")),
         retry_after=retry_after(answer.headers),

@@ -31,7 +31,7 @@ def test_every_format_has_its_dialect(form: OutputFormat) -> None:
         assert dialect.format is form
 
 
-def test_dialects_are_told_by_their_keys() -> None:
+def test_dialects_have_distinct_keys() -> None:
     """No two dialects share the key of an input line's body, and each accepts that key."""
     keys = [dialect.body_key for dialect in registry.LINE_DIALECTS]
 
