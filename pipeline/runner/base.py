@@ -146,7 +146,7 @@ class Run:
             if done.damaged:
                 self.warnings += (f"{done.damaged} damaged line(s) in {writer.name}; they are done again",)
             context.feed.learn(done)
-            context.feed.hold(in_batches)
+            context.feed.skip_in_batch(in_batches)
             if notice := context.feed.notice():
                 context.notify(notice)
             writer.begin()

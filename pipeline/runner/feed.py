@@ -39,7 +39,7 @@ class InputFeed:
     """The inputs of one run.
 
     `lines` counts what was read, `reused` the lines among them with a result of an earlier run, `reused_failed` those
-    of them that failed; `is_all_read` is true once the end was reached. `retired` holds a warning for each retired
+    of them that failed; `retired` holds a warning for each retired
     model in the preview.
     """
 
@@ -53,11 +53,11 @@ class InputFeed:
         say: Callable[[str], None],
     ) -> None:
         if options.dedupe and not all(map(_is_file, sources)):
-            raise UsageError("--dedupe wants files: a pipe can be read only once")
+            raise UsageError("--dedupe requires files: a pipe can be read only once")
         self.lines = 0
         self.reused = 0
         self.reused_failed = 0
-        self.is_all_read = False
+        self._is_all_read = False
         self.retired: list[str] = []
         self._sources = sources
         self._settings = settings
@@ -76,6 +76,11 @@ class InputFeed:
         self._held = FingerprintSet()
         self._held_seen = FingerprintSet()
         self._brought = array("Q")
+
+    @property
+    def is_all_read(self) -> bool:
+        """Return True once the end of the inputs was reached; `lines` is their total then."""
+        return self._is_all_read
 
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -116,8 +121,8 @@ class InputFeed:
             "they are not done yet, or new, also by a changed line, model or setting"
         )
 
-    def hold(self, requests: Iterable[Request]) -> None:
-        """Leave requests alone that are in batches of earlier runs, and those that equal them where that counts."""
+    def skip_in_batch(self, requests: Iterable[Request]) -> None:
+        """Skip requests that are in batches of earlier runs; with `dedupe` also requests that are equal to them."""
         keys = array("Q")
         for request in requests:
             keys.append(writer.key(request.custom_id, request.digest))
@@ -144,15 +149,19 @@ class InputFeed:
         """Note what lines left behind that come before these and are planned elsewhere."""
         self._planner.claim(claims)
 
-    def know(self, requests: Iterable[int]) -> None:
-        """Leave alone requests that have results elsewhere, given by their keys."""
+    def skip_done(self, requests: Iterable[int]) -> None:
+        """Skip requests that have results elsewhere, given by their keys."""
         for request in requests:
             self._done.add(request, success=True)
 
-    def recognize(self, requests: Sequence[int]) -> list[int]:
+    def count_planned(self, requests: Sequence[int]) -> list[int]:
         """Count lines that were planned elsewhere, given by their keys; return those with results of earlier runs."""
         self.lines += len(requests)
         return [request for request in requests if self._earlier_outcome(request) is not None]
+
+    def end(self) -> None:
+        """Note that the end of the inputs was reached."""
+        self._is_all_read = True
 
     # ── feeding ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -168,7 +177,7 @@ class InputFeed:
             for batch, mark, stretch in known:
                 if not (stretch and self._pass_over(stretch)):
                     await submit(await self._plan(batch, mark))
-        self.is_all_read = True
+        self.end()
 
     def finished(self, result: Result) -> None:
         """Note that a line has its result now, so that its batch may be passed over by later runs."""

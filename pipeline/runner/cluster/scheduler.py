@@ -39,13 +39,13 @@ class Shard:
 class Scheduler:
     """The parts of one run; `limit` bounds the lines."""
 
-    def __init__(self, sources: Sequence[str], intake: InputFeed, *, limit: int | None) -> None:
+    def __init__(self, sources: Sequence[str], feed: InputFeed, *, limit: int | None) -> None:
         self._sources = sources
-        self._intake = intake
+        self._feed = feed
         self._limit = limit
         self._ahead = 1
         self._shards: Iterator[tuple[ByteRange, ...]] = iter(())
-        self._register = IdRegistry()
+        self._id_registry = IdRegistry()
         self._is_cut = False
         self._cutting = anyio.Lock()
         self._count = 0
@@ -135,28 +135,29 @@ class Scheduler:
         """Settle what is planned in the order of the input: ids, line numbers, what has results already."""
         while self._next_settled in self._scanned:
             shard, scan = self._scanned.pop(self._next_settled)
-            if before := self._register.settle(scan):
+            if before := self._id_registry.settle(scan):
                 heapq.heappush(self._to_scan, (shard.number, replace(shard, before=before)))
                 return
             self._next_settled += 1
             self._admit(shard, scan)
-        self._intake.is_all_read = self._is_cut and self._next_settled == self._count
+        if self._is_cut and self._next_settled == self._count:
+            self._feed.end()
 
     def _admit(self, shard: Shard, scan: Scan) -> None:
         """Let a part be done, as far as it is wanted."""
         keys: Sequence[int] = scan.keys
         if self._limit is not None:
-            shard.limit = self._limit - self._intake.lines
+            shard.limit = self._limit - self._feed.lines
             keys = keys[: shard.limit]
         shard.spans = tuple(replace(span, number=self._next_line if span.start else 1) for span in shard.spans)
         self._next_line = shard.spans[-1].number + scan.lines
-        shard.known = self._intake.recognize(keys)
+        shard.known = self._feed.count_planned(keys)
         shard.wanted = len(keys) - len(shard.known)
         if shard.wanted:
             heapq.heappush(self._to_do, (shard.number, shard))
 
     def _is_limit_reached(self) -> bool:
-        return self._limit is not None and self._intake.lines >= self._limit
+        return self._limit is not None and self._feed.lines >= self._limit
 
     # ── doing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -302,7 +302,7 @@ class ShardRun:
         writer.open()
         feed.learn(writer.done(Totals()))
         feed.claim(self._task.before)
-        feed.know(self._task.known)
+        feed.skip_done(self._task.known)
         writer.begin()
 
     async def _begin(self) -> None:
