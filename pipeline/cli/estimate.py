@@ -32,7 +32,7 @@ from pipeline.core.errors import UsageError
 if TYPE_CHECKING:
     from pipeline.core.config import Config
     from pipeline.core.types import Allowance
-    from pipeline.runner.base import Progress
+    from pipeline.runner.run import Progress
     from pipeline.runner.summary import Summary
 
     Limits = dict[tuple[str, str], Sequence[Allowance]]  # rate limits by provider and model

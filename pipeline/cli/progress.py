@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.core.types import Allowance
     from pipeline.dispatch.batch.store import BatchRecord
     from pipeline.dispatch.live.model_queue import Statistics
-    from pipeline.runner.base import Progress, Watch
+    from pipeline.runner.run import Progress, Watch
 
     GetProgress = Callable[[], Progress]
 

@@ -1,4 +1,4 @@
-"""The parts of a run, made from a configuration: what `job` (files) and `stream` (Python) have in common."""
+"""Makes the parts of a run from its settings, for runs over files (`local`) and for Python streams (`stream`)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from pipeline.inputs.planner import Planner
 from pipeline.results.writer import ResultWriter
 from pipeline.runner.options import Ended, Options
 
-# With a deadline, what a batch does not answer goes live early enough: at this pace, where no cap is told.
+# Requests that a batch does not answer before the deadline go live. This pace is assumed where no limit is set.
 _ASSUMED_RPM = 1_000
 
 
 def planner(settings: Config, options: Options) -> Planner:
-    """Make the planner; what is rehearsed gets other digests than what is real."""
+    """Make the planner. Simulated requests get other digests, so that a real run does not take them as done."""
     salt = "simulated:" if options.simulate else ""
     return Planner(settings, provider=options.provider, model=options.model, salt=salt)
 

@@ -32,10 +32,10 @@ from pipeline.dispatch.live.shared_limits import QuotaSync
 from pipeline.inputs import reader
 from pipeline.results import codec
 from pipeline.runner import factory, rehearsal
-from pipeline.runner.base import Run, Watch, check, place_of
 from pipeline.runner.context import RunContext
 from pipeline.runner.executor import ExecutorStatistics, Task, WorkPhase
 from pipeline.runner.options import Ended, Options
+from pipeline.runner.run import Run, Watch, check, place_of
 from pipeline.runner.summary import Summary
 
 _COUNT_REST_SECONDS = 5.0

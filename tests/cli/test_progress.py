@@ -18,7 +18,7 @@ from pipeline.dispatch.live import model_queue
 from pipeline.dispatch.live.sender import Statistics
 from pipeline.results.codec import StoredResult
 from pipeline.results.totals import Totals
-from pipeline.runner.base import Progress
+from pipeline.runner.run import Progress
 
 LANE = model_queue.Statistics(
     provider="openai",

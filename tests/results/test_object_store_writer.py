@@ -505,7 +505,7 @@ async def test_ordered_results_want_a_file(world: World) -> None:
     """`--ordered` cannot be kept at a store: it is refused with the way out, and nothing is sent."""
     settings = world.machine().with_("output", ordered=True)
 
-    with pytest.raises(UsageError, match="--ordered wants a file") as told:
+    with pytest.raises(UsageError, match="--ordered requires a file") as told:
         await pipeline.run_batch([world.source(*_questions(2))], output=world.output, config=settings)
 
     assert "-o answers.jsonl --ordered" in str(told.value.hint)

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from pipeline.runner.base import Progress
+from pipeline.runner.run import Progress
 from tests.torture import chaos, check, histories, trial
 from tests.torture.chaos import Plan
 from tests.torture.faults import DOORS, FAULTS, PROTOCOLS, End, Fault

@@ -19,7 +19,7 @@ import pytest
 
 import pipeline
 from pipeline import Config
-from pipeline.runner.base import Watch
+from pipeline.runner.run import Watch
 from pipeline.runner.summary import Summary
 from tests.torture import check, truth
 from tests.torture.chaos import Server

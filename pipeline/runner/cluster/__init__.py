@@ -1,10 +1,10 @@
 """The same job on many machines: parts of the input out to workers, their results back into one file.
 
-    spans ─▶ scan ─▶ work ─▶ collect          each worker runs the ordinary job (`pipeline.job`) on its span
+    spans ─▶ scan ─▶ work ─▶ collect          each worker sends its spans with a `LocalExecutor`
              └── Worker ──┘  Driver           into a file of its own; the driver is the one writer of the results
 
-`driver` deals out and collects, `worker` does one part, `quota` gives out shares of the limits, `claims` sees that ids
-stand once over all parts, `staging` is where the parts lie. None of these knows Ray: that is `ray_pool` alone.
+`driver` hands out parts and collects results, `worker` sends one part, `quota` shares the rate limits,
+`id_registry` keeps ids unique over all parts, `results.staging` holds the workers' files. Only `ray` knows Ray.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pipeline.core.errors import UsageError
 from pipeline.inputs import reader
 from pipeline.inputs.sources import can_be_read_again
 from pipeline.runner import rehearsal
-from pipeline.runner.base import Run, Watch, check, place_of
 from pipeline.runner.cluster.driver import Driver
 from pipeline.runner.cluster.ray import LOCAL, Session
 from pipeline.runner.context import RunContext
 from pipeline.runner.options import Options
+from pipeline.runner.run import Run, Watch, check, place_of
 from pipeline.runner.summary import Summary
 
 __all__ = ["Session", "run_batch"]
@@ -81,11 +81,11 @@ def _refuse(settings: Config, options: Options, ray: str) -> None:
         reason = f"--ray sends live: --lane {settings.lane} needs no cluster, the provider does the work"
         raise UsageError(reason, hint="leave out --ray")
     if options.dedupe:
-        reason = "--dedupe wants one machine: no worker sees what the others send"
+        reason = "--dedupe requires one machine: no worker sees what the others send"
         raise UsageError(reason, hint="leave out --ray, or --dedupe")
     if options.simulate and ray != "local":
         raise UsageError(
-            "--simulate with --ray wants --ray local: machines cannot reach the simulator inside this command",
+            "--simulate with --ray requires --ray local: machines cannot reach the simulator inside this command",
             hint="start `pipeline simulate` where they can, and name it as base_url of the providers",
         )
 
@@ -95,6 +95,6 @@ def _sources(inputs: Sequence[str], output: str | Path) -> list[str]:
     sources = reader.sources(inputs, but=output)
     for source in sources:
         if not can_be_read_again(source):
-            reason = f"--ray wants inputs that all machines can read, and {source!r} can be read only once, and here"
+            reason = f"--ray requires inputs that all machines can read, and {source!r} can be read only once, and here"
             raise UsageError(reason, hint="save it to a file that they all see, and give that")
     return [source if object_store.is_url(source) else os.path.abspath(source) for source in sources]

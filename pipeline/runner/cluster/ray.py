@@ -96,7 +96,7 @@ class Session:
             import ray
         except ImportError as exc:
             raise UsageError(
-                f"--ray wants Ray, which is not installed here ({exc})", hint="pip install 'pipeline[ray]'"
+                f"--ray requires Ray, which is not installed here ({exc})", hint="pip install 'pipeline[ray]'"
             ) from exc
         if self.address != LOCAL:
             _require_reachable(self.address)

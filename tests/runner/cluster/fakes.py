@@ -18,13 +18,13 @@ from pipeline.dispatch.live.rate_limiter import Demand
 from pipeline.dispatch.live.shared_limits import Lease
 from pipeline.inputs.sources import ByteRange
 from pipeline.results.staging import Name
-from pipeline.runner.base import Run, Watch, check
 from pipeline.runner.cluster.driver import Driver, WorkerLostError
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.quota import Quota
 from pipeline.runner.cluster.worker import Greeting, ShardOutcome, Snapshot, Task, Worker
 from pipeline.runner.context import RunContext
 from pipeline.runner.options import Options
+from pipeline.runner.run import Run, Watch, check
 from pipeline.runner.summary import Summary
 
 T = TypeVar("T")

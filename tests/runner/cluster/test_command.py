@@ -97,8 +97,8 @@ def test_other_versions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "reason"),
     [
         (["--lane", "batch"], "--lane batch needs no cluster"),
-        (["--dedupe"], "--dedupe wants one machine"),
-        (["--simulate"], "wants --ray local"),
+        (["--dedupe"], "--dedupe requires one machine"),
+        (["--simulate"], "requires --ray local"),
     ],
 )
 def test_what_needs_one_machine_is_refused(words: list[str], reason: str) -> None:

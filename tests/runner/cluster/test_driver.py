@@ -23,8 +23,8 @@ from pipeline.core.config import Config
 from pipeline.core.errors import TryLaterError, UsageError
 from pipeline.results import staging
 from pipeline.results.object_store_writer import parts_at
-from pipeline.runner.base import Progress
 from pipeline.runner.cluster import driver
+from pipeline.runner.run import Progress
 from pipeline.simulator import Options as Simulation
 from pipeline.simulator import Server, serving
 from tests.bucket import Bucket

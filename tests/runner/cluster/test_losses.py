@@ -15,8 +15,8 @@ import pipeline
 from pipeline.accounting.verify import verify
 from pipeline.core import files
 from pipeline.core.errors import StorageError, TryLaterError
-from pipeline.runner.base import Progress
 from pipeline.runner.cluster import driver
+from pipeline.runner.run import Progress
 from tests.runner.cluster.fakes import FakePool, drive, until
 from tests.runner.cluster.test_driver import COUNT, _drive_and_kill, _line, _lines, _results, _world, _write
 

@@ -341,7 +341,7 @@ def _refuse_parts(folder: str, sources: Sequence[str], settings: Config) -> None
         raise UsageError(f"the output {folder!r} holds the input {part!r}; choose another -o")
     if settings.output.ordered:
         raise UsageError(
-            "--ordered wants a file: an object store gets results while they come, and cannot put them in order later",
+            "--ordered requires a file: results are stored as they arrive and cannot be reordered later",
             hint="leave it out, or write to a file, -o answers.jsonl --ordered, and copy that to the store",
         )
 
