@@ -3,10 +3,10 @@
 The journal is a rollback journal (TRUNCATE) with `synchronous=FULL`, never WAL: SQLite 3.7.0 to 3.51.2 can corrupt a
 WAL database when two connections write at once (https://sqlite.org/wal.html#walresetbug), Debian and many Pythons ship
 such a version, and overlapping cron jobs are exactly that case. With `synchronous=NORMAL` a power cut loses commits.
-A run is one transaction, so speed is no argument: thousands of runs a minute would fit.
+A run is one transaction, so the slower mode costs little: the file could take thousands of runs a minute.
 
 Money is whole nano-dollars, so sums are exact. The result files stay the source of truth: `pipeline report --rebuild`
-makes the ledger again from them.
+rebuilds the ledger from them.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Entry:
 
     `requests` are those that ended, answered or failed. Of the calls (`attempts`), `rate_limited` were refused with
     429, `failed_attempts` failed otherwise, and `unknown` of all of them may be billed without an answer. `cost_nano`
-    is what the answers cost and `unpriced` counts answers whose price nobody knows. `wasted_nano`, beside it, is the
-    known cost of calls whose answer could not be used. `saved_nano` is what reading from the cache saved.
+    is the cost of the answers and `unpriced` counts answers whose price is unknown. `wasted_nano`, not part of it, is
+    the known cost of calls whose answer could not be used. `saved_nano` is what reading from the cache saved.
     """
 
     day: str
@@ -153,10 +153,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What answers of one model were like so far: how many, and mean tokens for each. `model` is its name there."""
+    """Past answers of one model: how many, and the mean tokens of each. `model` is its name in the ledger."""
 
     model: str
-
     answers: int
     mean_input_tokens: float
     mean_output_tokens: float
@@ -181,7 +180,7 @@ class Ledger:
     def open(cls, path: Path) -> Iterator[Self]:
         """Open the ledger, or make a new one; only this user can read it.
 
-        Raises `StorageError` when it is damaged, made by a newer version of this program, or not to be had.
+        Raises `StorageError` if it is damaged, was made by a newer version of this program, or cannot be opened.
         """
         _create_privately(path)
         with closing(_connect(path)) as connection:
@@ -190,7 +189,7 @@ class Ledger:
             yield cls(connection, path)
 
     def record(self, run: RunRow, entries: Iterable[Entry]) -> None:
-        """Write a run and its entries, in place of what is there of this run; all of it or nothing."""
+        """Write a run and its entries, replacing any earlier record of the run; all of it or nothing."""
         rows = [_entry_row(run.run_id, entry) for entry in entries]
         with _explaining(self._path), _transaction(self._connection):
             self._connection.execute("DELETE FROM entries WHERE run_id = ?", (_text(run.run_id),))
@@ -225,20 +224,26 @@ class Ledger:
     def spent(self, since: datetime, until: datetime | None = None) -> int:
         """Return the nano-dollars that real runs cost from `since` to before `until`, waste included.
 
-        The ledger knows days (UTC): a day that is only partly asked for counts whole, as a cap must never be passed.
+        The ledger stores whole days (UTC). A day that is only partly in the period counts in full: a budget cap may
+        stop a run too early, but never too late.
         """
-        last = (until.astimezone(UTC) - timedelta(microseconds=1)).date() if until else None
+        last_day = None
+        if until is not None:
+            # `until` is exclusive: a period that ends at midnight does not include the day that begins then.
+            last_day = (until.astimezone(UTC) - timedelta(microseconds=1)).date()
         sql = (
             "SELECT COALESCE(SUM(cost_nano + wasted_nano), 0) FROM entries JOIN runs USING (run_id) "
             "WHERE simulated = 0 AND day BETWEEN ? AND ?"
         )
-        return int(self._select(sql, (_first(since.astimezone(UTC).date()), _last(last)))[0][0])
+        first_day = since.astimezone(UTC).date()
+        rows = self._select(sql, (_first(first_day), _last(last_day)))
+        return int(rows[0][0])
 
     def history(self, provider: str, model: str) -> History | None:
-        """Return what a model's answers were like in real runs; None when there was none.
+        """Return the averages of a model's answers in real runs, or None if it has none.
 
-        Answers name the dated model where a request named an alias: where the name itself is not known, its newest
-        date is meant. Not whatever begins like it, which may be another model (`gpt-4o-mini-2024-07-18`).
+        A request may name an alias, but its answer names the dated model. If the ledger does not have the name itself,
+        its newest dated model is used. A common beginning is not enough: `gpt-4o-mini-2024-07-18` is not `gpt-4o`.
         """
         sql = (
             "SELECT model, SUM(entries.succeeded), SUM(input_tokens), SUM(output_tokens) "
@@ -249,7 +254,9 @@ class Ledger:
         asked = _text(model)
         alias = asked.removesuffix("-latest")
         dated = [name for name in known if name.startswith(alias) and _DATE.fullmatch(name, len(alias))]
-        name = asked if asked in known else max(dated, default=None)
+        name = max(dated, default=None)
+        if asked in known:
+            name = asked
         if name is None:
             return None
         answers, input_tokens, output_tokens = known[name]
@@ -275,7 +282,7 @@ def bring_up_to_date(
     if _version(connection, path) == len(migrations):
         return
     with _transaction(connection):
-        version = _version(connection, path)  # another process may have been faster
+        version = _version(connection, path)  # again, under the lock: another process may have migrated it meanwhile
         if version > len(migrations):
             raise StorageError(
                 f"the ledger {str(path)!r} was written by a newer version of this program (schema {version}, "
@@ -297,7 +304,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             connection.execute("PRAGMA journal_mode = TRUNCATE")
             connection.execute("PRAGMA synchronous = FULL")
         except sqlite3.Error:
-            connection.close()
+            connection.close()  # the caller never gets this connection, so cannot close it
             raise
         return connection
 
@@ -328,7 +335,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _version(connection: sqlite3.Connection, path: Path) -> int:
-    """Return the version of the schema, 0 for an empty file; a database of somebody else's is refused."""
+    """Return the version of the schema, 0 for an empty file; refuse a database of another program."""
     sql = "SELECT user_version, application_id, (SELECT COUNT(*) FROM sqlite_master) "
     sql += "FROM pragma_user_version, pragma_application_id"  # one statement sees one moment
     version, application, tables = connection.execute(sql).fetchone()
@@ -364,7 +371,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _explaining(path: Path) -> Iterator[None]:
-    """Turn what SQLite says into an error of ours; a broken rule of the schema stays a bug of ours."""
+    """Raise SQLite's errors as `StorageError`, except a violated constraint: that is a bug in this program."""
     try:
         yield
     except sqlite3.IntegrityError:
@@ -411,13 +418,20 @@ def _to_run(row: Sequence[Any]) -> RunRow:
 
 
 def _text(value: Any) -> Any:
-    """Return a text with its lone surrogates escaped (SQLite stores UTF-8), any other value as it is."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+    """Escape the lone surrogates of a string, as SQLite stores UTF-8; return any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 def _first(day: date | None) -> str:
-    return day.isoformat() if day else ""
+    # Days are compared as text, and the empty text sorts before every date.
+    if day is None:
+        return ""
+    return day.isoformat()
 
 
 def _last(day: date | None) -> str:
-    return day.isoformat() if day else "9999-12-31"
+    if day is None:
+        return date.max.isoformat()
+    return day.isoformat()

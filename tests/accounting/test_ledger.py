@@ -169,7 +169,7 @@ def test_runs_of_one_file_and_status(book: Ledger) -> None:
     found = [each.run_id for each in book.runs(status="running", results_file="a\udcff.jsonl")]
     assert found == ["run-1"]
     assert [each.run_id for each in book.runs(results_file="a.jsonl")] == ["run-0", "run-3"]
-    assert len(book.runs()) == 7  # with that of the fixture
+    assert len(book.runs()) == 7  # with the fixture's run
 
 
 def test_simulated_runs_stay_out(book: Ledger) -> None:
@@ -215,7 +215,7 @@ def test_what_was_spent(book: Ledger, since: datetime, until: datetime | None, n
 
 
 def test_history_tells_means(book: Ledger) -> None:
-    """The past of a model is told by answer, over real runs; without an answer there is none."""
+    """A model's history is the mean per answer over real runs; without an answer there is none."""
     past = ledger.History(model="gpt-6-luna", answers=4, mean_input_tokens=10, mean_output_tokens=3)
 
     assert book.history("openai", "gpt-6-luna") == past
@@ -236,7 +236,7 @@ def test_history_tells_means(book: Ledger) -> None:
     ],
 )
 def test_history_knows_an_alias(asked: str, found: str | None, path: Path) -> None:
-    """Lines ask for an alias, answers name the dated model: the past is that of the newest date, of no other model."""
+    """Requests name an alias, answers the dated model: the history comes from the newest date, and no other model."""
     names = ["gpt-4o-2024-05-13", "gpt-4o-2024-08-06", "gpt-4o-mini", "gpt-4o-mini-2024-07-18"]
     names += ["claude-3-5-sonnet-20241022", "claude-opus-4-1-20250805"]
     with Ledger.open(path) as book:
@@ -299,7 +299,7 @@ def die_midway(path: Path) -> None:
 
 
 def test_a_writer_that_dies_takes_nothing_along(path: Path) -> None:
-    """A transaction that was not committed when its process was killed leaves no trace, and blocks nobody."""
+    """A transaction that was not committed when its process was killed leaves no trace and no lock."""
     with Ledger.open(path) as book:
         book.record(run("before"), [entry(cost_nano=1)])
     writer = multiprocessing.get_context("spawn").Process(target=die_midway, args=(path,))
@@ -325,7 +325,7 @@ def test_writers_wait_for_each_other(path: Path) -> None:
 
 
 def test_durability_does_not_rest_on_a_broken_wal(path: Path) -> None:
-    """The journal is a rollback journal, also where somebody had turned WAL on, and every commit is synced in full."""
+    """The journal is a rollback journal, even if WAL had been turned on, and every commit is synced in full."""
     with Ledger.open(path) as book:
         assert book._connection.execute("PRAGMA synchronous").fetchone() == (2,)
     with closing(sqlite3.connect(path)) as connection:
@@ -396,7 +396,7 @@ def test_somebody_elses_database_is_refused(path: Path) -> None:
 
 
 def test_a_damaged_ledger_says_what_to_do(path: Path) -> None:
-    """Damage is told as such, with the way to make the ledger again."""
+    """A damaged ledger is reported as damaged, with the way to rebuild it."""
     with Ledger.open(path) as book:
         book.record(run(), [entry()])
     content = bytearray(path.read_bytes())
