@@ -135,7 +135,7 @@ class InputFeed:
         return self._done.outcome(writer.key(custom_id, digest))
 
     def is_wanted(self, custom_id: str, digest: str) -> bool:
-        """Tell whether the input has a request that is in a batch of an earlier run; known once all is read."""
+        """Return True if the input has a request that is in a batch of an earlier run; known once all is read."""
         return writer.key(custom_id, digest) in self._held_seen
 
     @property
@@ -310,7 +310,7 @@ class InputFeed:
     # ── after ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def wants_tidying(self) -> bool:
-        """Tell whether the results may hold lines that others replaced or that are out of order, and all is known."""
+        """Return True if the results may hold lines that others replaced or that are out of order, and all is known."""
         has_leftovers = self._done.lines != self.reused or self._done.damaged > 0 or self.extra > 0
         return self.is_all_read and self._options.limit is None and (has_leftovers or self._settings.output.ordered)
 

@@ -151,7 +151,7 @@ class LocalExecutor:
         return self._requests_in_batches()
 
     def _is_lost(self, record: BatchRecord) -> bool:
-        """Tell whether nothing is lost by forgetting a record: no batch was made of it, and live it goes another way.
+        """Return True if nothing is lost by forgetting a record: no batch was made of it, and live it goes another way.
 
         Raises `StorageError` where a batch was made of requests that are damaged now.
         """

@@ -62,7 +62,7 @@ class Session:
 
     @property
     def is_open(self) -> bool:
-        """Tell whether the cluster was joined already."""
+        """Return True if the cluster was joined already."""
         return self._ray is not None
 
     def pool(self, settings: Config, run_id: str) -> RayPool:

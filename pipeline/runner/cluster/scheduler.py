@@ -61,7 +61,7 @@ class Scheduler:
 
     @property
     def is_over(self) -> bool:
-        """Tell whether nothing is left to be done, or will be done."""
+        """Return True if nothing is left to be done, or will be done."""
         if self._in_work:
             return False
         return self.is_stopped or (
