@@ -24,7 +24,6 @@ POISONS = trial.matrix(End.RETRIED)
 STOPS = trial.matrix(End.RUN_STOPS)
 MODEL_STOPS = trial.matrix(End.MODEL_STOPS)
 pytestmark = pytest.mark.timeout(trial.HANG_SECONDS + 20)
-one_run = pytest.mark.xdist_group("one run over all faults")  # that takes long: not once for each process of tests
 
 
 def attempts(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -61,7 +60,6 @@ def test_the_table_is_wide() -> None:
     assert len(FAULTS) + len(DOORS) >= 40
 
 
-@one_run
 @pytest.mark.parametrize(("fault", "protocol"), QUICK, ids=trial.ids(QUICK))
 def test_a_fault_ends_as_its_row_says(quick: Trial, fault: Fault, protocol: str) -> None:
     """Each record ends as the table says, after as many calls, and each failed call is told as an error of its kind."""
@@ -80,7 +78,6 @@ def test_a_fault_ends_as_its_row_says(quick: Trial, fault: Fault, protocol: str)
 
 
 @pytest.mark.slow
-@one_run
 @pytest.mark.parametrize(("fault", "protocol"), LATE, ids=trial.ids(LATE))
 def test_a_deadline_ends_what_never_ends(late: Trial, fault: Fault, protocol: str) -> None:
     """A call that is held open ends as a timeout that may be billed, and its record is answered once that is over."""
@@ -92,7 +89,6 @@ def test_a_deadline_ends_what_never_ends(late: Trial, fault: Fault, protocol: st
 
 
 @pytest.mark.slow
-@one_run
 def test_no_call_outlives_its_deadline(late: Trial) -> None:
     """By the server's clock, no call lasts longer than the timeout."""
     lasted = [call["ended_at"] - call["at"] for call in late.calls]
@@ -100,7 +96,6 @@ def test_no_call_outlives_its_deadline(late: Trial) -> None:
     assert max(lasted) < SHORT_TIMEOUT + LATENESS
 
 
-@one_run
 @pytest.mark.parametrize("name", ["quick", pytest.param("late", marks=pytest.mark.slow)])
 def test_the_books_agree(name: str, request: pytest.FixtureRequest) -> None:
     """Lines, texts, tokens and calls are what the server's journal says: nothing lost, swapped, invented or hidden."""
@@ -111,7 +106,6 @@ def test_the_books_agree(name: str, request: pytest.FixtureRequest) -> None:
     assert (done.summary.exit_code, done.summary.status) == (1, "completed")
 
 
-@one_run
 def test_what_may_be_billed_is_counted(quick: Trial) -> None:
     """Every call that the provider did the work for without an answer reaching us is in the totals as unknown."""
     assert quick.summary is not None
@@ -125,7 +119,6 @@ def test_what_may_be_billed_is_counted(quick: Trial) -> None:
 
 
 @pytest.mark.slow
-@one_run
 def test_a_poison_costs_no_more_than_its_attempts(quick: Trial, late: Trial) -> None:
     """A record that fails for ever ends as a line error after `max_attempts` calls, by the server's count too."""
     poisons = [r for done in (quick, late) for r in done.records if len(r.faults) > MAX_ATTEMPTS]
@@ -138,7 +131,6 @@ def test_a_poison_costs_no_more_than_its_attempts(quick: Trial, late: Trial) -> 
 
 
 @pytest.mark.slow
-@one_run
 def test_every_fault_was_met(quick: Trial, late: Trial) -> None:
     """The server's journal shows every fault of the table with both protocols: none is in it for show."""
     met = {(call["fault"], call["protocol"]) for done in (quick, late) for call in done.calls if call["fault"]}

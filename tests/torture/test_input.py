@@ -40,8 +40,6 @@ else:
 
 MEGABYTE = 1024 * 1024
 GOOD = openai_line("good")
-one_run_of_lines = pytest.mark.xdist_group("one run over all lines")
-one_run_of_ids = pytest.mark.xdist_group("one run over all ids")
 
 
 # ── lines, over the wire ────────────────────────────────────────────────────────────────────────────────
@@ -86,7 +84,6 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run(tmp_path_factory.mktemp("lines"), lines)
 
 
-@one_run_of_lines
 @pytest.mark.parametrize(("number", "case"), list(enumerate(LINES)), ids=[case.id for case in LINES])
 def test_every_line_has_its_verdict(listed: Outcome, number: int, case: Case) -> None:
     """A line is sent with every value as written, or is a line error with file, line and reason and is not sent; the
@@ -107,7 +104,6 @@ def test_every_line_has_its_verdict(listed: Outcome, number: int, case: Case) ->
     assert len(listed.sent[f"good {number}"]) == 1
 
 
-@one_run_of_lines
 def test_bad_lines_do_not_end_a_run(listed: Outcome) -> None:
     """Every line has one result, and the exit code says that some are invalid."""
     assert listed.code == 1
@@ -127,7 +123,6 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run(folder, lines)
 
 
-@one_run_of_ids
 @pytest.mark.parametrize(("number", "name"), list(enumerate(NAMES, 1)), ids=[name.id for name in NAMES])
 def test_every_id_has_its_verdict(named: Outcome, number: int, name: Name) -> None:
     """An id is kept as it is, whatever it would mean to a file system, or refused with a reason and not sent."""
@@ -142,7 +137,6 @@ def test_every_id_has_its_verdict(named: Outcome, number: int, name: Name) -> No
         assert f"line {number}" not in named.sent
 
 
-@one_run_of_ids
 def test_no_id_has_two_answers(named: Outcome) -> None:
     """Under one id stands one answer at most."""
     answered = Counter(result["custom_id"] for result in named.results.values() if result["success"])
@@ -151,7 +145,6 @@ def test_no_id_has_two_answers(named: Outcome) -> None:
     assert len(answered) == sum(name.custom_id is not None for name in NAMES)
 
 
-@one_run_of_ids
 def test_ids_name_no_files(named: Outcome) -> None:
     """Nothing is written but the results and what belongs to them, wherever an id points."""
     files = sorted(path.name for path in named.folder.parents[1].rglob("*") if path.is_file())

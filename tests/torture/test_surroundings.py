@@ -43,7 +43,7 @@ def test_cron_gets_a_finished_job_and_a_readable_log(job: Job) -> None:
     job.note()
     assert judge(job, stops=0, durable=[], exit_code=done.returncode).is_good
     assert (done.stdout, b"\x1b" in done.stderr) == (b"", False)
-    assert b"60 lines: 60 answered" in done.stderr
+    assert b"60 lines: 60 succeeded" in done.stderr
     assert {stat.S_IMODE(path.stat().st_mode) for path in job.output.parent.iterdir()} == {0o600}
 
 

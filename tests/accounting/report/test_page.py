@@ -13,7 +13,7 @@ from tests.accounting.report.browser import Page, browsing
 from tests.accounting.report.examples import HOSTILE, entry, report, run, two_months
 from tests.tools import needs
 
-pytestmark = [pytest.mark.xdist_group("one browser"), needs("chromium")]
+pytestmark = needs("chromium")
 CHARTS = ["cost", "tokens", "cached", "trouble", "per1000"]
 ROW_KEYS = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent)"
 ROW_COSTS = "[...document.querySelectorAll('tbody tr')].map(row => Number(row.cells[1].dataset.value))"

@@ -17,7 +17,6 @@ from tests.torture.cluster import Cluster, job_of
 pytestmark = [
     needs("ray", "pgrep"),
     pytest.mark.ray,
-    pytest.mark.xdist_group("one cluster"),
     pytest.mark.timeout(240),  # a cluster takes ten seconds to start, and a minute on a machine that is busy
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves pipes and files of its processes open
 ]
