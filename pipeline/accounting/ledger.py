@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.core.errors import StorageError
+from pipeline.core.types import TokenCounts
 
 _MODE = 0o600
 _DIRECTORY_MODE = 0o700
@@ -119,8 +120,8 @@ class RunRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """What a run did with one model in one lane on one day (UTC, `2026-11-26`).
+class Counts(TokenCounts):
+    """Counts of requests, calls, tokens and nano-dollars.
 
     `requests` are those that ended, answered or failed. Of the calls (`attempts`), `rate_limited` were refused with
     429, `failed_attempts` failed otherwise, and `unknown` of all of them may be billed without an answer. `cost_nano`
@@ -128,10 +129,6 @@ class Entry:
     the known cost of calls whose answer could not be used. `saved_nano` is what reading from the cache saved.
     """
 
-    day: str
-    provider: str
-    model: str
-    lane: str = "live"
     requests: int = 0
     succeeded: int = 0
     failed: int = 0
@@ -139,16 +136,23 @@ class Entry:
     rate_limited: int = 0
     failed_attempts: int = 0
     unknown: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_read_tokens: int = 0
-    cache_write_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    reasoning_tokens: int = 0
     cost_nano: int = 0
     unpriced: int = 0
     wasted_nano: int = 0
     saved_nano: int = 0
+
+
+COUNT_FIELDS = tuple(each.name for each in fields(Counts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry(Counts):
+    """What a run did with one model in one lane on one day (UTC, `2026-11-26`)."""
+
+    day: str
+    provider: str
+    model: str
+    lane: str = "live"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

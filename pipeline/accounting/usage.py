@@ -10,11 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from pipeline.accounting.ledger import Entry
-from pipeline.core.types import Result, Usage
+from pipeline.core.types import TOKEN_FIELDS, Result, Usage
 from pipeline.results.attempt_log import LoggedCall
 from pipeline.results.codec import StoredResult
-
-_TOKENS = tuple(name for name in Entry.__slots__ if name.endswith("_tokens"))
 
 
 class UsageAggregator:
@@ -67,7 +65,7 @@ def _add_failures(sums: Counter[str], record: StoredResult | Result) -> None:
 
 
 def _add_tokens(sums: Counter[str], usage: Usage) -> None:
-    for name in _TOKENS:
+    for name in TOKEN_FIELDS:
         tokens = getattr(usage, name)
         if tokens:  # most kinds are 0 in most answers, and this runs for each result
             sums[name] += tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
@@ -53,13 +53,11 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Tokens of one answer, as the provider reported them, normalised over providers.
+class TokenCounts:
+    """Every kind of token that is counted. This is the only list of them; results, ledger and reports derive theirs.
 
     `input_tokens` is the whole prompt including cache reads and writes; `output_tokens` includes reasoning.
-    `cache_write_1h_tokens` is the part of `cache_write_tokens` that was written for one hour (priced differently).
-    `web_searches` are those that the provider made and bills. `service_tier` is the tier of the response where it tells
-    one (it changes the price).
+    `cache_write_1h_tokens` is the part of `cache_write_tokens` written for one hour, which has its own price.
     """
 
     input_tokens: int = 0
@@ -68,12 +66,26 @@ class Usage:
     cache_write_tokens: int = 0
     cache_write_1h_tokens: int = 0
     reasoning_tokens: int = 0
-    web_searches: int = 0
-    service_tier: str | None = None
 
     @property
     def total_tokens(self) -> int:
+        """Input and output; the other kinds are parts of these."""
         return self.input_tokens + self.output_tokens
+
+
+TOKEN_FIELDS = tuple(each.name for each in fields(TokenCounts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage(TokenCounts):
+    """Tokens of one answer as the provider reported them, in the same terms for all providers.
+
+    `web_searches` are those that the provider made and bills. `service_tier` is the tier of the response, if it names
+    one (it changes the price).
+    """
+
+    web_searches: int = 0
+    service_tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

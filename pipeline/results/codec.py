@@ -17,8 +17,11 @@ import orjson
 
 from pipeline.core import jsonl, money
 from pipeline.core.errors import LineError
-from pipeline.core.types import Attempt, Cost, Failure, OutputFormat, Request, Result, Usage, wasted
+from pipeline.core.types import TOKEN_FIELDS, Attempt, Cost, Failure, OutputFormat, Request, Result, Usage, wasted
 from pipeline.providers import registry
+
+# Fields of `usage` that a line has only if they are not 0.
+_RARE_FIELDS = {"cache_write_1h_tokens"}
 
 MAX_LINE_BYTES = 1024 * 1024 * 1024
 BEGINNINGS = (b'{"custom_id":', b'{"id":"batch_req_')
@@ -180,16 +183,12 @@ def _tail(result: Result) -> dict[str, Any]:
 def _usage(usage: Usage | None) -> dict[str, Any] | None:
     if usage is None:
         return None
-    tokens: dict[str, Any] = {
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "total_tokens": usage.total_tokens,
-        "cache_read_tokens": usage.cache_read_tokens,
-        "cache_write_tokens": usage.cache_write_tokens,
-        "reasoning_tokens": usage.reasoning_tokens,
-    }
-    if usage.cache_write_1h_tokens:
-        tokens["cache_write_1h_tokens"] = usage.cache_write_1h_tokens
+    tokens: dict[str, Any] = {}
+    for name in TOKEN_FIELDS:
+        count = getattr(usage, name)
+        if count or name not in _RARE_FIELDS:
+            tokens[name] = count
+    tokens["total_tokens"] = usage.total_tokens
     if usage.web_searches:
         tokens["web_searches"] = usage.web_searches
     if usage.service_tier is not None:
@@ -292,15 +291,7 @@ def _from_batch(value: Mapping[str, Any], success: bool, model: str | None) -> S
     )
 
 
-_USAGE_FIELDS: Sequence[str] = (
-    "input_tokens",
-    "output_tokens",
-    "cache_read_tokens",
-    "cache_write_tokens",
-    "cache_write_1h_tokens",
-    "reasoning_tokens",
-    "web_searches",
-)
+_USAGE_FIELDS = (*TOKEN_FIELDS, "web_searches")
 
 
 def _to_usage(value: Mapping[str, Any] | None) -> Usage | None:

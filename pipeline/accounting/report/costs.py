@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
-from pipeline.accounting.ledger import Entry, RunRow
+from pipeline.accounting.ledger import COUNT_FIELDS, Counts, Entry, RunRow
 from pipeline.core import money
 from pipeline.core.errors import UsageError
 
@@ -23,13 +23,12 @@ Key = TypeVar("Key", bound=Hashable)
 TIMES = ("day", "week", "month")
 _NAMES = (*TIMES, "model", "provider", "lane", "run")
 UNTAGGED = "(none)"
-_COUNTS = tuple(each.name for each in fields(Entry) if each.name not in ("day", "provider", "model", "lane"))
 _LAST_DAYS = re.compile(r"(\d{1,6})d")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """Sums over entries with the same key; see `Entry` for the counts.
+class Row(Counts):
+    """Sums over entries with the same key; see `Counts`.
 
     `cost_nano` includes the waste. `previous_cost_nano` is the cost to compare with: of the day, week or month before,
     else of the same key in the period before the reported one. None if there is no such period.
@@ -37,28 +36,7 @@ class Row:
 
     key: str
     runs: int = 0
-    requests: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    attempts: int = 0
-    rate_limited: int = 0
-    failed_attempts: int = 0
-    unknown: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_read_tokens: int = 0
-    cache_write_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    reasoning_tokens: int = 0
-    cost_nano: int = 0
-    unpriced: int = 0
-    wasted_nano: int = 0
-    saved_nano: int = 0
     previous_cost_nano: int | None = None
-
-    @property
-    def total_tokens(self) -> int:
-        return self.input_tokens + self.output_tokens
 
     @property
     def is_priced(self) -> bool:
@@ -133,8 +111,8 @@ def grouped(entries: Entries, runs: Mapping[str, RunRow], key: Callable[[RunRow,
         run = runs[run_id]
         for entry in of_run:
             group = key(run, entry)
-            row = sums.setdefault(group, dict.fromkeys(_COUNTS, 0))
-            for name in _COUNTS:
+            row = sums.setdefault(group, dict.fromkeys(COUNT_FIELDS, 0))
+            for name in COUNT_FIELDS:
                 row[name] += getattr(entry, name)
             row["cost_nano"] += entry.wasted_nano
             seen[group].add(run_id)
