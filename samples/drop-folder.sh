@@ -1,13 +1,13 @@
 #!/bin/sh
-# Answers each new file of a drop folder once: FOLDER/inbox/NAME.jsonl -> FOLDER/outbox/NAME.results.jsonl
+# Answers each new file in a drop folder once: FOLDER/inbox/NAME.jsonl -> FOLDER/outbox/NAME.results.jsonl
 #
 #   */5 * * * *  /opt/pipeline/samples/drop-folder.sh /srv/pipeline
 #
-# No lock is needed: a file that another run is at is skipped, and a line that has its answer is not sent again.
-# cron mails what a job prints, so this prints only what somebody must look at; the rest goes to FOLDER/pipeline.log.
+# No lock is needed: a file that another run is working on is skipped, and a line with an answer is not sent again.
+# cron mails a job's output, so this prints only problems that need your attention; the rest goes to FOLDER/pipeline.log.
 # FOLDER may hold config.yaml, and `keys` (chmod 600) with lines like: export ANTHROPIC_API_KEY=...
 #
-# Write files beside the inbox and move them in when they are whole; a move on the same disk happens at once:
+# Write files beside the inbox and move them in when they are complete; a move within one file system is atomic:
 #
 #   cp questions.jsonl /srv/pipeline/questions.part && mv /srv/pipeline/questions.part /srv/pipeline/inbox/q1.jsonl
 
@@ -23,9 +23,9 @@ code=$?
 case $code in
 0) ;;           # every line of every file has its answer
 1) ;;           # finished; the lines that failed are in outbox/ with "success":false
-75) ;;          # another run is at it, or the provider is out of reach: the next run goes on
-130 | 143) ;;   # interrupted, as when the machine goes down: the next run goes on
-*)              # 2 configuration, 3 key or billing, 4 budget, 5 disk, 6 damaged results: somebody must act
+75) ;;          # another run is working on it, or the provider is unreachable: the next run continues
+130 | 143) ;;   # interrupted, for example by a shutdown: the next run continues
+*)              # 2 configuration, 3 key or billing, 4 budget, 5 disk, 6 damaged results: you need to act
     echo "pipeline: exit code $code in $(pwd); pipeline.log ends with:"
     tail -n 20 pipeline.log
     ;;

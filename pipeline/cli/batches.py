@@ -49,7 +49,7 @@ class CancelOptions(BatchesOptions):
 
 
 _ids_argument = click.argument(
-    "ids", nargs=-1, required=True, metavar="ID...", help="Ids of batches, as `pipeline batches` prints them."
+    "ids", nargs=-1, required=True, metavar="ID...", help="Ids of batches, as `pipeline batches list` prints them."
 )
 _json_option = option(
     "--json", "as_json", heading=Heading.OUTPUT, is_flag=True, help="Print one JSON object per batch on stdout."
@@ -71,9 +71,9 @@ def batches(context: click.Context) -> None:
 @_json_option
 @pass_options(ListOptions)
 def list_batches(options: ListOptions) -> None:
-    """List the batches of recorded runs, as last known.
+    """List the batches of recorded runs, with their last known status.
 
-    No provider is asked.
+    This does not ask the providers.
     """
     console.exit_with_errors(lambda: _list(options))
 
@@ -95,7 +95,7 @@ def batch_status(options: StatusOptions) -> None:
     "--forget",
     heading=Heading.BATCH,
     is_flag=True,
-    help="Give batches up, collect nothing of them, and let the next run send all their requests again.",
+    help="Give up on batches: do not collect their answers; the next run sends all their requests again.",
 )
 @config_option
 @ledger_option
@@ -104,8 +104,8 @@ def batch_status(options: StatusOptions) -> None:
 def cancel_batches(options: CancelOptions) -> None:
     """Cancel batches.
 
-    The next run collects the results that they have and sends the rest again. Use --forget for a batch that its
-    provider no longer knows or never ends.
+    The next run collects the answers that they have and sends the rest again. Use --forget for a batch that its
+    provider lost or never finishes.
     """
     console.exit_with_errors(lambda: _cancel(options))
 

@@ -41,7 +41,7 @@ class CheckOptions(InputOptions):
 def check(options: CheckOptions) -> None:
     """Validate every line of INPUT without sending anything.
 
-    Exit codes: 0 all lines are valid · 1 some are not · 2 usage.
+    Exit codes: 0 all lines are valid · 1 some are not · 2 usage error.
     """
     console.exit_with_errors(lambda: _check(options))
 

@@ -84,10 +84,10 @@ class EstimateOptions(RequestOptions):
 def estimate(options: EstimateOptions) -> None:
     """Estimate tokens, cost and duration of a run before it starts.
 
-    Give the options of the run. Lines that already have a result in RESULTS are not counted; the estimate learns from
-    them. Nothing is sent, except with --sample: the run finds those results and does not pay for them again.
+    Use the same options as for the run. Lines that already have a result in RESULTS are not counted, but they improve
+    the estimate. Nothing is sent, except with --sample; the run reuses those results and does not pay for them again.
 
-    Exit codes: 0 · 1 some lines are invalid · 2 usage; those of `pipeline run` if the sample was stopped.
+    Exit codes: 0 estimated · 1 some lines are invalid · 2 usage error; those of `pipeline run` if the sample stopped.
     """
     console.exit_with_errors(lambda: _estimate(options))
 
@@ -182,5 +182,5 @@ def _send_sample(
     summary = process.run(work)
     show_summary(stderr, summary, None)
     if summary.run.succeeded:
-        notify("these results are kept: a run of the same input with the same options does not send them again")
+        notify("these results are kept: a run with the same input and options does not send them again")
     return summary, limits

@@ -42,7 +42,7 @@ def main() -> None:
 
     \b
     pipeline run questions.jsonl -o answers.jsonl
-    pipeline run questions.jsonl --simulate         without key, network and cost
+    pipeline run questions.jsonl --simulate         no key, no network, no cost
     """
     open_missing_standard_streams()
 

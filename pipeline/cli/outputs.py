@@ -26,7 +26,7 @@ class OutputTarget:
 def output_targets(inputs: Sequence[str], output: str | None, directory: str | None) -> list[OutputTarget]:
     """Return the results files to write: `output`, one for each input in `directory`, or one beside a single input.
 
-    Creates the directory. `UsageError` if there is no telling where results go, or two inputs share a results file.
+    Creates the directory. Raises `UsageError` if the options do not say where results go, or two inputs share a file.
     """
     if output and directory:
         raise UsageError("give -o (one results file) or -d (one results file per input), not both")

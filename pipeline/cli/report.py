@@ -31,7 +31,7 @@ class ReportOptions:
 
 
 @click.command(cls=Command, epilog="Example: pipeline report --by model --since 30d --format html -o costs.html")
-@click.argument("files", nargs=-1, metavar="[RESULTS]...", help="Results files, together with --rebuild.")
+@click.argument("files", nargs=-1, metavar="[RESULTS]...", help="Results files, only with --rebuild.")
 @option(
     "--since",
     heading=Heading.INPUT,
@@ -51,7 +51,7 @@ class ReportOptions:
     "--rebuild",
     heading=Heading.INPUT,
     is_flag=True,
-    help="Instead of a report: record the runs of these results files again, from the files alone.",
+    help="Do not report: record the runs of these results files again, using only the files.",
 )
 @option(
     "--by",
@@ -76,13 +76,13 @@ class ReportOptions:
     "output",
     heading=Heading.OUTPUT,
     metavar="FILE",
-    help="File to write instead of stdout; it is replaced as a whole.",
+    help="File to write instead of stdout; replaced only once the report is complete.",
 )
 @pass_options(ReportOptions)
 def report(options: ReportOptions) -> None:
     """Report what all recorded runs cost.
 
-    The report compares with the period before. Days are UTC.
+    The report compares each period with the one before it. Days are UTC.
     """
     console.exit_with_errors(lambda: _report(options))
 
@@ -132,7 +132,7 @@ def _rebuild(ledger: Path, files: tuple[str, ...]) -> int:
         if object_store.is_url(file):
             raise UsageError(
                 f"--rebuild reads files on this machine, and {file!r} is in an object store",
-                hint="copy its parts into one file and give that",
+                hint="copy its parts into one file and give the name of that file",
             )
     rebuilt = report.rebuild(ledger, [Path(file) for file in files])
     console.stderr_console().emit("message", f"{rebuilt} recorded in {str(ledger)!r}")

@@ -135,7 +135,7 @@ def _output_formats() -> list[str]:
     "--timeout", heading=Heading.SENDING, type=float, metavar="S", help="Seconds that one attempt may take in total."
 )
 @option("--concurrency", heading=Heading.SENDING, type=int, metavar="N", help="Maximum number of requests in flight.")
-@option("--retry-failed", heading=Heading.SENDING, is_flag=True, help="Send requests that failed before once more.")
+@option("--retry-failed", heading=Heading.SENDING, is_flag=True, help="Send lines that failed in earlier runs again.")
 @option("--dedupe", heading=Heading.SENDING, is_flag=True, help="Send identical requests once and copy the response.")
 @option(
     "--simulate",
@@ -248,11 +248,11 @@ def run(options: RunOptions) -> None:
 def _run(options: RunOptions, stderr: Console) -> int:
     settings = options.settings()
     if options.deadline and settings.lane != "auto":
-        raise UsageError("--deadline requires --lane auto, which sends the requests of late batches live")
+        raise UsageError("--deadline requires --lane auto, which sends requests of late batches live")
     if options.no_wait and options.simulate:
         raise UsageError(
             "--no-wait does not work with --simulate: that simulator ends with the command",
-            hint="start `pipeline simulate` in another terminal and point the base URLs to it",
+            hint="start `pipeline simulate` in another terminal and set ANTHROPIC_BASE_URL and OPENAI_BASE_URL to it",
         )
 
     def work() -> int:
@@ -285,7 +285,7 @@ def _run_all(options: RunOptions, settings: Config, stderr: Console) -> int:
         process.run(lambda: runs.run(targets, run_batch))
     not_started = len(targets) - len(runs.codes)
     if not_started:
-        stderr.emit("warning", f"{not_started:,} further inputs were not started", not_begun=not_started)
+        stderr.emit("warning", f"{not_started:,} more input(s) were not started", not_begun=not_started)
     if options.as_json:
         console.print_json([summary.as_dict() for summary in runs.summaries])
     return _most_urgent(runs.codes)

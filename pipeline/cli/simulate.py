@@ -52,7 +52,7 @@ class SimulateOptions:
     heading=Heading.SENDING,
     multiple=True,
     metavar="KIND=RATE",
-    help="Share of requests that fail in this way; repeatable.",
+    help="Share of requests that fail in this way, such as 529=0.05; repeatable.",
 )
 @option(
     "--seed",
@@ -61,7 +61,7 @@ class SimulateOptions:
     metavar="N",
     default=0,
     show_default=True,
-    help="Another seed gives other responses.",
+    help="Seed of the responses; the same seed gives the same responses.",
 )
 @option("--rpm", heading=Heading.LIMITS, type=int, metavar="N", help="Requests per minute, for each key and model.")
 @option("--input-tpm", heading=Heading.LIMITS, type=int, metavar="N", help="Input tokens per minute (OpenAI: all).")
@@ -128,6 +128,6 @@ def _simulate(options: SimulateOptions) -> int:
         simulator.serve_forever(simulator_options, "127.0.0.1", options.port, announce)
     except OSError as exc:
         raise UsageError(
-            f"cannot listen on port {options.port}: {exc.strerror}", hint="--port 0 takes any free port"
+            f"cannot listen on port {options.port}: {exc.strerror}", hint="--port 0 picks any free port"
         ) from exc
     return 0

@@ -38,12 +38,12 @@ class VerifyOptions:
 @option("--json", "as_json", heading=Heading.OUTPUT, is_flag=True, help="Print the findings as JSON on stdout.")
 @pass_options(VerifyOptions)
 def verify(options: VerifyOptions) -> None:
-    """Prove from the files alone that RESULTS are complete.
+    """Check, using only the files, that RESULTS are complete.
 
-    No line is torn or appears twice, and totals and ledger are the sum of the lines. With --input, every line of the
-    input has exactly one result.
+    It proves that no line is torn or appears twice, and that totals and ledger are the sum of the lines. With --input,
+    it also proves that every line of the input has exactly one result.
 
-    Exit codes: 0 proven · 6 results are damaged · 1 anything else is wrong · 2 usage.
+    Exit codes: 0 proven · 1 another problem · 2 usage error · 6 results are damaged.
     """
     console.exit_with_errors(lambda: _verify(options))
 
