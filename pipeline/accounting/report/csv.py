@@ -13,16 +13,21 @@ _ACTIVE = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠
 
 
 def render(report: CostReport) -> bytes:
-    """Return a line of names and one line for each row; figures stay figures, what nobody knows is empty."""
+    """Return a line of names and one line for each row; numbers stay numbers, and an unknown value is empty."""
     file = io.StringIO()
     writer = csv.writer(file)  # ends lines as RFC 4180 says, and so quotes a lone return in a text
     writer.writerow(Row(key="").as_dict())
-    writer.writerows([_cell(value) for value in row.as_dict().values()] for row in report.rows)
+    for row in report.rows:
+        writer.writerow([_cell(value) for value in row.as_dict().values()])
     return file.getvalue().encode()
 
 
 def _cell(value: Any) -> Any:
     """Return a value for a cell; dollars without an exponent, which some programs read as text."""
     if isinstance(value, str):
-        return f"'{value}" if value.startswith(_ACTIVE) else value
-    return f"{value:.9f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+        if value.startswith(_ACTIVE):
+            return f"'{value}"
+        return value
+    if isinstance(value, float):
+        return f"{value:.9f}".rstrip("0").rstrip(".")
+    return value

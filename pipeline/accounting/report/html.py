@@ -173,7 +173,11 @@ def _row(row: Row, report: CostReport) -> Markup:
 
 def _direction(name: str, value: float) -> dict[str, str]:
     """Return the class of a change worth a colour."""
-    return {"class_": "more" if value > 0 else "less"} if name == "change" and abs(value) >= 0.01 else {}
+    if name != "change" or abs(value) < 0.01:
+        return {}
+    if value > 0:
+        return {"class_": "more"}
+    return {"class_": "less"}
 
 
 def _cells(row: Row, report: CostReport) -> dict[str, tuple[str, float]]:
@@ -181,10 +185,10 @@ def _cells(row: Row, report: CostReport) -> dict[str, tuple[str, float]]:
     cells: dict[str, tuple[str, float]] = {"cost": (formatting.cost(row), row.cost_nano if row.is_priced else -1)}
     if report.total.previous_cost_nano is not None or report.by in TIMES:
         before = row.previous_cost_nano
-        cells["before"] = (
-            formatting.UNKNOWN if before is None else money.text(before),
-            -1 if before is None else before,
-        )
+        if before is None:
+            cells["before"] = (formatting.UNKNOWN, -1)
+        else:
+            cells["before"] = (money.text(before), before)
         cells["change"] = (formatting.change(row), row.change or 0)
     per_1000 = row.cost_per_1000_usd
     return cells | {
@@ -212,7 +216,12 @@ def _cells(row: Row, report: CostReport) -> dict[str, tuple[str, float]]:
 def _data(report: CostReport) -> dict[str, Any]:
     """Return what the charts show: labels along the time, and series of numbers as long."""
     days = (report.period.until - report.first_day).days + 1
-    by = "day" if days <= _DAYS_BY_DAY else "week" if days <= _DAYS_BY_WEEK else "month"
+    if days <= _DAYS_BY_DAY:
+        by = "day"
+    elif days <= _DAYS_BY_WEEK:
+        by = "week"
+    else:
+        by = "month"
     labels = list(buckets(by, report.first_day, report.period.until))
     time = key_of(by)
     model = _few_models(report)

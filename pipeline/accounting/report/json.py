@@ -8,7 +8,7 @@ from pipeline.accounting.report.costs import CostReport
 
 
 def render(report: CostReport) -> bytes:
-    """Return the object, indented, with its line end; a cost that nobody knows is null."""
+    """Return the object, indented, with its line end; an unknown cost is null."""
     previous = report.period.previous()
     value = {
         "by": report.by,

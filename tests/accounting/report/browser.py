@@ -29,7 +29,7 @@ _FLAGS = (
 class Page:
     """A page that is open.
 
-    `messages` are what its console was told, `requests` the addresses that it asked for, `refused` those that its own
+    `messages` are the lines of its console, `requests` the addresses that it asked for, `refused` those that its own
     policy forbade.
     """
 

@@ -71,9 +71,9 @@ def test_options_reach_the_report(tmp_path: Path) -> None:
 def test_the_nearest_word_names_the_ledger(tmp_path: Path, ledger: Path) -> None:
     """--ledger wins over PIPELINE_LEDGER, that over the configuration, and that over the user's data directory."""
     (tmp_path / "c.yaml").write_text("ledger: by-config.sqlite")
-    nobody = {"XDG_DATA_HOME": str(tmp_path / "none")}
+    empty_home = {"XDG_DATA_HOME": str(tmp_path / "none")}
 
-    assert b"by-config.sqlite" in call_report(["-c", "c.yaml"], tmp_path, **nobody).stderr
+    assert b"by-config.sqlite" in call_report(["-c", "c.yaml"], tmp_path, **empty_home).stderr
     assert b"by-variable.sqlite" in call_report(["-c", "c.yaml"], tmp_path, PIPELINE_LEDGER="by-variable.sqlite").stderr
     assert call_report(["--ledger", ledger], tmp_path, PIPELINE_LEDGER="by-variable.sqlite").returncode == 0
     assert call_report([], tmp_path).returncode == 0

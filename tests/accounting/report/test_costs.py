@@ -167,7 +167,7 @@ def compared(by: str, entries: list[Entry], since: date) -> list[tuple[str, int 
 
 
 def test_models_are_compared_with_the_previous_period() -> None:
-    """Beside the cost of a model stands that of the period before: 0 where it was not used, unknown if unpriced."""
+    """A model's row also has its cost in the period before: 0 where it was not used, unknown if unpriced."""
     entries = [
         entry("2026-11-12", "luna", cost_nano=1),
         entry("2026-11-13", "luna", cost_nano=20),

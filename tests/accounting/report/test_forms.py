@@ -83,7 +83,7 @@ def test_counts_are_short(count: int, text: str) -> None:
     ],
 )
 def test_changes(cost: int, before: int | None, text: str) -> None:
-    """A change is told in percent, a large one as a factor, and against nothing not at all."""
+    """A change is shown in percent, a large one as a factor, and none without an earlier cost."""
     assert formatting.change(Row(key="x", cost_nano=cost, previous_cost_nano=before)) == text
 
 
@@ -112,7 +112,7 @@ def test_the_table_fits_a_narrow_terminal() -> None:
 
 
 def test_what_is_not_known_is_said() -> None:
-    """Answers without a price and calls that may be billed are told, and a cost that nobody knows is not $0."""
+    """Answers without a price and calls that may be billed are reported, and an unknown cost is not $0."""
     text = as_text(UNPRICED)
 
     assert "$0.00" not in text.splitlines()[2].split("  ")[1]
@@ -137,7 +137,7 @@ def test_no_name_acts_on_the_terminal(names: list[str], is_colored: bool) -> Non
 
 
 def test_json_is_complete() -> None:
-    """The object holds the question, every row and the total; what nobody knows is null."""
+    """The object holds the question, every row and the total; an unknown value is null."""
     value = orjson.loads(json.render(MIXED))
 
     assert (value["by"], value["since"], value["until"]) == ("model", "2026-11-20", "2026-11-26")
@@ -166,7 +166,7 @@ def cells(value: CostReport) -> list[dict[str, str]]:
 
 
 def test_csv_has_plain_numbers() -> None:
-    """Amounts have no exponent and no unit, a change keeps its sign, and what nobody knows is empty."""
+    """Amounts have no exponent and no unit, a change keeps its sign, and an unknown value is empty."""
     first, second = cells(MIXED)
 
     assert first["cost_usd"] == "0.0015"

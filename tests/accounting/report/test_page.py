@@ -101,7 +101,7 @@ def test_hostile_names_stay_text(page: Page, tmp_path: Path, by: str) -> None:
 
 
 def test_the_policy_lets_nothing_else_act(page: Page, tmp_path: Path) -> None:
-    """Even markup that had slipped into the page could run no script, load no picture and call nobody."""
+    """Even markup that had slipped into the page could run no script, load no picture and contact no server."""
     slipped = b"<script>document.title='owned'</script><img src='https://127.0.0.1:9/x'><body onload='x()'>"
     content = html.render(two_months()).replace(b"<footer>", slipped + b"<footer>")
     address = opened(page, content, tmp_path)
