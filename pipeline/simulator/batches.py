@@ -103,8 +103,8 @@ class Dialect(Protocol):
 class Batch:
     """A batch, with all times by the event loop's clock.
 
-    `details` and `headers` are the protocol's own. `failure` is why validation fails. `extra` has a result that
-    nobody asked for. `usages` are the tokens of input, read from the cache, of output and of reasoning.
+    `details` and `headers` are the protocol's own. `failure` is why validation fails. `extra` is a result for
+    a request that was never sent. `usages` are the tokens of input, read from the cache, of output and of reasoning.
     """
 
     id: str

@@ -75,7 +75,8 @@ class Completions:
         body = decode(provider, raw, lambda decoded: provider.check(headers, decoded))
         prompt = provider.prompt(body)
         limits = state.limits(key, prompt.model, self._make_limits)
-        if problem := limits.admit(prompt, anyio.current_time()):
+        problem = limits.admit(prompt, anyio.current_time())
+        if problem:
             state.statistics.count_rejected()
             raise Refused(problem, self._rate_headers(limits))
         return _Admitted(
@@ -84,7 +85,8 @@ class Completions:
 
     async def _answer(self, admitted: _Admitted) -> Reply:
         """Answer after the latency, unless a fault strikes; all faults but `slow` come at once."""
-        if status := forced_status(admitted.prompt):
+        status = forced_status(admitted.prompt)
+        if status:
             self._give_back(admitted)
             raise Refused(self._provider.problem(status))
         fault = self._fault(admitted.digest)
@@ -104,7 +106,8 @@ class Completions:
 
     def _spoiled(self, admitted: _Admitted, fault: str) -> Reply:
         self._give_back(admitted)
-        if problem := self._provider.FAULTS.get(fault):
+        problem = self._provider.FAULTS.get(fault)
+        if problem:
             raise Refused(problem)
         answer = self._encode(admitted, self._compose(admitted))
         return faults.spoil(fault, answer, self._provider, admitted.request_id)

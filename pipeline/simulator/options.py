@@ -18,10 +18,10 @@ class Options:
 
     All limits are per minute and hold for each pair of key and model; None is no limit. For OpenAI
     `input_tpm` is its one limit of tokens and `output_tpm` is not used. A bucket holds one minute's worth;
-    `burst` sets that of requests. `latency` is the mean in seconds. `faults` maps a kind to the share of
+    `burst` sets the size of the request bucket. `latency` is the mean in seconds. `faults` maps a kind to the share of
     requests that it strikes. `keys` None accepts any key. `cache_ratio` is the share of the prompts of 1,024
-    tokens and more that are read from the cache. `rate_headers=False` is a server that does not tell its
-    limits, as vLLM. `journal` keeps the last million answered requests for `GET /simulator/journal`.
+    tokens and more that are read from the cache. `rate_headers=False` is a server that does not send its
+    limits, such as vLLM. `journal` keeps the last million answered requests for `GET /simulator/journal`.
 
     A batch takes `batch_seconds` from its creation to its end; its requests are answered evenly over that time,
     of which OpenAI spends the first tenth with validating. `batch_window` is when it expires: the seconds that
@@ -30,7 +30,7 @@ class Options:
     `batch_max_requests` and `batch_max_bytes` lower the providers' limits of one batch. `batch_faults` maps an
     operation (`upload`, `create`, `poll`, `list`, `results`, `cancel`) to what happens to its first calls, in
     order, such as `("ok", "lost", "500-done")`; see `faults.BATCH_KINDS`. `batch_unknown_results` adds a result
-    that nobody asked for. `batch_empty_file_ids` has OpenAI write "" for a file that is not there, not null.
+    for a request that was never sent. `batch_empty_file_ids` has OpenAI write "", not null, for a missing file.
     """
 
     seed: int = 0

@@ -33,7 +33,8 @@ def decode(provider: Provider, raw: bytes | None, check: Callable[[object], Prob
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as exc:
         raise Refused(provider.UNREADABLE) from exc
-    if problem := check(body):
+    problem = check(body)
+    if problem:
         raise Refused(problem)
     checked: Body = body
     return checked

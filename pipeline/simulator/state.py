@@ -75,11 +75,11 @@ class State:
         return faults.popleft() if faults else BatchFault(kind="ok")
 
     def watch(self, advance: Callable[[], Awaitable[None]]) -> None:
-        """Have `advance` called, on the event loop, before anybody reads the statistics."""
+        """Have `advance` called, on the event loop, before the statistics are read."""
         self._advances.append(advance)
 
     async def advance(self) -> None:
-        """Bring all batches up to date, as nothing happens to them unless somebody looks."""
+        """Bring all batches up to date, as a batch only moves on when it is looked at."""
         for advance in self._advances:
             await advance()
 

@@ -112,16 +112,29 @@ class Store:
 
     def _fate(self, item: Item, headers: HeaderMap) -> str:
         """Read the marks in the user's text: how often the result comes, and whether the request is answered."""
-        prompt = self.read(item.raw, headers) if b"[[" in item.raw else None
+        # Batches may have 100,000 requests and few have marks, so only those are parsed.
+        if b"[[" not in item.raw:
+            return ""
+        prompt = self.read(item.raw, headers)
         if prompt is None:
             return ""
-        item.copies = 0 if "[[missing]]" in prompt.text else 2 if "[[twice]]" in prompt.text else 1
-        return next((mark for mark in ("[[expire]]", "[[stuck]]") if mark in prompt.text), "")
+        if "[[missing]]" in prompt.text:
+            item.copies = 0
+        elif "[[twice]]" in prompt.text:
+            item.copies = 2
+        else:
+            item.copies = 1
+        for mark in ("[[expire]]", "[[stuck]]"):
+            if mark in prompt.text:
+                return mark
+        return ""
 
     def read(self, raw: bytes, headers: HeaderMap) -> Prompt | None:
-        """Read a request's body; None when something is wrong with it."""
+        """Read a request's body; return None if it is invalid."""
         body = orjson.loads(raw)
-        return None if self._dialect.check(headers, body) else self._dialect.prompt(body)
+        if self._dialect.check(headers, body):
+            return None
+        return self._dialect.prompt(body)
 
     async def cancel(self, batch: Batch) -> Phase:
         """Begin to cancel a batch and return where it stood; what is not answered by now will not be.
@@ -203,16 +216,19 @@ class Store:
             batch.extra.outcome, batch.extra.size = verdict.outcome, len(verdict.line)
 
     def resolve(self, batch: Batch, item: Item) -> Verdict:
-        """Make the result of a request, the same one each time."""
+        """Make the result of a request; the same request always gets the same result."""
         options, dialect = self._state.options, batch.dialect
         line_id = f"{batch.number:08x}{item.number:08x}"
         if item.outcome in (Outcome.EXPIRED, Outcome.CANCELLED):
             return Verdict(line=dialect.left(item, line_id, item.outcome), outcome=item.outcome)
         body = orjson.loads(item.raw)
         problem = dialect.check(batch.headers, body)
-        prompt = None if problem else dialect.prompt(body)
-        if prompt and (status := forced_status(prompt)):
-            problem = dialect.problem(status)
+        prompt = None
+        if not problem:
+            prompt = dialect.prompt(body)
+            status = forced_status(prompt)
+            if status:
+                problem = dialect.problem(status)
         if prompt is None or problem:
             assert problem is not None
             return Verdict(line=dialect.errored(item, line_id, problem), outcome=Outcome.ERRORED)

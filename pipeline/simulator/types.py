@@ -30,7 +30,7 @@ class Tool:
 class Prompt:
     """What a valid request asks for, whatever its protocol.
 
-    `text` is that of the user's messages only. `schema` is given when the answer must be JSON.
+    `text` comes from the user's messages only. `schema` is given when the answer must be JSON.
     `cache_writes` says that a long prompt which is not read from the cache is billed as written to it.
     """
 

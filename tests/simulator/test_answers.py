@@ -256,7 +256,7 @@ async def test_choices(connect: Connect, openai_wire: Wire) -> None:
 async def test_openai_reasoning(
     connect: Connect, openai_wire: Wire, model: str, effort: str | None, reasons: bool
 ) -> None:
-    """Reasoning models pay reasoning tokens as part of the completion, unless told not to reason."""
+    """Reasoning models bill reasoning tokens as part of the completion, unless reasoning is turned off."""
     body = openai_wire.body(model=model, reasoning_effort=effort, max_tokens=None, max_completion_tokens=2_000)
     async with connect() as client:
         usage = (await openai_wire.post(client, body)).json()["usage"]

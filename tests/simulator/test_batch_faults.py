@@ -191,7 +191,7 @@ def test_hang_on_the_wire(batching: Batching) -> None:
 
 
 def test_statistics_from_another_thread(batching: Batching) -> None:
-    """The server's own statistics are up to date though nobody has looked at the batch since, even after its end."""
+    """The server's own statistics are up to date even if the batch was not polled since, even after its end."""
     with serving(Options(batch_seconds=0)) as server:
         before = server.statistics()["batches"]["answered"]
         ended(batching, server.url)

@@ -98,7 +98,7 @@ async def test_requests_are_answered_evenly(connect: Connect, batching: Batching
 
 
 async def test_in_no_time(connect: Connect, batching: Batching) -> None:
-    """With `batch_seconds` 0 the answer to its creation is still that of a new batch, the next one that of its end."""
+    """With `batch_seconds` 0 the answer to its creation still shows a new batch, and the next one an ended batch."""
     async with connect(batch_seconds=0) as client:
         batch = await batching.made(client, batching.requests("one"))
         await asyncio.sleep(0)
@@ -149,7 +149,7 @@ async def test_journal(connect: Connect, batching: Batching) -> None:
 
 
 async def test_errored(connect: Connect, batching: Batching) -> None:
-    """A request that is wrong or told to fail has an error of its own; the others are answered, and billed alone."""
+    """An invalid request or one marked to fail has an error of its own; the others are answered, and billed alone."""
     bad = batching.wire.body("three", max_tokens="many")
     requests = [*batching.requests("one", "[[status:429]]"), ("bad", bad)]
     async with connect() as client:
@@ -292,7 +292,7 @@ async def test_marks_of_the_user_only(connect: Connect, batching: Batching) -> N
 
 
 async def test_unknown_results(connect: Connect, batching: Batching) -> None:
-    """With `batch_unknown_results` there is one result that nobody asked for or pays for."""
+    """With `batch_unknown_results` there is one result that was not requested and is not billed."""
     async with connect(batch_unknown_results=True) as client:
         batch = await batching.made(client, batching.requests("one", "two"))
         await asyncio.sleep(1)

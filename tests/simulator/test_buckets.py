@@ -49,7 +49,7 @@ def test_wait_for_more_than_fits() -> None:
     assert bucket.seconds_until(1_000, 0.0) == bucket.seconds_until_full(0.0) == 30.0
 
 
-@pytest.mark.parametrize(("wait", "told"), [(0.0, 1), (0.2, 1), (1.0, 1), (1.01, 2), (59.5, 60)])
-def test_whole_seconds(wait: float, told: int) -> None:
-    """A wait is told in whole seconds, rounded up, and is never 0."""
-    assert whole_seconds(wait) == told
+@pytest.mark.parametrize(("wait", "seconds"), [(0.0, 1), (0.2, 1), (1.0, 1), (1.01, 2), (59.5, 60)])
+def test_whole_seconds(wait: float, seconds: int) -> None:
+    """A wait is sent in whole seconds, rounded up, and is never 0."""
+    assert whole_seconds(wait) == seconds

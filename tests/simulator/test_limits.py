@@ -151,7 +151,7 @@ async def test_openai_refused_requests_count(connect: Connect, openai_wire: Wire
 
 
 async def test_openai_request_too_large(connect: Connect, openai_wire: Wire) -> None:
-    """A request above the limit of a whole minute is told that it never fits, and not to retry."""
+    """The refusal of a request above a whole minute's limit says that it can never fit, and not to retry."""
     async with connect(input_tpm=500) as client:
         response = await openai_wire.post(client, openai_wire.body(max_tokens=501))
     error = response.json()["error"]

@@ -54,7 +54,7 @@ def test_many_connections_at_once(wire: Wire) -> None:
 
 
 def test_ends_with_connections_open(wire: Wire) -> None:
-    """The end does not wait for idle connections, nor for requests that nobody will answer."""
+    """The end does not wait for idle connections, nor for requests that will never be answered."""
     with httpx.Client() as client, socket.socket() as silent:
         with serving(Options(faults={"timeout": 1.0})) as server:
             client.get(server.url + "/simulator/statistics")

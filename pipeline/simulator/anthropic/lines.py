@@ -56,7 +56,7 @@ def errored(item: Item, line_id: str, problem: Problem) -> bytes:
 
 
 def left(item: Item, line_id: str, outcome: Outcome) -> bytes:
-    """Encode the result of a request that nobody answered."""
+    """Encode the result of a request that was not answered."""
     return _line(item, {"type": _LEFT[outcome]})
 
 

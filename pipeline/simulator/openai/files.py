@@ -72,7 +72,7 @@ async def _read_form(call: Call) -> tuple[str, bytes]:
 
 
 class Files:
-    """The files of all keys. The outputs of a batch are made of it whenever somebody asks."""
+    """The files of all keys. The output files of a batch are not stored, but made from it at each request."""
 
     def __init__(self, state: State, store: Store) -> None:
         self._state = state
@@ -84,8 +84,10 @@ class Files:
     def find(self, id: str, key: str) -> File:
         """Return a file of this key, or raise `Refused`."""
         file = self._files.get(id)
-        if file is None and (batch := self._store.find(_batch_id(id), key)):
-            file = next((each for each in self.of_batch(batch) if each.id == id), None)
+        if file is None:
+            batch = self._store.find(_batch_id(id), key)
+            if batch:
+                file = next((each for each in self.of_batch(batch) if each.id == id), None)
         if file is None or file.key != key or id in self._deleted:
             raise Refused(invalid(f"No such File object: {id}", param="id", status=404))
         return file
@@ -145,7 +147,7 @@ class Files:
         return json_reply({"id": file.id, "object": "file", "deleted": True})
 
     async def list(self, call: Call) -> Reply:
-        """Describe all files, newest first; only `purpose` and `limit` are heeded."""
+        """Describe all files, newest first; only `purpose` and `limit` are used."""
         await self._store.advance_all()
         purpose = call.request.query_params.get("purpose")
         own = [file for file in self._files.values() if file.key == call.key]
@@ -174,7 +176,8 @@ class Files:
         )
 
     async def _look_up(self, call: Call) -> File:
-        if batch := self._store.find(_batch_id(call.id), call.key):
+        batch = self._store.find(_batch_id(call.id), call.key)
+        if batch:
             await self._store.advance(batch)
         return self.find(call.id, call.key)
 

@@ -45,7 +45,7 @@ def errored(item: Item, line_id: str, problem: Problem) -> bytes:
 
 
 def left(item: Item, line_id: str, outcome: Outcome) -> bytes:
-    """Encode the line of a request that nobody answered."""
+    """Encode the line of a request that was not answered."""
     code, message = _LEFT[outcome]
     return _line(item, line_id, None, {"code": code, "message": message})
 

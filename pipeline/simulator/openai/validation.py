@@ -36,7 +36,7 @@ class Validated:
 
 
 async def validate(raw: bytes, endpoint: str, most: int) -> Validated:
-    """Read a file of at most so many lines; of its errors the first hundred are told."""
+    """Read a file of at most `most` lines; report its first hundred errors."""
     if not raw.strip():
         return Validated(errors=[error("empty_file", "The batch input file is empty.")])
     if raw.rstrip(b"\n").count(b"\n") >= most:
@@ -44,7 +44,8 @@ async def validate(raw: bytes, endpoint: str, most: int) -> Validated:
         return Validated(errors=[error("too_many_tasks", message)])
     validated, seen = Validated(), set[str]()
     for number, line in enumerate(_lines(raw), 1):
-        if wrong := _check_line(line, number, endpoint, seen, validated):
+        wrong = _check_line(line, number, endpoint, seen, validated)
+        if wrong:
             validated.errors.append(wrong)
         if len(validated.errors) == _MOST_ERRORS:
             break
@@ -57,7 +58,8 @@ def _lines(raw: bytes) -> Iterator[bytes]:
     start, end = 0, len(raw.rstrip(b"\r\n"))
     while start < end:
         stop = raw.find(b"\n", start, end)
-        stop = end if stop < 0 else stop
+        if stop < 0:
+            stop = end
         yield raw[start:stop]
         start = stop + 1
 
@@ -70,10 +72,12 @@ def _check_line(line: bytes, number: int, endpoint: str, seen: set[str], validat
         decoded = None
     if not isinstance(decoded, dict):
         return error("invalid_json_line", "This line is not parseable as valid JSON.", line=number)
-    if wrong := _check_envelope(decoded, number, endpoint) or _check_custom_id(decoded, number, seen):
+    wrong = _check_envelope(decoded, number, endpoint) or _check_custom_id(decoded, number, seen)
+    if wrong:
         return wrong
     body = decoded["body"]
-    if wrong := _check_model(body.get("model"), number, validated):
+    wrong = _check_model(body.get("model"), number, validated)
+    if wrong:
         return wrong
     validated.items.append(Item(number=number - 1, custom_id=decoded["custom_id"], raw=orjson.dumps(body)))
     return None
