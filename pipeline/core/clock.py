@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 
 class Clock:
-    """Tells elapsed seconds and UTC times; must be made inside the event loop."""
+    """Elapsed seconds and UTC times of a run. Make it inside the event loop."""
 
     def __init__(self) -> None:
         self.now = asyncio.get_running_loop().time  # what anyio.current_time() looks up at every call
@@ -39,5 +39,5 @@ class Clock:
 
 
 def utc_now() -> datetime:
-    """Return the time of day in UTC, for what has no event loop."""
+    """Return the time in UTC, for code without an event loop."""
     return datetime.now(UTC)

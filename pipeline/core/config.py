@@ -42,7 +42,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def _exact(value: Any) -> Any:
-    """Take a number of the file as it is written there: 0.1 is a tenth, not the binary fraction next to it."""
+    """Take a number exactly as written in the file: 0.1 is a tenth, not the nearest binary fraction."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise ValueError("must be a number")
     return Decimal(str(value))
@@ -71,13 +71,13 @@ FormatName = Annotated[str, _one_of(each.value for each in OutputFormat)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and a key that it does not know is an error."""
+    """A part of the configuration: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 class Limits(Section):
-    """Caps per minute; None: no cap of the user's."""
+    """Caps per minute; None: no cap."""
 
     rpm: Count | None = Field(default=None, description="requests")
     input_tpm: Count | None = Field(default=None, description="input tokens (OpenAI: all tokens)")
@@ -92,7 +92,7 @@ class ModelLimits(Limits):
     )
 
     def of(self, provider: str, model: str) -> Limits:
-        """Return the caps of one model: its own where it has some, else the common ones, field by field."""
+        """Return the caps of one model: each field is the model's own cap, else the common one."""
         own = self.models.get(f"{provider}/{model}", Limits())
         return Limits(
             rpm=own.rpm or self.rpm,
@@ -117,9 +117,9 @@ class Price(Section):
 
 
 class Endpoint(Section):
-    """A named provider: who answers, where, with which key.
+    """A named provider: its protocol, address and key variable.
 
-    Fields of the other protocol are refused by `_fits_protocol`, so a setting that does nothing cannot be written.
+    `_fits_protocol` refuses fields of the other protocol, so that no setting is silently ignored.
     """
 
     protocol: ProtocolName = Field(description="API that the server speaks: anthropic or openai")
@@ -142,7 +142,7 @@ class Endpoint(Section):
         default=None, description="anthropic-version header; 2026-10-21 refuses temperature, top_p and top_k"
     )
     max_tokens: Count | None = Field(
-        default=None, description="limit for lines without one, because the API requires it"
+        default=None, description="max_tokens for lines without it, because the API requires it"
     )
     # OpenAI
     organization: str | None = Field(default=None, description="OpenAI-Organization header")
@@ -160,10 +160,12 @@ class Endpoint(Section):
     @model_validator(mode="after")
     def _has_safe_address(self) -> Self:
         if not self.url.isprintable() or " " in self.url:
-            raise ValueError("base_url and path must not hold spaces or control characters")
+            raise ValueError("base_url and path must not contain spaces or control characters")
         parts = urlsplit(self.base_url)
         if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError("base_url must not hold a user, password, query or fragment; use headers or api_key_env")
+            raise ValueError(
+                "base_url must not contain a user, password, query or fragment; use headers or api_key_env"
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"base_url {self.base_url!r} is not an http(s) address")
         if parts.scheme == "http" and not is_loopback(parts.hostname) and not self.allow_plain_http:
@@ -186,29 +188,31 @@ class Endpoint(Section):
             raise ValueError("api_key_env must be the name of an environment variable, never the key itself")
         for name in self.headers:
             if name.lower() in ("authorization", "x-api-key", "api-key", "cookie"):
-                raise ValueError(f"headers: {name} holds a secret; name its variable in api_key_env instead")
+                raise ValueError(
+                    f"headers: {name} would contain a secret; set api_key_env to the variable that holds it instead"
+                )
         return self
 
     @model_validator(mode="after")
     def _has_sendable_headers(self) -> Self:
-        """Check what becomes headers; values are not shown, as one may be a secret in the wrong place."""
+        """Check names and values of headers. Messages do not show values: one may be a misplaced secret."""
         for name in (*self.headers, self.api_key_header or "x"):
             if not _HEADER.fullmatch(name):
-                raise ValueError(f"{name!r} cannot be the name of a header")
+                raise ValueError(f"{name!r} is not a valid header name")
         own = {"version": self.version, "organization": self.organization, "project": self.project}
         for name, value in (self.headers | own).items():
             if value is not None and not (value.isascii() and value.isprintable()):
-                raise ValueError(f"the value of {name} has control characters or letters beyond ASCII")
+                raise ValueError(f"the value of {name} has control characters or non-ASCII letters")
         return self
 
 
 class RequestDefaults(Section):
-    """What native lines get that do not say themselves."""
+    """Defaults for native lines that leave these fields out."""
 
     model: str | None = Field(default=None, description="model; null: the provider's own default model")
     max_tokens: Count | None = Field(
         default=None,
-        description="longest answer in tokens; null: not sent (Anthropic requires one: see providers.anthropic)",
+        description="longest answer in tokens; null: not sent (Anthropic requires it: see providers.anthropic)",
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         default=None, description="0 to 1 for Anthropic, 0 to 2 for OpenAI; null: not sent"
@@ -220,11 +224,11 @@ class Input(Section):
     """How input files are read."""
 
     max_line_bytes: Count = Field(default=16 * 1024 * 1024, description="a longer line is invalid")
-    read_ahead_bytes: Count = Field(default=4 * 1024 * 1024, description="input that may be read before it is sent")
+    read_ahead_bytes: Count = Field(default=4 * 1024 * 1024, description="bytes of input to read ahead of sending")
 
 
 class Sending(Section):
-    """How requests are sent and tried again."""
+    """How requests are sent and retried."""
 
     concurrency: Annotated[int, Field(ge=1, le=20_000)] = Field(default=100, description="requests in flight, at most")
     timeout: Seconds = Field(default=60.0, description="seconds for one attempt, from connecting to the last byte")
@@ -240,13 +244,13 @@ class Sending(Section):
     backoff_max: Seconds = Field(default=60.0, description="longest backoff in seconds")
     max_retry_after: Seconds = Field(
         default=120.0,
-        description="seconds; a model whose provider asks for a longer pause is given up for this run (exit code 75)",
+        description="seconds; if a provider asks for a longer pause, the run gives up on that model (exit code 75)",
     )
     stall_timeout: Seconds = Field(
         default=600.0,
         description=(
-            "seconds without a finished request after which the run stops (exit code 75); at least twice the "
-            "timeout, and at least max_retry_after plus one timeout"
+            "seconds without a finished request after which the run stops (exit code 75); never less than twice the "
+            "timeout, or than max_retry_after plus one timeout"
         ),
     )
     max_response_bytes: Count = Field(
@@ -263,10 +267,10 @@ class Sending(Section):
     @field_validator("ca_file")
     @classmethod
     def _holds_certificates(cls, path: str | None) -> str | None:
-        """Look now: a file without certificates would be told by failing connections only."""
+        """Check the file now: otherwise only failing connections would show that it has no certificates."""
         try:
             if path is not None and b"CERTIFICATE-----" not in Path(path).read_bytes():
-                raise ValueError(f"{path!r} holds no certificates in PEM form")
+                raise ValueError(f"{path!r} contains no PEM certificates")
         except OSError as exc:
             raise ValueError(f"cannot read {path!r}: {exc.strerror}") from exc
         return path
@@ -295,18 +299,19 @@ class Batches(Section):
         default=None, description="bytes per batch; null: as many as the provider allows (200 MB, 256 MB)"
     )
     poll_interval: Seconds = Field(
-        default=60.0, description="longest time between two checks of a batch, in seconds; the first checks come faster"
+        default=60.0,
+        description="longest time between two checks of a batch, in seconds; the first checks are more frequent",
     )
     deadline: Duration | None = Field(
         default=None,
         description=(
-            "with lane auto: when all lines must be answered, from the start of the command, e.g. 6h (--deadline)"
+            "with lane auto: time from the start of the command until all lines must be answered, e.g. 6h (--deadline)"
         ),
     )
 
 
 class Cluster(Section):
-    """Runs with --ray: how many workers there are; None: one for each processor of the cluster."""
+    """Runs with --ray: the number of workers; None: one per processor of the cluster."""
 
     workers: Count | None = Field(
         default=None, description="processes that send; null: one per processor of the cluster"
@@ -314,19 +319,19 @@ class Cluster(Section):
 
 
 class Output(Section):
-    """What result lines look like and how safe they are before they count as done."""
+    """The format of result lines, and whether they are synced before they count as done."""
 
     format: FormatName = Field(default="native", description="native, openai-batch or anthropic-batch")
-    ordered: bool = Field(default=False, description="put results in input order when the run ends")
+    ordered: bool = Field(default=False, description="sort results into input order when the run ends")
     echo_request: bool = Field(default=False, description="add the request as sent to its result line")
     durability: Literal["full", "fast"] = Field(
         default="full",
-        description="full: a result is synced to disk before it counts as done; fast: the kernel writes it soon",
+        description="full: a result is synced to disk before it counts as done; fast: left to the kernel",
     )
 
 
 class BudgetCaps(Section):
-    """What may be spent, in USD: by one run, and by all runs of a day or a month (UTC) as the ledger knows them."""
+    """Spending caps in USD: for one run, and for all runs of a day or a month (UTC) that the ledger records."""
 
     per_run: Exact | None = Field(default=None, description="one run of the command (--max-cost)")
     per_day: Exact | None = Field(default=None, description="all runs of a day (UTC), as recorded in the ledger")
@@ -347,14 +352,14 @@ class Simulator(Section):
         default_factory=dict,
         description='kinds of faults and their share of requests, e.g. {"529": 0.05, timeout: 0.001}',
     )
-    seed: int = Field(default=0, description="another seed gives other answers")
+    seed: int = Field(default=0, description="the same seed gives the same answers")
 
 
-_SIMULATED_KEY_ENV = "(simulated)"  # no variable can be called so
+_SIMULATED_KEY_ENV = "(simulated)"  # not a valid name, so it cannot clash with a real variable
 
 
 class Config(Section):
-    """The whole configuration; the defaults are those that config.yaml documents."""
+    """The whole configuration. config.yaml documents the defaults."""
 
     providers: dict[str, Endpoint] = Field(
         default_factory=dict,
@@ -362,7 +367,7 @@ class Config(Section):
         description="Named endpoints. These two are built in; samples/providers.yaml adds more in a few lines each.",
     )
     provider: str = Field(
-        default="anthropic", description="Provider for lines that name none and whose model does not choose one."
+        default="anthropic", description="Provider for lines that name none and whose model matches no provider."
     )
     request: RequestDefaults = Field(
         default=RequestDefaults(),
@@ -385,7 +390,7 @@ class Config(Section):
         default="live",
         description=(
             "live (now), batch (the providers' batch APIs: half the price, within a day), or auto (batches first, "
-            "then live for what they did not answer)."
+            "then live calls for requests that they did not answer)."
         ),
     )
     batches: Batches = Field(default=Batches(), description="How batch APIs are used.")
@@ -395,15 +400,15 @@ class Config(Section):
         default=BudgetCaps(),
         description=(
             "Spending caps in USD. null: no cap. Each call reserves its worst case before it is sent, so a cap holds"
-            " if requests have max_tokens. Nothing is sent if its price is unknown. A run counts what other runs had"
-            " spent when it began, or half a minute earlier."
+            " if requests have max_tokens. Nothing is sent if its price is unknown. Daily and monthly caps count what"
+            " other runs had spent when this run began, or half a minute earlier."
         ),
     )
     simulator: Simulator = Field(default=Simulator(), description="The provider that --simulate starts.")
     progress: Literal["auto", "bar", "log", "none"] = Field(
         default="auto", description="auto (a bar on a terminal, else a line per minute), bar, log or none"
     )
-    tags: dict[str, str] = Field(default_factory=dict, description="notes for totals and reports, e.g. {team: search}")
+    tags: dict[str, str] = Field(default_factory=dict, description="labels for totals and reports, e.g. {team: search}")
     ledger: str | None = Field(
         default=None,
         description=(
@@ -424,9 +429,9 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _add_built_in_providers(cls, data: Any) -> Any:
-        """Lay the user's providers over the built-in ones, so two lines of YAML can change one field.
+        """Merge the user's providers into the built-in ones, so two lines of YAML can change one field.
 
-        A section left empty (`request:` with every line under it taken out) is the default one.
+        An empty section (`request:` with no line below it) gets its defaults.
         """
         if isinstance(data, dict):
             data = {name: value for name, value in data.items() if value is not None}
@@ -456,7 +461,7 @@ class Config(Section):
     @field_validator("limits")
     @classmethod
     def _limits_known_providers(cls, limits: ModelLimits, info: ValidationInfo) -> ModelLimits:
-        """Refuse a cap that would bind nothing."""
+        """Refuse a cap that would apply to nothing."""
         for name in limits.models:
             provider, _, model = name.partition("/")
             if not model:
@@ -474,7 +479,7 @@ class Config(Section):
         has_more = "@" in parts.netloc or parts.query or parts.fragment or not url.isprintable() or " " in url
         if not parts.hostname or parts.port == 0 or not is_private or has_more:
             raise ValueError(
-                "must be an https address (on this machine also http) without user, password, query or fragment"
+                "must be an https address (or http on this machine) without user, password, query or fragment"
             )
         return url
 
@@ -506,7 +511,7 @@ class Config(Section):
 
 
 def _require_provider(name: str, info: ValidationInfo) -> None:
-    """Refuse the name of no provider; where the providers themselves are wrong, that is told instead."""
+    """Refuse the name of an unknown provider; if the providers themselves are wrong, only their error is reported."""
     known = info.data.get("providers")
     if known is not None and name not in known:
         raise ValueError(f"provider {name!r} is not one of {', '.join(sorted(known))}")
@@ -538,7 +543,7 @@ def protocol(endpoint: Endpoint) -> Protocol:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell this machine's own addresses from names that only begin like one (`localhost.example.com`)."""
+    """Return True for this machine's own addresses, not for names that begin like one (`localhost.example.com`)."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
@@ -557,7 +562,7 @@ def _validated(data: Mapping[str, Any], *, path: str | None, lines: Mapping[tupl
 
 
 def _explain(error: Any, path: str | None, lines: Mapping[tuple[str, ...], int]) -> str:
-    """Say one problem in one line: file:line: key: what is wrong (did you mean …?)."""
+    """Return a problem on one line: file:line: key: what is wrong (did you mean …?)."""
     keys = tuple(str(part) for part in error["loc"])
     line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
     where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
@@ -569,7 +574,7 @@ def _explain(error: Any, path: str | None, lines: Mapping[tuple[str, ...], int])
 
 
 def _known_keys(path: tuple[str, ...]) -> list[str]:
-    """Return the settings that exist at a place in the tree."""
+    """Return the names of the settings at this path in the tree."""
     if path[:1] == ("providers",):
         return list(Endpoint.model_fields)
     if path[:1] == ("prices",):
@@ -583,6 +588,6 @@ def _known_keys(path: tuple[str, ...]) -> list[str]:
 
 
 def poll_policy(settings: Config) -> float:
-    """Return how many seconds without a finished request are too many: never fewer than one may honestly take."""
+    """Return after how many seconds without a finished request a run stops: never less than one request may take."""
     sending = settings.sending
     return max(sending.stall_timeout, 2 * sending.timeout, sending.max_retry_after + sending.timeout)

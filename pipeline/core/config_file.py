@@ -82,12 +82,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {getattr(exc, 'problem', None) or exc}") from exc
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold settings (key: value), not {type(data).__name__}")
+        raise ConfigError(f"{path}: must contain settings (key: value), not {type(data).__name__}")
     return data, lines
 
 
 def _refuse_growth(text: bytes) -> None:
-    """Stop before the composer does: deep nesting is a RecursionError there, and many small parts take minutes."""
+    """Refuse files that are too much for the composer: deep nesting (RecursionError) and many small parts (minutes)."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -28,7 +28,7 @@ def variables() -> Mapping[str, str]:
 
 
 def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the key of an endpoint, None if it needs none; a missing one is a `UsageError` with the way to get it."""
+    """Return the key of an endpoint, None if it needs none. Raises `UsageError`, with a hint, if it is missing."""
     if endpoint.api_key_env is None:
         return None
     if endpoint.api_key_env == _SIMULATED_KEY_ENV:
@@ -46,13 +46,13 @@ def api_key(name: str, endpoint: Endpoint, environ: Mapping[str, str] | None = N
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
             f"the environment variable {variable} does not hold a key: "
-            "it has spaces, control characters or letters beyond ASCII"
+            "it has spaces, control characters or non-ASCII letters"
         )
     return key
 
 
 def variables_of(settings: Config, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment variables that the same work needs elsewhere: keys, whom to trust, the way to stores."""
+    """Return the environment variables that a worker elsewhere needs: keys, trusted certificates, object stores."""
     environ = variables() if environ is None else environ
     names = {endpoint.api_key_env for endpoint in settings.providers.values() if endpoint.api_key_env}
     names |= {name.lower() for name in names} | {"SSL_CERT_FILE", "SSL_CERT_DIR"}
@@ -61,19 +61,19 @@ def variables_of(settings: Config, environ: Mapping[str, str] | None = None) -> 
 
 
 def default_variable(name: str, value: str) -> str:
-    """Set an environment variable unless it is set; return what it is."""
+    """Set an environment variable unless it is set; return its value."""
     return os.environ.setdefault(name, value)
 
 
 def take_variables(values: Mapping[str, str]) -> None:
-    """Set environment variables that `variables_of` told on another machine."""
+    """Set environment variables that `variables_of` returned on another machine."""
     os.environ.update(values)
 
 
 def ledger_path(settings: Config, environ: Mapping[str, str] | None = None) -> Path:
     """Return where the ledger is: `PIPELINE_LEDGER`, else the setting, else the user's data directory.
 
-    cron sets no HOME; then the user database tells the home directory.
+    cron may set no HOME; the home directory then comes from the user database.
     """
     environ = variables() if environ is None else environ
     try:
@@ -83,7 +83,7 @@ def ledger_path(settings: Config, environ: Mapping[str, str] | None = None) -> P
         home = environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
     except (KeyError, RuntimeError) as exc:
         hint = "name the file: --ledger FILE, PIPELINE_LEDGER, or ledger: in the configuration"
-        raise UsageError("there is no home directory for the ledger", hint=hint) from exc
+        raise UsageError("no home directory was found for the ledger", hint=hint) from exc
     base = Path(data) if os.path.isabs(data) else Path(home) / ".local" / "share"
     return base / "pipeline" / "ledger.sqlite"
 

@@ -116,7 +116,7 @@ class StorageError(PipelineError):
 
 
 class TryLaterError(PipelineError):
-    """The job is fine but cannot go on now: repeat the same command later."""
+    """The job cannot continue now: repeat the same command later."""
 
     exit_code = 75
 

@@ -38,7 +38,7 @@ from pipeline.core.types import HttpRequest, HttpResponse
 
 _PING_SECONDS = 10.0
 SLOWEST_BYTES_PER_SECOND = 100_000
-_LONGEST_DOWNLOAD = 6 * 3600.0  # seconds; what stands still ends much earlier
+_LONGEST_DOWNLOAD = 6 * 3600.0  # seconds; a stalled download ends much earlier
 _DEADLINE = "pipeline.deadline"
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
 
@@ -153,7 +153,7 @@ class Client:
         """Return the next piece of a body, None at its end; a body that stands still is broken."""
         with anyio.move_on_after(self._settings.timeout):
             return await anext(pieces, None)
-        raise httpx.ReadTimeout("the body stands still")
+        raise httpx.ReadTimeout("no more of the body arrived within the timeout")
 
     async def _whole(self, response: httpx.Response) -> bytes:
         body = bytearray()
@@ -200,7 +200,7 @@ async def _joined(head: bytes, content: Content, tail: bytes) -> AsyncIterator[b
 
 
 async def ping(url: str, settings: Sending) -> int:
-    """GET an address and return the status of the answer, which is else of no interest.
+    """GET an address and return only the status of the answer.
 
     Raises `TransportError` when there is none within 10 seconds, or within the timeout of requests if that is shorter.
     """
@@ -214,7 +214,7 @@ async def ping(url: str, settings: Sending) -> int:
     except httpx.HTTPError as exc:
         raise _translate(exc) from exc
     except (httpx.InvalidURL, ValueError) as exc:  # what httpx and reqwest say to names that cannot be a host's
-        raise TransportError(f"not an address: {exc}", type="connection_error", is_sent=False) from exc
+        raise TransportError(f"not a valid address: {exc}", type="connection_error", is_sent=False) from exc
 
 
 class ReqwestTransport(httpx.AsyncBaseTransport):
@@ -385,7 +385,7 @@ def _translate(error: httpx.HTTPError) -> TransportError:
     if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
         return TransportError("no connection within the connect timeout", type="timeout", is_sent=False)
     if isinstance(error, httpx.TimeoutException):
-        return TransportError("no whole answer within the timeout", type="timeout", is_sent=True)
+        return TransportError("no complete answer within the timeout", type="timeout", is_sent=True)
     if isinstance(error, httpx.ConnectError):
         return TransportError(f"cannot connect: {reason}", type="connection_error", is_sent=False)
     if isinstance(error, httpx.DecodingError):
@@ -396,5 +396,5 @@ def _translate(error: httpx.HTTPError) -> TransportError:
 
 
 def _is_about_trust(reason: str) -> bool:
-    """Tell a certificate that is not trusted, which no retry mends, from a connection that broke."""
+    """Return True for an untrusted certificate, which no retry fixes, and False for a broken connection."""
     return "certificate" in reason.lower()

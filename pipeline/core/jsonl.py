@@ -1,4 +1,4 @@
-"""JSON Lines, exactly: bytes to lines and values and back, with nothing changed in silence.
+"""JSON Lines, exactly: bytes to lines and values and back, with nothing changed silently.
 
 orjson is fast and strict (it refuses NaN, lone surrogates, invalid UTF-8), but without a word it turns integers beyond
 64 bits into floats and tiny numbers into 0, and keeps the last of two equal keys. All that is rare, so a cheap look at
@@ -43,7 +43,7 @@ def loads(data: bytes) -> Any:
 
 
 def is_too_deep(value: Any) -> bool:
-    """Tell whether a value is nested deeper than a line may be."""
+    """Return True if a value is nested deeper than a line may be."""
     shape = _Shape()
     _measure(value, 1, shape)
     return shape.depth > MAX_DEPTH
@@ -66,7 +66,7 @@ def one_line(raw: bytes) -> bytes:
 
 
 class _Shape:
-    """What a parsed value is made of: object keys in all, depth, and which numbers may be others than those written."""
+    """The shape of a parsed value: number of object keys, depth, and whether numbers may differ from the text."""
 
     __slots__ = ("depth", "has_huge_number", "has_zero", "keys")
 

@@ -1,4 +1,4 @@
-"""Object stores: S3, Google Cloud Storage, Azure and what speaks like them. The only owner of obstore.
+"""Object stores: S3, Google Cloud Storage, Azure and compatible servers. The only module that uses obstore.
 
 An object is named by a URL: `s3://bucket/key`, `gs://bucket/key`, `az://container/key`; what follows the bucket is the
 key as it is, nothing in it is encoded. `file:///path` and `memory://key` are stores, too, for tests. Credentials,
@@ -31,9 +31,9 @@ _URL = re.compile(r"(s3|gs|az|file|memory)://")
 _ROOT = re.compile(r"(?:s3|gs|az)://[\w.-]+(?:/|$)|file:///|memory://", re.ASCII)
 _MAGIC = re.compile(r"[*?\[]")
 _BLOCK_BYTES = 4 * 1024 * 1024
-_RETRIES = 6  # with waits that double from 0.1 s: a wrong endpoint is told after some 10 s, a hiccup is not noticed
+_RETRIES = 6  # waits double from 0.1 s: short outages go unnoticed, and a wrong endpoint is reported after about 10 s
 
-# What a store says: its code and its sentence, and nothing else of the body, which may repeat keys and signatures.
+# Only a store's error code and message are shown: the rest of the body may repeat keys and signatures.
 _STATUS = re.compile(r"status code: (\d{3}[A-Za-z -]*)")
 _CODE = re.compile(r"<Code>([^<]{1,100})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})")
@@ -62,7 +62,7 @@ class Found:
 
 
 def is_url(text: object) -> bool:
-    """Tell whether this names something at an object store, and not a file."""
+    """Return True if this is the URL of an object store, not a file name."""
     return isinstance(text, str) and _URL.match(text) is not None
 
 
@@ -72,14 +72,16 @@ def parted(url: str) -> tuple[str, str]:
     if not url.isascii() and url != url.encode(errors="replace").decode():
         raise UsageError(f"the URL {url!a} is not UTF-8")
     if match is None:
-        raise UsageError(f"{url!r} names no bucket", hint="s3://bucket/key, gs://bucket/key or az://container/key")
+        raise UsageError(
+            f"{url!r} names no bucket", hint="write s3://bucket/key, gs://bucket/key or az://container/key"
+        )
     root = match.group()
     return (root if root.endswith("/") else f"{root}/"), url[match.end() :]
 
 
 @contextmanager
 def before_sending() -> Iterator[None]:
-    """Make `UsageError` of what goes wrong at a store before anything was sent."""
+    """Turn a `StorageError` into a `UsageError`: before anything was sent, it is a mistake in the command."""
     try:
         yield
     except StorageError as exc:
@@ -90,7 +92,7 @@ def before_sending() -> Iterator[None]:
 
 
 def head(url: str) -> Found | None:
-    """Return size and etag of an object; None where there is none."""
+    """Return size and etag of an object; None if it does not exist."""
     store, key = _at(url)
     if not key:
         return None
@@ -133,7 +135,7 @@ def matching(pattern: str) -> list[Found]:
 
 
 def has_magic(url: str) -> bool:
-    """Tell whether a URL may be a glob."""
+    """Return True if a URL may be a glob."""
     return _MAGIC.search(url) is not None
 
 
@@ -166,7 +168,7 @@ def read(url: str) -> tuple[bytes, str]:
 
 
 class _Object(io.RawIOBase):
-    """An object at a store as a raw stream: asked for in blocks, so that nothing stays open while nobody reads."""
+    """An object as a raw stream, fetched in blocks, so that no connection stays open between reads."""
 
     def __init__(self, url: str, start: int, end: int, etag: str) -> None:
         self._url = url
@@ -201,7 +203,7 @@ class _Object(io.RawIOBase):
             return _do(self._url, "read", get)
         except StorageError as exc:
             if isinstance(exc.__cause__, PreconditionError):
-                raise OSError(f"{self._url!r} was replaced while it was read") from exc
+                raise OSError(f"{self._url!r} was replaced while it was being read") from exc
             raise OSError(exc.message) from exc
 
 
@@ -209,7 +211,7 @@ class _Object(io.RawIOBase):
 
 
 def create(url: str, data: bytes) -> str | None:
-    """Put an object where there is none and return its etag; None where there is one, which stays as it is.
+    """Put an object if none exists and return its etag; return None, and change nothing, if one exists.
 
     Of several who try at once, one succeeds. A retry that the store had heard already looks like somebody else's: who
     is told None compares contents.
@@ -218,21 +220,21 @@ def create(url: str, data: bytes) -> str | None:
 
 
 def update(url: str, data: bytes, etag: str) -> str | None:
-    """Put an object in the place of its state `etag` and return the new etag; None where it is not as it was."""
+    """Replace an object if its etag is still `etag` and return the new etag; return None if it has changed."""
     store, key = _at(url)
     import obstore
 
     meta = _do(url, "looked at", lambda: obstore.head(store, key))
     if not is_same(meta["e_tag"] or "", etag):
         return None
-    if url.startswith("file:"):  # knows no such condition, and is for tests
+    if url.startswith("file:"):  # only for tests; it does not support this condition
         return put(url, data)
     state = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
     return _conditional_put(url, data, state)
 
 
 def put(url: str, data: bytes) -> str:
-    """Put an object, whatever was there, and return its etag."""
+    """Put an object, replacing any earlier one, and return its etag."""
     store, key = _at(url)
     import obstore
 
@@ -248,7 +250,7 @@ def move(url: str, to: str) -> None:
 
 
 def delete(url: str) -> None:
-    """Delete an object; that it is gone already is no error."""
+    """Delete an object. It is not an error if it does not exist."""
     store, key = _at(url)
     import obstore
 
@@ -284,7 +286,7 @@ def _conditional_put(url: str, data: bytes, mode: Any) -> str | None:
 def _at(url: str) -> tuple[ObjectStore, str]:
     root, key = parted(url)
     if any(each in ("", ".", "..") for each in key.removesuffix("/").split("/")) and key:
-        raise UsageError(f"{url!r} has an empty segment, '.' or '..', which no object here can have in its name")
+        raise UsageError(f"{url!r} has an empty segment, '.' or '..', which pipeline does not support in object names")
     return _store(root), key
 
 
@@ -294,7 +296,7 @@ def _store(root: str) -> ObjectStore:
         from obstore.store import from_url
     except ModuleNotFoundError as exc:
         hint = "pip install 'pipeline[cloud]'"
-        raise UsageError(f"{root!r} is at an object store, and obstore is not installed", hint=hint) from exc
+        raise UsageError(f"{root!r} is in an object store, but obstore is not installed", hint=hint) from exc
     if root.startswith("memory"):
         return from_url(root)
     if root.startswith("file"):
@@ -308,7 +310,7 @@ def _store(root: str) -> ObjectStore:
 
 
 def _do(url: str, done: str, act: Callable[[], _T]) -> _T:
-    """Let the store do something; raises `StorageError`, whose cause is what obstore raised."""
+    """Call the store. Raises `StorageError`, caused by the error that obstore raised."""
     from obstore.exceptions import BaseError
 
     try:
@@ -321,7 +323,7 @@ def _do(url: str, done: str, act: Callable[[], _T]) -> _T:
 
 def _missing(url: str, told: str = "") -> StorageError:
     details = f" ({told})" if told else ""
-    return StorageError(f"{url!r} does not exist{details}", hint="look at the bucket and the name in the URL")
+    return StorageError(f"{url!r} does not exist{details}", hint="check the bucket and the object name in the URL")
 
 
 def _hint(exc: Exception) -> str | None:
@@ -331,16 +333,18 @@ def _hint(exc: Exception) -> str | None:
     if "169.254.169.254" in text or "metadata.google" in text:
         return f"no credentials were found; {_CREDENTIALS}"
     if isinstance(exc, PermissionDeniedError | UnauthenticatedError):
-        return f"give the key these rights, or use another; {_CREDENTIALS}"
+        return f"grant the key this permission, or use another key; {_CREDENTIALS}"
     if "builder error" in text:
-        return "an endpoint without TLS wants AWS_ALLOW_HTTP=true"
+        return "an endpoint without TLS requires AWS_ALLOW_HTTP=true"
     if "HTTP error" in text:
-        return "is the store in reach, and AWS_ENDPOINT_URL or the like its address?"
+        return (
+            "check that the store is reachable, and its address in AWS_ENDPOINT_URL (or the variable of your provider)"
+        )
     return None
 
 
 def _told(exc: Exception) -> str:
-    """Return what the store said, without what may be secret: addresses may bear signatures, bodies keys."""
+    """Return the store's message without possible secrets: addresses may contain signatures, and bodies keys."""
     text, _, details = str(exc).partition("\n\nDebug source")
     found = [pattern.search(text) for pattern in (_STATUS, _CODE, _MESSAGE, _HTTP_ERROR)]
     if found[-1]:
@@ -359,7 +363,7 @@ def _found(folder: str, key: str, metas: Sequence[Any]) -> list[Found]:
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Tell whether a key, cut at its slashes, matches a pattern, cut likewise."""
+    """Return True if a key matches a pattern, both split at their slashes."""
     if not patterns or not names:
         return not patterns and not names
     if patterns[0] == "**":

@@ -1,4 +1,4 @@
-"""Text from outside, made harmless for a terminal or a log: the one place where that is done."""
+"""Make text from outside harmless for a terminal or a log. No other module does this."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.core.http import Post
 from pipeline.core.types import HttpResponse
 
 MASK = "[key]"
-_SHORTEST_KEY = 16  # what is shorter is no secret but a word for a server that wants none: `any`, `EMPTY`
+_SHORTEST_KEY = 16  # a shorter key is a placeholder for a server without keys, such as `any` or `EMPTY`
 
 
 MAX_MESSAGE = 2000

@@ -89,7 +89,7 @@ def parse(value: Any) -> Draft:
             return read(value)
     for key, name, advice in _OTHERS:
         if key in value:
-            raise LineError(f"this is {name} (it has {key!r}), which cannot be sent; {advice}")
+            raise LineError(f"this is {name} (it has {key!r}), which is not supported; {advice}")
     raise LineError(f"the line has no messages: {_SHAPES}")
 
 
@@ -109,7 +109,7 @@ def _sharegpt(line: dict[str, Any]) -> Draft:
     if roles[-1] in _LABEL_ROLES:
         roles.pop()
     if not roles:
-        raise LineError("conversations holds only the answer, which is not sent; a turn of the user is missing")
+        raise LineError("conversations has only the answer, which is not sent; a user turn is missing")
     fields: dict[str, Any] = {"model": line["model"]} if "model" in line else {}
     if system := line.get("system"):
         fields["system"] = system
@@ -166,7 +166,7 @@ def _custom_id(value: Any) -> str | None:
         return None
     name = str(value) if type(value) is int else value
     if not isinstance(name, str):
-        raise LineError(f"custom_id must be text or a whole number, not {_kind(value)}")
+        raise LineError(f"custom_id must be a string or an integer, not {_kind(value)}")
     if not name or len(name) > MAX_CUSTOM_ID:
         raise LineError(f"custom_id must have 1 to {MAX_CUSTOM_ID} characters, not {len(name):,}")
     if _CONTROL.search(name):
@@ -190,7 +190,7 @@ def _turns(value: Any, key: str) -> list[dict[str, Any]]:
 def _refuse_unknown(line: Mapping[str, Any], *known: str) -> None:
     """Refuse keys that a dialect does not know. A misspelt key would otherwise be dropped silently."""
     if unknown := [key for key in line if key not in known]:
-        raise LineError(f"{reprlib.repr(unknown)}: no keys of this dialect; put what is yours into metadata")
+        raise LineError(f"{reprlib.repr(unknown)}: no keys of this dialect; put your own data into metadata")
 
 
 def _kind(value: Any) -> str:
@@ -210,7 +210,7 @@ def _example_fields(line: Mapping[str, Any], messages: list[dict[str, Any]]) -> 
     if messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     if not messages:
-        raise LineError("messages holds only the answer, which is not sent; a message of the user is missing")
+        raise LineError("messages has only the answer, which is not sent; a user message is missing")
     unweighted = [_without_weight(message) for message in messages]
     return {**_without_weight(line), "messages": unweighted}
 

@@ -198,7 +198,7 @@ class Planner:
     def _require_new(self, custom_id: str) -> None:
         if not self._add(fingerprint(custom_id)):
             raise LineError(
-                f"custom_id {custom_id!r} was used before; every id may stand once", type="duplicate_custom_id"
+                f"custom_id {custom_id!r} was used before; each line needs its own id", type="duplicate_custom_id"
             )
 
     def _invalid(self, line: Line, custom_id: str | None, value: Any, error: LineError) -> Invalid:
@@ -233,7 +233,7 @@ class _NewClaims:
 
 def _known(name: str, endpoints: Mapping[str, Endpoint]) -> str:
     if name not in endpoints:
-        raise LineError(f"provider {name!r} is not configured; known are {', '.join(sorted(endpoints))}")
+        raise LineError(f"provider {name!r} is not configured; configured providers: {', '.join(sorted(endpoints))}")
     return name
 
 

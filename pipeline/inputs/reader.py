@@ -264,7 +264,7 @@ def _expand(item: str, may_be_empty: bool, output: str | Path | None) -> list[st
         found = (str(path / name) for name in os.listdir(path) if name.endswith(SUFFIXES))
         names = sorted(name for name in found if not _is_ours(name, output))
         if not names and not may_be_empty:
-            raise UsageError(f"the directory {item!r} holds no *.jsonl, *.jsonl.gz or *.jsonl.zst")
+            raise UsageError(f"the directory {item!r} contains no *.jsonl, *.jsonl.gz or *.jsonl.zst")
         return names
     if glob.has_magic(item):
         found = (name for name in glob.glob(item, recursive=True) if Path(name).is_file())
@@ -294,8 +294,8 @@ def _expand_url(url: str, may_be_empty: bool, folder: str | None) -> list[str]:
     if is_glob:
         raise UsageError(f"no object matches {url!r}")
     if url.endswith("/"):
-        raise UsageError(f"under {url!r} there is no *.jsonl, *.jsonl.gz or *.jsonl.zst")
-    raise UsageError(f"the input {url!r} does not exist", hint="look at the bucket and the name in the URL")
+        raise UsageError(f"there is no *.jsonl, *.jsonl.gz or *.jsonl.zst under {url!r}")
+    raise UsageError(f"the input {url!r} does not exist", hint="check the bucket and the object name in the URL")
 
 
 def _is_part(url: str, folder: str | None) -> bool:
@@ -322,7 +322,7 @@ def _require_readable(path: str) -> None:
     if object_store.is_url(path):
         return  # it was looked at when it was found
     if not path.isascii() and path != os.fsencode(path).decode("utf-8", "replace"):
-        raise UsageError(f"the name of the input {path!r} is not UTF-8, so no result could name it; rename the file")
+        raise UsageError(f"the name of the input {path!r} is not UTF-8, so results cannot name it; rename the file")
     if not os.path.exists(path):
         raise UsageError(f"the input {path!r} is a link to a file that does not exist")
     if os.path.isdir(path) or not os.access(path, os.R_OK):

@@ -118,7 +118,7 @@ class _Slice(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
         if self._span.stamp not in ("", _stamp(os.fstat(self._file.fileno()))):
-            raise OSError(f"{self._span.source!r} was changed while it was read")
+            raise OSError(f"{self._span.source!r} was changed while it was being read")
         self._left -= count
         return count
 

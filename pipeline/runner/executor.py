@@ -133,4 +133,4 @@ class WorkPhase:
 
     def _drain(self) -> None:
         if self._is_working and self.signal:
-            self._notify(f"{self.signal.name}: {self.drain()}; once more to stop now")
+            self._notify(f"{self.signal.name}: {self.drain()}; repeat it to stop now")

@@ -140,7 +140,7 @@ class LocalExecutor:
         left = self.batch_store.still_open
         if left and self._context.options.fresh:
             raise UsageError(
-                f"{len(left):,} batch(es) of {self._context.writer.name!r} are not collected, and --fresh would "
+                f"{len(left):,} batch(es) of {self._context.writer.name!r} are not collected yet, and --fresh would "
                 "pay for their requests again",
                 hint="run without --fresh to collect them, or cancel them first: pipeline batches cancel ID",
             )
@@ -163,9 +163,9 @@ class LocalExecutor:
         if record.may_have_batch:
             raise StorageError(
                 f"{path!r} is damaged or gone, and batch {record.name} was made of it",
-                hint=f"bring it back, or give the batch up: pipeline batches cancel --forget {record.name}",
+                hint=f"restore the file, or give up on the batch: pipeline batches cancel --forget {record.name}",
             )
-        self._context.notify(f"{path!r} is damaged; no batch was made of it, its requests are sent anew")
+        self._context.notify(f"{path!r} is damaged, but no batch was made of it; its requests are sent again")
         return True
 
     def _requests_in_batches(self) -> Iterator[Request]:

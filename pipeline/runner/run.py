@@ -140,11 +140,11 @@ class Run:
         # A run on a cluster that was killed left results of workers, which belong into the results file.
         with staging.taken_in(writer, staging.staging_of(context.output)) as remove:
             if context.options.fresh and (aside := writer.set_aside()):
-                context.notify(f"earlier results are set aside as {aside}")
+                context.notify(f"earlier results were moved to {aside}")
             done = writer.done(self.all_totals)
             self.damaged = done.damaged
             if done.damaged:
-                self.warnings += (f"{done.damaged} damaged line(s) in {writer.name}; they are done again",)
+                self.warnings += (f"{done.damaged} damaged line(s) in {writer.name}; they are sent again",)
             context.feed.learn(done)
             context.feed.skip_in_batch(in_batches)
             if notice := context.feed.notice():
@@ -325,7 +325,7 @@ def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
     try:
         str(output).encode()
     except UnicodeEncodeError as exc:
-        raise UsageError(f"the name of the output {str(output)!a} is not UTF-8; choose another") from exc
+        raise UsageError(f"the name of the output {str(output)!a} is not UTF-8; choose another name") from exc
     if output.is_dir():
         raise UsageError(f"the output {str(output)!r} is a directory; name a file, or use -d for one file per input")
     if not output.parent.is_dir():
@@ -338,11 +338,11 @@ def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
 def _refuse_parts(folder: str, sources: Sequence[str], settings: Config) -> None:
     """Refuse an output at a store that cannot be: one that is an input, or that is to be in the order of the input."""
     if part := next((source for source in sources if reader.is_part_of(source, folder)), None):
-        raise UsageError(f"the output {folder!r} holds the input {part!r}; choose another -o")
+        raise UsageError(f"the output {folder!r} contains the input {part!r}; choose another -o")
     if settings.output.ordered:
         raise UsageError(
             "--ordered requires a file: results are stored as they arrive and cannot be reordered later",
-            hint="leave it out, or write to a file, -o answers.jsonl --ordered, and copy that to the store",
+            hint="leave it out, or write to a file (-o answers.jsonl --ordered) and copy it to the store",
         )
 
 

@@ -309,8 +309,8 @@ def test_another_protocol_starts_afresh(load: Load) -> None:
             ":1: prices.m.batch_multiplier: Input should be less than or equal to 1",
             id="a batch that costs more",
         ),
-        pytest.param("[a, b]", "must hold settings", id="list"),
-        pytest.param("just text", "must hold settings", id="text"),
+        pytest.param("[a, b]", "must contain settings", id="list"),
+        pytest.param("just text", "must contain settings", id="text"),
         pytest.param("1: 2", "1: Keys should be strings", id="number as a key"),
     ],
 )
@@ -451,13 +451,13 @@ def test_safe_addresses_are_taken(base_url: str) -> None:
         pytest.param("http://127.example.com/v1", "unencrypted", id="begins like 127"),
         pytest.param("http://0.0.0.0/v1", "unencrypted", id="any address"),
         pytest.param("http://[::2]/v1", "unencrypted", id="other IPv6"),
-        pytest.param("https://user:secret@example.com", "must not hold a user", id="user and password"),
-        pytest.param("https://user@example.com", "must not hold a user", id="user"),
-        pytest.param("http://localhost@example.com", "must not hold a user", id="loopback as a user"),
-        pytest.param("https://@example.com", "must not hold a user", id="empty user"),
-        pytest.param("ftp://user:secret@example.com", "must not hold a user", id="password before scheme"),
-        pytest.param("https://example.com/v1?key=secret", "must not hold a user", id="query"),
-        pytest.param("https://example.com/v1#x", "must not hold a user", id="fragment"),
+        pytest.param("https://user:secret@example.com", "must not contain a user", id="user and password"),
+        pytest.param("https://user@example.com", "must not contain a user", id="user"),
+        pytest.param("http://localhost@example.com", "must not contain a user", id="loopback as a user"),
+        pytest.param("https://@example.com", "must not contain a user", id="empty user"),
+        pytest.param("ftp://user:secret@example.com", "must not contain a user", id="password before scheme"),
+        pytest.param("https://example.com/v1?key=secret", "must not contain a user", id="query"),
+        pytest.param("https://example.com/v1#x", "must not contain a user", id="fragment"),
         pytest.param("file:///etc/passwd", "is not an http", id="file"),
         pytest.param("gopher://example.com", "is not an http", id="gopher"),
         pytest.param("example.com/v1", "is not an http", id="no scheme"),
@@ -483,7 +483,7 @@ def test_plain_http_can_be_allowed() -> None:
 @pytest.mark.parametrize("name", ["Authorization", "authorization", "X-Api-Key", "api-key", "Cookie"])
 def test_secrets_in_headers_are_refused(load: Load, name: str) -> None:
     """A header that holds a key cannot be written into the file, and the message does not repeat its value."""
-    with pytest.raises(ConfigError, match=f"{name} holds a secret") as caught:
+    with pytest.raises(ConfigError, match=f"{name} would contain a secret") as caught:
         load(f"providers: {{openai: {{headers: {{{name}: sk-canary}}}}}}")
 
     assert "sk-canary" not in caught.value.message

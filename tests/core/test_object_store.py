@@ -201,7 +201,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error(folder: str) ->
     assert {each.data for each in (first, *rest)} == {line[:-1]}
     assert last.problem is not None
     assert "cannot be read beyond this line" in last.problem
-    assert "was replaced while it was read" in last.problem
+    assert "was replaced while it was being read" in last.problem
 
 
 def test_a_reader_can_be_held_to_a_state_seen_before(folder: str) -> None:

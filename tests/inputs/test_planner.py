@@ -377,7 +377,7 @@ def test_a_native_line_gets_the_defaults() -> None:
         pytest.param({"custom_id": 5, "messages": [{"role": "robot"}]}, "5", "role", id="number as an id"),
         pytest.param({"custom_id": "a\0b", **CHAT}, "a\0b", "control characters", id="NUL in an id"),
         pytest.param({"custom_id": "x" * 10_000, **CHAT}, "x" * 10_000, "1 to 512 characters", id="long id"),
-        pytest.param({"custom_id": True, **CHAT}, None, "must be text or a whole number", id="true as an id"),
+        pytest.param({"custom_id": True, **CHAT}, None, "must be a string or an integer", id="true as an id"),
         pytest.param({"custom_id": "", **CHAT}, None, "1 to 512 characters", id="empty id"),
         pytest.param(
             {"provider": "nobody", **CHAT}, None, "provider 'nobody' is not configured", id="unknown provider"

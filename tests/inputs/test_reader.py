@@ -346,7 +346,7 @@ def test_an_existing_file_is_no_glob(here: Path) -> None:
     [
         pytest.param("missing.jsonl", "does not exist", id="missing"),
         pytest.param("missing/*.jsonl", "no file matches", id="empty glob"),
-        pytest.param("empty", "holds no", id="empty directory"),
+        pytest.param("empty", "contains no", id="empty directory"),
         pytest.param("dangling.jsonl", "does not exist", id="dangling link"),
         pytest.param("loop.jsonl", "does not exist", id="loop of links"),
         pytest.param("links", "does not exist", id="dangling link in a directory"),

@@ -491,7 +491,7 @@ async def test_fresh_sets_parts_aside(world: World, small_parts: None) -> None:
     )
     await world.run(source, fresh=True)
 
-    assert said == [f"earlier results are set aside as {world.output}old-1/"]
+    assert said == [f"earlier results were moved to {world.output}old-1/"]
     assert world.calls == 90
     assert _ids(world.lines()) == _ids(_questions(30))
     assert {name: world.bucket.content(f"answers/old-1/{name}") for name in old} == old
@@ -527,7 +527,7 @@ async def test_an_output_is_no_input(world: World) -> None:
     """A part of the output cannot be asked about: it would be overwritten."""
     object_store.put(f"{world.output}part-00000.jsonl", orjson.dumps(_line("q-1")) + b"\n")
 
-    with pytest.raises(UsageError, match="holds the input"):
+    with pytest.raises(UsageError, match="contains the input"):
         await world.run(f"{world.output}part-00000.jsonl")
 
 

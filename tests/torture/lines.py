@@ -252,7 +252,7 @@ NAMES: tuple[Name, ...] = (
     Name(id="negative number", written=b"-1", custom_id="-1"),
     Name(id="2^70", written=b"1180591620717411303424", custom_id="1180591620717411303424"),
     Name(id="text with a point", written=b'"1.0"', custom_id="1.0"),
-    Name(id="number with a point", written=b"1.0", reason="custom_id must be text or a whole number, not a number"),
+    Name(id="number with a point", written=b"1.0", reason="custom_id must be a string or an integer, not a number"),
     Name(id="true", written=b"true", reason="not a boolean"),
     Name(id="object", written=b"{}", reason="not an object"),
     Name(id="array", written=b'["a"]', reason="not an array"),

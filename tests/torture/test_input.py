@@ -170,7 +170,7 @@ def test_ids_are_compared_over_dialects_and_files(tmp_path: Path) -> None:
 
     assert verdict(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")) == (
         *(1, 1),
-        "custom_id '7' was used before; every id may stand once",
+        "custom_id '7' was used before; each line needs its own id",
     )
 
 

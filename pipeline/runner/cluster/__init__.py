@@ -81,12 +81,12 @@ def _refuse(settings: Config, options: Options, ray: str) -> None:
         reason = f"--ray sends live: --lane {settings.lane} needs no cluster, the provider does the work"
         raise UsageError(reason, hint="leave out --ray")
     if options.dedupe:
-        reason = "--dedupe requires one machine: no worker sees what the others send"
+        reason = "--dedupe requires one machine: a worker does not see the requests of the others"
         raise UsageError(reason, hint="leave out --ray, or --dedupe")
     if options.simulate and ray != "local":
         raise UsageError(
             "--simulate with --ray requires --ray local: machines cannot reach the simulator inside this command",
-            hint="start `pipeline simulate` where they can, and name it as base_url of the providers",
+            hint="start `pipeline simulate` where they can reach it, and set base_url of the providers to it",
         )
 
 
@@ -96,5 +96,5 @@ def _sources(inputs: Sequence[str], output: str | Path) -> list[str]:
     for source in sources:
         if not can_be_read_again(source):
             reason = f"--ray requires inputs that all machines can read, and {source!r} can be read only once, and here"
-            raise UsageError(reason, hint="save it to a file that they all see, and give that")
+            raise UsageError(reason, hint="save it to a file that all machines can read, and use that file as input")
     return [source if object_store.is_url(source) else os.path.abspath(source) for source in sources]

@@ -173,7 +173,7 @@ class Driver:
                 is_new = True
                 self._context.notify(f"a worker could not be started: {exc}")
                 if losses + 1 >= _MOST_LOSSES:
-                    hint = "is pipeline installed on all machines of the cluster, in the same version?"
+                    hint = "check that all machines of the cluster have the same version of pipeline installed"
                     self._end(UsageError(f"no worker can be started: {exc}", hint=hint))
                     return
             losses = losses + 1 if is_new else 0
@@ -200,7 +200,7 @@ class Driver:
             except WorkerLostError as exc:
                 if worker in self._workers:
                     self._workers.remove(worker)
-                    self._context.notify(f"a worker was lost, others do what it left: {exc}")
+                    self._context.notify(f"a worker was lost, others take over its lines: {exc}")
 
         self._workers.append(worker)
         async with anyio.create_task_group() as beside:
@@ -220,8 +220,8 @@ class Driver:
             await anyio.sleep(_LOOK_SECONDS)
         self._end(
             TryLaterError(
-                f"no worker could be had within {patience:,.0f} s",
-                hint="the cluster has no room: wait, or add machines to it",
+                f"no worker could be started within {patience:,.0f} s",
+                hint="the cluster has no free capacity: wait, or add machines",
             )
         )
 
@@ -342,7 +342,7 @@ class Driver:
         is_whole = outcome.sender is not None and not (outcome.stopped or outcome.ended or outcome.sender.dropped)
         if is_whole and not self._is_draining and len(collected.keys) < shard.wanted:
             missing = shard.wanted - len(collected.keys)
-            self._end(StorageError(f"{missing:,} results that were reported done are not in {str(output)!r}"))
+            self._end(StorageError(f"{missing:,} results that were reported as done are not in {str(output)!r}"))
 
     def _look_at_losses(self, shard: Shard) -> None:
         """End the run when a part kills whoever does it: it may be paid for each time."""
@@ -350,7 +350,9 @@ class Driver:
             span = shard.spans[0]
             place = f"{span.source}:{span.number}" if span.number > 1 or not span.start else span.source
             reason = f"the lines from {place} on were lost with their worker {shard.losses} times in a row"
-            self._end(TryLaterError(reason, hint="look at the logs of Ray for why (memory?), then repeat the command"))
+            self._end(
+                TryLaterError(reason, hint="look for the cause in Ray's logs (out of memory?), then repeat the command")
+            )
 
     def _heed(self, outcome: ShardOutcome) -> None:
         """Take what a part tells beside its results."""

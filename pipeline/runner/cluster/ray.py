@@ -116,7 +116,7 @@ class Session:
         except (RuntimeError, ValueError) as exc:
             raise UsageError(
                 f"the Ray cluster at {self.address!r} cannot be used: {exc}",
-                hint=f"all machines must have what is here: Ray {ray.__version__}, Python {sys.version.split()[0]}",
+                hint=f"all machines need the same versions: Ray {ray.__version__}, Python {sys.version.split()[0]}",
             ) from exc
         return ray
 
@@ -187,8 +187,8 @@ class RayPool:
 
     def _loss(self) -> TryLaterError:
         return TryLaterError(
-            f"the head of the Ray cluster, {self._head[0]}:{self._head[1]}, cannot be reached any more",
-            hint="bring the cluster up again, then repeat the command",
+            f"the head of the Ray cluster, {self._head[0]}:{self._head[1]}, can no longer be reached",
+            hint="restart the cluster, then repeat the command",
         )
 
 
@@ -310,12 +310,10 @@ class _ActorBroker:
         """Keep it, for the next part of this worker; what is not renewed is given back in a second."""
 
 
-_ADDRESSES = (
-    "give HOST:PORT, ray://HOST:10001, auto for the cluster that this machine is in, or local for one of its own"
-)
+_ADDRESSES = "give HOST:PORT, ray://HOST:10001, auto for this machine's cluster, or local to start one here"
 _IS_IT_UP = (
-    "is the address right, and the cluster up (ray status)? One that asks for a token wants RAY_AUTH_MODE=token, and "
-    "the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    "check the address, and that the cluster is up (ray status). If it requires a token, set RAY_AUTH_MODE=token and "
+    "put the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
 )
 
 

@@ -182,7 +182,7 @@ async def test_a_model_is_not_parked_for_a_pause_of_our_own() -> None:
 
 async def test_a_lost_connection_is_tried_again_and_a_lost_answer_is_counted() -> None:
     """A timeout after sending may be billed: it is tried again, counted as unknown, and listed."""
-    lost = TransportError("no whole answer within the timeout", type="timeout", is_sent=True)
+    lost = TransportError("no complete answer within the timeout", type="timeout", is_sent=True)
     refused = TransportError("cannot connect", type="connection_error", is_sent=False)
     world = World(scripts={"a": _then_reply(lost, refused)})
 

@@ -129,4 +129,4 @@ def test_a_file_that_changes_while_it_is_read_is_no_mixture(tmp_path: Path) -> N
 
     assert first.data == b'{"n":0000000}'
     assert all(line.data.startswith(b'{"n"') for line in rest)
-    assert "was changed while it was read" in (last.problem or "")
+    assert "was changed while it was being read" in (last.problem or "")

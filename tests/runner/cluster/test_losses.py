@@ -192,7 +192,7 @@ async def test_results_that_vanish_are_missed(tmp_path: Path) -> None:
         summary = await drive([source], tmp_path / "out.jsonl", config, FakePool(2, vanish={1}))
 
     assert summary.exit_code == 5
-    assert "were reported done" in (summary.stop_reason or "")
+    assert "were reported as done" in (summary.stop_reason or "")
     assert summary.pending > 0
 
 
