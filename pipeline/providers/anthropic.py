@@ -79,15 +79,15 @@ class AnthropicCodec:
         limit = body.get("max_tokens")
         return limit if type(limit) is int else None
 
-    def decode(self, answer: HttpResponse) -> Completion:
-        message, raw = responses.accepted(answer, AnthropicAPIError, RULES)
+    def decode(self, response: HttpResponse) -> Completion:
+        message, raw = responses.accepted(response, AnthropicAPIError, RULES)
         try:
-            return _reply(message, raw, responses.request_id(answer.headers))
+            return _completion(message, raw, responses.request_id(response.headers))
         except Malformed as exc:
-            raise responses.invalid_response(answer, AnthropicAPIError, str(exc)) from exc
+            raise responses.invalid_response(response, AnthropicAPIError, str(exc)) from exc
 
-    def usage(self, answer: HttpResponse) -> Usage | None:
-        return responses.usage_of(answer, _usage)
+    def usage(self, response: HttpResponse) -> Usage | None:
+        return responses.usage_of(response, _usage)
 
     def lost(self, error: TransportError) -> ProviderError:
         return responses.lost(error, AnthropicAPIError)
@@ -105,7 +105,7 @@ class AnthropicCodec:
         return {"input_tokens": float(counted), "output_tokens": float(usage.output_tokens)}
 
 
-def _reply(message: Mapping[str, Any], raw: bytes, request_id: str | None) -> Completion:
+def _completion(message: Mapping[str, Any], raw: bytes, request_id: str | None) -> Completion:
     if message.get("type") != "message":
         raise Malformed("its type is not 'message'")
     blocks = _blocks(message.get("content"))

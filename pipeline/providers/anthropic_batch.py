@@ -37,15 +37,18 @@ _COUNTS = ("processing", "succeeded", "errored", "canceled", "expired")
 class AnthropicBatches:
     """`BatchCodec` for endpoints that speak Anthropic's protocol."""
 
+    # The guide allows 100,000 requests and 256 MB per batch. We stay below, because the text around them counts too.
     max_requests = 100_000
-    max_bytes = 255_999_000  # 256 MB, less the text around the requests
+    max_bytes = 255_999_000
     is_for_one_model = False
     has_tags = False
     separator = b","
 
     def name(self, local_id: str, custom_id: str, digest: str) -> str:
         own = f"{local_id}-{custom_id}"
-        return own if _NAME.fullmatch(own) else f"{local_id}-{digest}"
+        if _NAME.fullmatch(own):
+            return own
+        return f"{local_id}-{digest}"
 
     def entry(self, name: str, body: bytes) -> bytes:
         return _ENTRY % (orjson.dumps(name), body)
@@ -53,8 +56,8 @@ class AnthropicBatches:
     def upload(self, endpoint: Endpoint, headers: Headers, local_id: str) -> None:
         return None
 
-    def uploaded(self, answer: HttpResponse) -> str:
-        raise NotImplementedError("there is no upload")
+    def uploaded(self, response: HttpResponse) -> str:
+        raise NotImplementedError("Anthropic batches have no separate upload")
 
     def create(self, endpoint: Endpoint, headers: Headers, local_id: str, file_id: str | None) -> HttpRequest:
         return HttpRequest(method="POST", url=_url(endpoint), headers=headers, body=b'{"requests":[', tail=b"]}")
@@ -65,38 +68,38 @@ class AnthropicBatches:
     def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
         return HttpRequest(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
 
-    def batch(self, answer: HttpResponse) -> Batch:
-        return _read(answer, _batch)
+    def batch(self, response: HttpResponse) -> Batch:
+        return _read(response, _batch)
 
     def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> HttpRequest:
-        query = f"?limit={_PAGE}" + (f"&after_id={quote(after, safe='')}" if after else "")
-        return HttpRequest(method="GET", url=_url(endpoint) + query, headers=headers)
+        url = f"{_url(endpoint)}?limit={_PAGE}"
+        if after:
+            url += f"&after_id={quote(after, safe='')}"
+        return HttpRequest(method="GET", url=url, headers=headers)
 
-    def listed(self, answer: HttpResponse) -> tuple[Sequence[Batch], bool]:
-        return _read(answer, partial(batches.page, _batch))
+    def listed(self, response: HttpResponse) -> tuple[Sequence[Batch], bool]:
+        return _read(response, partial(batches.page, _batch))
 
     def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest:
         """Ask for results at the endpoint's own address: `results_url` could send the key to any host."""
         return HttpRequest(method="GET", url=f"{_url(endpoint)}/{file}", headers=headers)
 
-    def refusal(self, answer: HttpResponse) -> ProviderError:
-        return responses.refusal(answer, AnthropicAPIError, RULES)
+    def refusal(self, response: HttpResponse) -> ProviderError:
+        return responses.refusal(response, AnthropicAPIError, RULES)
 
     def outcome(self, line: bytes) -> Outcome:
         """Read `{"custom_id", "result": {"type", "message"?, "error"?}}`."""
         name, value = batches.result_line(line)
         result = value.get("result")
         kind = member(result, "type")
-        if ending := _ENDINGS.get(str(kind)):
+        ending = _ENDINGS.get(str(kind))
+        if ending:
             return Outcome(name=name, ending=ending)
         if kind == "succeeded":
-            return Outcome(name=name, answer=HttpResponse(status=200, body=batches.encoded(member(result, "message"))))
+            body = batches.encoded(member(result, "message"))
+            return Outcome(name=name, answer=HttpResponse(status=200, body=body))
         if kind == "errored":
-            error = member(result, "error")
-            inner = member(error, "error") or error
-            status = status_of(None, str(member(inner, "type")))
-            body = batches.encoded({"type": "error", "error": inner, "request_id": member(error, "request_id")})
-            return Outcome(name=name, answer=HttpResponse(status=status, body=body))
+            return Outcome(name=name, answer=_error_response(member(result, "error")))
         return Outcome(name=name, answer=batches.unusable("a result of no known type"))
 
     def belongs(self, local_id: str, line: bytes) -> bool:
@@ -109,7 +112,7 @@ class AnthropicBatches:
         return None
 
     def failure(self, problem: Problem) -> ProviderError:
-        raise NotImplementedError("these batches are refused when they are made")
+        raise NotImplementedError("Anthropic refuses a bad batch when it is created, so none fails later")
 
 
 class AnthropicLines:
@@ -143,35 +146,65 @@ class AnthropicLines:
 
     def outcome(self, line: Mapping[str, Any]) -> tuple[bool, str | None]:
         outcome = line["result"]
-        success = outcome["type"] == "succeeded"
-        return success, outcome["message"].get("model") if success else None
+        if outcome["type"] != "succeeded":
+            return False, None
+        return True, outcome["message"].get("model")
+
+
+def _error_response(error: Any) -> HttpResponse:
+    """Return the error response that a live call would have got. `error` is the `error` of a result."""
+    # The documented form has an error in the error. An error without the outer one is read too.
+    inner = member(error, "error") or error
+    # A result has no HTTP status. The type of the error implies it.
+    status = status_of(None, str(member(inner, "type")))
+    body = batches.encoded({"type": "error", "error": inner, "request_id": member(error, "request_id")})
+    return HttpResponse(status=status, body=body)
 
 
 def _url(endpoint: Endpoint, id: str | None = None) -> str:
-    return f"{endpoint.url}/batches" + (f"/{quote(id, safe='')}" if id else "")
+    url = f"{endpoint.url}/batches"
+    if id:
+        url += f"/{quote(id, safe='')}"
+    return url
 
 
-def _read(answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
-    return batches.read(answer, reader, AnthropicAPIError, RULES)
+def _read(response: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
+    return batches.read(response, reader, AnthropicAPIError, RULES)
 
 
 def _batch(value: Any) -> Batch:
     """Read a batch. Until it has ended, all counts but `processing` stay 0, so none is returned."""
     if not isinstance(value, dict):
         raise Malformed("a batch that is not an object")
-    id, status = batches.named(value, "id"), batches.named(value, "processing_status")
-    counts = [batches.counted(value.get("request_counts"), name) for name in _COUNTS]
+    id = batches.named(value, "id")
+    status = batches.named(value, "processing_status")
     is_ended = status == "ended"
-    known = [count for count in counts if count is not None]
-    succeeded, errored = counts[1:3]
+    counts = value.get("request_counts")
+    succeeded: int | None = None
+    failed: int | None = None
+    files: tuple[str, ...] = ()
+    if is_ended:
+        succeeded = batches.counted(counts, "succeeded")
+        failed = batches.counted(counts, "errored")
+        files = (f"{quote(id, safe='')}/results",)
     return Batch(
         id=id,
         status=status,
         is_ended=is_ended,
-        total=sum(known) if known else None,
-        succeeded=succeeded if is_ended else None,
-        failed=errored if is_ended else None,
+        total=_total(counts),
+        succeeded=succeeded,
+        failed=failed,
         created_at=batches.from_rfc3339(value.get("created_at")),
         expires_at=batches.from_rfc3339(value.get("expires_at")),
-        files=(f"{quote(id, safe='')}/results",) if is_ended else (),
+        files=files,
     )
+
+
+def _total(counts: Any) -> int | None:
+    """Return the number of requests, which the API reports only as a count per state. None if it reports none."""
+    total: int | None = None
+    for name in _COUNTS:
+        count = batches.counted(counts, name)
+        if count is not None:
+            total = (total or 0) + count
+    return total

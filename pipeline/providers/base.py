@@ -87,14 +87,14 @@ class Codec(typing.Protocol):
         """Return the most output tokens that a body allows. None if it sets no limit."""
         ...
 
-    def decode(self, answer: HttpResponse) -> Completion:
+    def decode(self, response: HttpResponse) -> Completion:
         """Return the completion in a valid 200. Raises the provider's `ProviderError` for everything else.
 
         `Completion.model` is "" if the response names no model.
         """
         ...
 
-    def usage(self, answer: HttpResponse) -> Usage | None:
+    def usage(self, response: HttpResponse) -> Usage | None:
         """Return the usage in a response that could not be decoded: it is billed anyway. None if it reports none."""
         ...
 

@@ -20,7 +20,7 @@ from pipeline.core.errors import ErrorScope, LineError, ProviderError
 from pipeline.core.types import HttpRequest, HttpResponse
 from pipeline.providers import responses
 from pipeline.providers.base import Headers
-from pipeline.providers.error_mapping import Rule
+from pipeline.providers.error_mapping import Rule, member
 from pipeline.providers.responses import Malformed
 
 T = TypeVar("T")
@@ -79,50 +79,50 @@ class BatchCodec(typing.Protocol):
 
     is_for_one_model: bool
     has_tags: bool
-    """Whether all requests of a batch must name one model; whether a batch keeps the mark that it is given."""
+    """Whether all requests of a batch must name one model, and whether the API stores our tag with a batch."""
 
     separator: bytes
-    """What stands between two requests of an upload."""
+    """The bytes between two requests of an upload."""
 
     def name(self, local_id: str, custom_id: str, digest: str) -> str:
-        """Return the name of a request in a batch: its own id where the provider takes it."""
+        """Return the name of a request in a batch: its own id if the provider accepts it, else its digest."""
         ...
 
     def entry(self, name: str, body: bytes) -> bytes:
-        """Return a request as it stands in the upload."""
+        """Return a request as the upload contains it."""
         ...
 
     def upload(self, endpoint: Endpoint, headers: Headers, local_id: str) -> HttpRequest | None:
-        """Return the call that uploads a chunk ahead of its batch; None where it goes into the batch's own call."""
+        """Return the call that uploads the requests. None if they go into the call that creates the batch."""
         ...
 
-    def uploaded(self, answer: HttpResponse) -> str:
-        """Return the id of the file that was uploaded. This and all that read answers raise `ProviderError`."""
+    def uploaded(self, response: HttpResponse) -> str:
+        """Return the id of the uploaded file. All methods that read a response raise `ProviderError`."""
         ...
 
     def create(self, endpoint: Endpoint, headers: Headers, local_id: str, file_id: str | None) -> HttpRequest:
-        """Return the call that makes a batch."""
+        """Return the call that creates a batch."""
         ...
 
     def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest: ...
 
     def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest: ...
 
-    def batch(self, answer: HttpResponse) -> Batch:
-        """Read the answer of `create`, `poll` and `cancel`."""
+    def batch(self, response: HttpResponse) -> Batch:
+        """Read the response to `create`, `poll` or `cancel`."""
         ...
 
     def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> HttpRequest:
-        """Return the call that lists batches, newest first, from behind the one called `after`."""
+        """Return the call that lists batches, newest first, starting after the batch with the id `after`."""
         ...
 
-    def listed(self, answer: HttpResponse) -> tuple[Sequence[Batch], bool]:
+    def listed(self, response: HttpResponse) -> tuple[Sequence[Batch], bool]:
         """Return the batches of a page, and True if there are older ones."""
         ...
 
     def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest: ...
 
-    def refusal(self, answer: HttpResponse) -> ProviderError:
+    def refusal(self, response: HttpResponse) -> ProviderError:
         """Return the error in the response to a failed download."""
         ...
 
@@ -143,7 +143,7 @@ class BatchCodec(typing.Protocol):
         ...
 
 
-# ── what both have in common ──────────────────────────────────────────────────────────────────────────────────────
+# ── shared by the codecs ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def address(endpoint: Endpoint, path: str) -> str:
@@ -152,14 +152,14 @@ def address(endpoint: Endpoint, path: str) -> str:
 
 
 def read(
-    answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T], error: type[ProviderError], rules: Sequence[Rule]
+    response: HttpResponse, reader: Callable[[Mapping[str, Any]], T], error: type[ProviderError], rules: Sequence[Rule]
 ) -> T:
     """Read the object of a 200. Raises `error` for everything else."""
-    value, _ = responses.accepted(answer, error, rules)
+    value, _ = responses.accepted(response, error, rules)
     try:
         return reader(value)
     except Malformed as exc:
-        raise responses.invalid_response(answer, error, str(exc)) from exc
+        raise responses.invalid_response(response, error, str(exc)) from exc
 
 
 def page(reader: Callable[[Any], Batch], value: Mapping[str, Any]) -> tuple[Sequence[Batch], bool]:
@@ -172,13 +172,16 @@ def page(reader: Callable[[Any], Batch], value: Mapping[str, Any]) -> tuple[Sequ
 
 def with_header(headers: Headers, name: str, value: str) -> Headers:
     """Return headers with one of them replaced."""
-    return (*((each, old) for each, old in headers if each != name), (name, value))
+    kept = [header for header in headers if header[0] != name]
+    return (*kept, (name, value))
 
 
 def text(value: Mapping[str, Any], name: str) -> str | None:
     """Return a text field of an object. None if it is not a non-empty text."""
     found = value.get(name)
-    return found if isinstance(found, str) and found else None
+    if isinstance(found, str) and found:
+        return found
+    return None
 
 
 def named(value: Mapping[str, Any], name: str) -> str:
@@ -191,12 +194,16 @@ def named(value: Mapping[str, Any], name: str) -> str:
 
 def counted(value: Any, name: str) -> int | None:
     """Return a count. None if it is absent or invalid."""
-    count = value.get(name) if isinstance(value, dict) else None
-    return count if type(count) is int and count >= 0 else None
+    count = member(value, name)
+    # The exact type, because `true` is an int to Python.
+    if type(count) is int and count >= 0:
+        return count
+    return None
 
 
 def from_unix(value: Any) -> str | None:
     """Return Unix seconds as UTC, ISO 8601. None if they are not a valid time."""
+    # Later times, after the year 3058, are no times of a batch, and `fromtimestamp` fails for the largest.
     if type(value) not in (int, float) or not 0 <= value < 2**35:
         return None
     return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%dT%H:%M:%SZ}"
@@ -204,11 +211,16 @@ def from_unix(value: Any) -> str | None:
 
 def from_rfc3339(value: Any) -> str | None:
     """Return an RFC 3339 time as UTC, ISO 8601 in whole seconds. None if it is not a valid time."""
+    if not value:
+        return None
     try:
-        moment = datetime.fromisoformat(value).astimezone(UTC) if value else None
+        moment = datetime.fromisoformat(value).astimezone(UTC)
     except (TypeError, ValueError, OverflowError):
         return None
-    return f"{moment:%Y-%m-%dT%H:%M:%SZ}" if moment and moment.year >= 1970 else None
+    # Go servers write the year 1 for a time that is not set.
+    if moment.year < 1970:
+        return None
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def result_line(line: bytes) -> tuple[str, Mapping[str, Any]]:
@@ -221,12 +233,12 @@ def result_line(line: bytes) -> tuple[str, Mapping[str, Any]]:
     except LineError:
         value, _ = responses.parsed(line)
     if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
-        raise LineError("not a line of results: it has no custom_id")
+        raise LineError("not a result line: it has no custom_id")
     return value["custom_id"], value
 
 
 def encoded(value: Any) -> bytes:
-    """Return a part of a result line as JSON. A part nested too deep becomes a text, which decodes to an error."""
+    """Return a part of a result line as JSON. A part nested too deep becomes a string, which decodes to an error."""
     try:
         return jsonl.dumps(value)
     except RecursionError:
@@ -239,5 +251,7 @@ def unusable(reason: str) -> HttpResponse:
 
 
 def of_whole_batch(error: ProviderError) -> ProviderError:
-    """Return an error about a whole batch: what would fail one request there stops its model."""
-    return error.replace(scope=ErrorScope.MODEL) if error.scope is ErrorScope.REQUEST else error
+    """Return an error of a whole batch. If its scope is one request, the scope becomes the model."""
+    if error.scope is ErrorScope.REQUEST:
+        return error.replace(scope=ErrorScope.MODEL)
+    return error

@@ -82,23 +82,23 @@ def scope_of(error_body: ErrorBody, rules: Sequence[Rule], should_retry: str | N
     return scope
 
 
-def error_body_of(answer: HttpResponse, value: Any) -> ErrorBody:
+def error_body_of(response: HttpResponse, value: Any) -> ErrorBody:
     """Return an error response in one form. `_error_object` lists the shapes that servers use."""
     error = _error_object(value)
     if error is None:
-        status = answer.status if answer.status >= 400 else 500
-        text = f"an error that cannot be read: {description(answer)}"
+        status = response.status if response.status >= 400 else 500
+        text = f"an error that cannot be read: {description(response)}"
         return ErrorBody(status=status, type=f"http_{status}", message=text, is_structured=False)
     code = member(error.get("details"), "error_code") or error.get("code")
     kind = word(error.get("type")) or word(error.get("status"))
-    status = answer.status if answer.status >= 400 else status_of(code, kind)
+    status = response.status if response.status >= 400 else status_of(code, kind)
     message = error.get("message")
     said = sanitize(message, MAX_MESSAGE) if isinstance(message, str) else ""
     return ErrorBody(
         status=status,
         type=kind or f"http_{status}",
         code=word(code),
-        message=said or description(answer),
+        message=said or description(response),
     )
 
 
@@ -137,9 +137,9 @@ def _validation_problem(problem: Any) -> str:
     return f"{'.'.join(map(str, place))}: {message}"
 
 
-def description(answer: HttpResponse) -> str:
-    kind = sanitize(answer.headers.get("content-type", "none"), MAX_WORD)
-    return f"status {answer.status}, content-type {kind}, {len(answer.body):,} bytes: {excerpt(answer.body)!r}"
+def description(response: HttpResponse) -> str:
+    kind = sanitize(response.headers.get("content-type", "none"), MAX_WORD)
+    return f"status {response.status}, content-type {kind}, {len(response.body):,} bytes: {excerpt(response.body)!r}"
 
 
 def member(value: Any, name: str) -> Any:

@@ -89,18 +89,18 @@ class OpenAICodec:
             return None
         return limit * choices if type(choices) is int and choices > 1 else limit
 
-    def decode(self, answer: HttpResponse) -> Completion:
-        completion, raw = responses.accepted(answer, OpenAIAPIError, RULES)
+    def decode(self, response: HttpResponse) -> Completion:
+        completion, raw = responses.accepted(response, OpenAIAPIError, RULES)
         try:
             choice = _first_choice(completion)
             if choice.get("error"):  # OpenRouter, when the model's server failed halfway
-                raise responses.refused(answer, choice, OpenAIAPIError, RULES)
-            return _reply(completion, choice, raw, responses.request_id(answer.headers))
+                raise responses.refused(response, choice, OpenAIAPIError, RULES)
+            return _completion(completion, choice, raw, responses.request_id(response.headers))
         except Malformed as exc:
-            raise responses.invalid_response(answer, OpenAIAPIError, str(exc)) from exc
+            raise responses.invalid_response(response, OpenAIAPIError, str(exc)) from exc
 
-    def usage(self, answer: HttpResponse) -> Usage | None:
-        return responses.usage_of(answer, _usage)
+    def usage(self, response: HttpResponse) -> Usage | None:
+        return responses.usage_of(response, _usage)
 
     def lost(self, error: TransportError) -> ProviderError:
         return responses.lost(error, OpenAIAPIError)
@@ -138,7 +138,9 @@ def _first_choice(completion: Mapping[str, Any]) -> Mapping[str, Any]:
     return choice
 
 
-def _reply(completion: Mapping[str, Any], choice: Mapping[str, Any], raw: bytes, request_id: str | None) -> Completion:
+def _completion(
+    completion: Mapping[str, Any], choice: Mapping[str, Any], raw: bytes, request_id: str | None
+) -> Completion:
     message = choice.get("message")
     if not isinstance(message, dict):
         raise Malformed("its first choice has no message")

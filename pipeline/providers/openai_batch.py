@@ -32,6 +32,7 @@ T = TypeVar("T")
 TAG = "pipeline_chunk"
 _ENDPOINT = "/v1/chat/completions"
 _PAGE = 100
+# OpenAI's pages name no limit for a custom_id that we know of. Anthropic's limit is 64.
 _LONGEST_NAME = 64
 _ENTRY = b'{"custom_id":%b,"method":"POST","url":"/v1/chat/completions","body":%b}'
 _ENDED = ("completed", "failed", "expired", "cancelled")
@@ -42,20 +43,24 @@ _ENDINGS: Mapping[str, Ending] = {
     "batch_cancelled": "cancelled",
 }
 _QUEUE_LIMIT = re.compile(r"Limit: ([0-9,]{1,20}) enqueued tokens")
+# The queue is full until other batches of the account end.
 _WAITS = ("token_limit_exceeded", "too_many_batches", "rate_limit_exceeded")
 
 
 class OpenAIBatches:
     """`BatchCodec` for endpoints that speak OpenAI's protocol."""
 
+    # The guide allows 50,000 requests and 200 MB per file. We stay below, because the form around the file counts too.
     max_requests = 50_000
-    max_bytes = 199_999_000  # 200 MB, less the text around the requests
+    max_bytes = 199_999_000
     is_for_one_model = True
     has_tags = True
     separator = b"\n"
 
     def name(self, local_id: str, custom_id: str, digest: str) -> str:
-        return custom_id if len(custom_id) <= _LONGEST_NAME else digest
+        if len(custom_id) <= _LONGEST_NAME:
+            return custom_id
+        return digest
 
     def entry(self, name: str, body: bytes) -> bytes:
         return _ENTRY % (orjson.dumps(name), body)
@@ -75,8 +80,8 @@ class OpenAIBatches:
             tail=f"\n\r\n--{boundary}--\r\n".encode(),
         )
 
-    def uploaded(self, answer: HttpResponse) -> str:
-        return _read(answer, lambda file: batches.named(file, "id"))
+    def uploaded(self, response: HttpResponse) -> str:
+        return _read(response, lambda file: batches.named(file, "id"))
 
     def create(self, endpoint: Endpoint, headers: Headers, local_id: str, file_id: str | None) -> HttpRequest:
         wanted = {
@@ -95,55 +100,56 @@ class OpenAIBatches:
     def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
         return HttpRequest(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
 
-    def batch(self, answer: HttpResponse) -> Batch:
-        return _read(answer, _batch)
+    def batch(self, response: HttpResponse) -> Batch:
+        return _read(response, _batch)
 
     def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> HttpRequest:
-        query = f"?limit={_PAGE}" + (f"&after={quote(after, safe='')}" if after else "")
-        return HttpRequest(method="GET", url=batches.address(endpoint, "batches") + query, headers=headers)
+        url = f"{batches.address(endpoint, 'batches')}?limit={_PAGE}"
+        if after:
+            url += f"&after={quote(after, safe='')}"
+        return HttpRequest(method="GET", url=url, headers=headers)
 
-    def listed(self, answer: HttpResponse) -> tuple[Sequence[Batch], bool]:
-        return _read(answer, partial(batches.page, _batch))
+    def listed(self, response: HttpResponse) -> tuple[Sequence[Batch], bool]:
+        return _read(response, partial(batches.page, _batch))
 
     def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest:
         return HttpRequest(method="GET", url=batches.address(endpoint, file), headers=headers)
 
-    def refusal(self, answer: HttpResponse) -> ProviderError:
-        return responses.refusal(answer, OpenAIAPIError, RULES)
+    def refusal(self, response: HttpResponse) -> ProviderError:
+        return responses.refusal(response, OpenAIAPIError, RULES)
 
     def outcome(self, line: bytes) -> Outcome:
         """Read `{"custom_id", "response": {"status_code", "request_id", "body"} | null, "error": {"code"…} | null}`."""
         name, value = batches.result_line(line)
         response, error = value.get("response"), value.get("error")
         if isinstance(response, dict):
-            status = response.get("status_code")
-            request_id = batches.text(response, "request_id")
-            headers = {"x-request-id": request_id} if request_id else {}
-            return Outcome(
-                name=name,
-                answer=HttpResponse(status=status if type(status) is int else 0, headers=headers, body=_body(response)),
-            )
-        if ending := _ENDINGS.get(str(member(error, "code"))):
+            return Outcome(name=name, answer=_live_response(response))
+        ending = _ENDINGS.get(str(member(error, "code")))
+        if ending:
             return Outcome(name=name, ending=ending)
         if isinstance(error, dict):
-            return Outcome(
-                name=name, answer=HttpResponse(status=_status(error), body=batches.encoded({"error": error}))
-            )
+            failed = HttpResponse(status=_status(error), body=batches.encoded({"error": error}))
+            return Outcome(name=name, answer=failed)
         return Outcome(name=name, answer=batches.unusable("neither a response nor an error"))
 
     def belongs(self, local_id: str, line: bytes) -> bool:
+        # A batch is recognized by the tag in its metadata, so its lines need no check.
         return True
 
     def queue_limit(self, problem: Problem) -> int | None:
         match = _QUEUE_LIMIT.search(problem.message)
-        return int(match[1].replace(",", "")) if match else None
+        if match is None:
+            return None
+        return int(match[1].replace(",", ""))
 
     def failure(self, problem: Problem) -> ProviderError:
-        """Return the error of a failed batch. One that only came too early can be retried later."""
+        """Return the error of a failed batch. If the provider's queue was only full, the error allows a retry."""
         body = orjson.dumps({"error": {"message": problem.message, "type": problem.code, "code": problem.code}})
-        answer = HttpResponse(status=400, body=body)
-        error = responses.refused(answer, orjson.loads(body), OpenAIAPIError, RULES)
-        return error.replace(scope=ErrorScope.ATTEMPT) if problem.code in _WAITS else error
+        response = HttpResponse(status=400, body=body)
+        error = responses.refused(response, orjson.loads(body), OpenAIAPIError, RULES)
+        if problem.code in _WAITS:
+            return error.replace(scope=ErrorScope.ATTEMPT)
+        return error
 
 
 class OpenAILines:
@@ -160,14 +166,14 @@ class OpenAILines:
 
     def endpoint(self, line: Mapping[str, Any]) -> str:
         url = line.get("url")
-        endpoint = self._endpoints.get(url) if isinstance(url, str) else None
-        if endpoint is None:
-            known = " or ".join(repr(each) for each in self._endpoints)
+        # The check of the type comes first: a list or an object cannot be looked up.
+        if not isinstance(url, str) or url not in self._endpoints:
+            known = " or ".join(map(repr, self._endpoints))
             raise LineError(f"url must be {known} in an OpenAI Batch line, not {reprlib.repr(url)}")
         method = line.get("method", "POST")
         if method != "POST":
             raise LineError(f"method must be 'POST' in an OpenAI Batch line, not {reprlib.repr(method)}")
-        return endpoint
+        return self._endpoints[url]
 
     def result(self, result: Result) -> dict[str, Any]:
         response: dict[str, Any] | None = None
@@ -184,7 +190,7 @@ class OpenAILines:
                 "body": {"error": details},
             }
         elif failure:
-            # Also a 200 that could not be used: a reader must not take it for a success.
+            # This includes a 200 that could not be used. Under `response`, a reader would take it for a success.
             error = {"code": failure.type, "message": failure.message}
         return {
             "id": f"batch_req_{result.digest}",
@@ -199,16 +205,17 @@ class OpenAILines:
     def outcome(self, line: Mapping[str, Any]) -> tuple[bool, str | None]:
         response = line["response"] or {}
         body = response.get("body", {})
-        success = line["error"] is None and response.get("status_code") == 200 and "error" not in body
-        return success, body.get("model") if success else None
+        if line["error"] is not None or response.get("status_code") != 200 or "error" in body:
+            return False, None
+        return True, body.get("model")
 
 
 def _url(endpoint: Endpoint, id: str) -> str:
     return batches.address(endpoint, f"batches/{quote(id, safe='')}")
 
 
-def _read(answer: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
-    return batches.read(answer, reader, OpenAIAPIError, RULES)
+def _read(response: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
+    return batches.read(response, reader, OpenAIAPIError, RULES)
 
 
 def _batch(value: Any) -> Batch:
@@ -217,8 +224,11 @@ def _batch(value: Any) -> Batch:
         raise Malformed("a batch that is not an object")
     status = batches.named(value, "status")
     counts = value.get("request_counts")
-    file_ids = [batches.text(value, name) for name in ("output_file_id", "error_file_id")]
+    # Either file may be missing: the first without a success, the second without a failure.
+    file_ids = (batches.text(value, "output_file_id"), batches.text(value, "error_file_id"))
     metadata = value.get("metadata")
+    tag = batches.text(metadata, TAG) if isinstance(metadata, dict) else None
+    problems = _problems(value) if status == "failed" else ()
     return Batch(
         id=batches.named(value, "id"),
         status=status,
@@ -230,37 +240,54 @@ def _batch(value: Any) -> Batch:
         expires_at=batches.from_unix(value.get("expires_at")),
         files=tuple(f"files/{quote(id, safe='')}/content" for id in file_ids if id),
         ending=_ENDINGS.get(status),
-        problems=_problems(value) if status == "failed" else (),
-        tag=batches.text(metadata, TAG) if isinstance(metadata, dict) else None,
+        problems=problems,
+        tag=tag,
     )
 
 
 def _problems(value: Mapping[str, Any]) -> Sequence[Problem]:
     """Return why validation failed, with at least one reason."""
     listed = member(value.get("errors"), "data")
-    found = listed if isinstance(listed, list) else []
-    problems = [_problem(each) for each in found if isinstance(each, dict)]
+    problems: list[Problem] = []
+    if isinstance(listed, list):
+        problems += (_problem(each) for each in listed if isinstance(each, dict))
     if not problems:
-        problems = [Problem(code=None, message="the batch failed, and the provider does not say why")]
+        problems.append(Problem(code=None, message="the batch failed, and the provider does not say why"))
     return tuple(problems)
 
 
 def _problem(value: Mapping[str, Any]) -> Problem:
+    message = value.get("message") or "the provider gives no reason"
     line = value.get("line")
-    has_line = type(line) is int and line > 0
-    return Problem(
-        code=word(value.get("code")),
-        message=sanitize(str(value.get("message") or "no reason is given"), MAX_MESSAGE),
-        line=line if has_line else None,
-    )
+    # A problem of the whole file has no line.
+    if type(line) is not int or line < 1:
+        line = None
+    return Problem(code=word(value.get("code")), message=sanitize(str(message), MAX_MESSAGE), line=line)
+
+
+def _live_response(response: Mapping[str, Any]) -> HttpResponse:
+    """Return the response that a live call would have got. A missing status becomes 0, which decodes to an error."""
+    status = response.get("status_code")
+    if type(status) is not int:
+        status = 0
+    headers: dict[str, str] = {}
+    request_id = batches.text(response, "request_id")
+    if request_id:
+        headers["x-request-id"] = request_id
+    return HttpResponse(status=status, headers=headers, body=_body(response))
 
 
 def _body(response: Mapping[str, Any]) -> bytes:
     """Return the body of a response. Some compatible servers write it as a string of JSON."""
     body = response.get("body")
-    return body.encode("utf-8", "replace") if isinstance(body, str) else batches.encoded(body)
+    if isinstance(body, str):
+        return body.encode("utf-8", "replace")
+    return batches.encoded(body)
 
 
 def _status(error: Mapping[str, Any]) -> int:
+    """Return the HTTP status in the code of an error, else 500, which allows a retry."""
     code = error.get("code")
-    return code if type(code) is int and 400 <= code < 600 else 500
+    if type(code) is int and 400 <= code < 600:
+        return code
+    return 500

@@ -31,62 +31,62 @@ class Malformed(Exception):
     """A 200 whose body breaks the protocol. The message says where."""
 
 
-def accepted(answer: HttpResponse, error: type[ProviderError], rules: Sequence[Rule]) -> tuple[dict[str, Any], bytes]:
+def accepted(response: HttpResponse, error: type[ProviderError], rules: Sequence[Rule]) -> tuple[dict[str, Any], bytes]:
     """Return the JSON object of a 200 and its text. Raises `error` for everything else.
 
     The text is the body byte for byte, unless the body is not strict JSON (see `_mended`).
     """
-    value, raw = parsed(answer.body)
-    if 300 <= answer.status < 400:
-        raise _redirect(answer, error)
-    if answer.status >= 400 or member(value, "error") or member(value, "type") == "error":
-        raise refused(answer, value, error, rules)
-    if answer.status != 200 or not isinstance(value, dict):
-        raise invalid_response(answer, error, "not a JSON object")
+    value, raw = parsed(response.body)
+    if 300 <= response.status < 400:
+        raise _redirect(response, error)
+    if response.status >= 400 or member(value, "error") or member(value, "type") == "error":
+        raise refused(response, value, error, rules)
+    if response.status != 200 or not isinstance(value, dict):
+        raise invalid_response(response, error, "not a JSON object")
     if raw.count(b"[") + raw.count(b"{") > jsonl.MAX_DEPTH and jsonl.is_too_deep(value):
         # The result line would be nested too deep to be read again.
-        raise invalid_response(answer, error, f"nested more than {jsonl.MAX_DEPTH} deep")
+        raise invalid_response(response, error, f"nested more than {jsonl.MAX_DEPTH} deep")
     return value, raw
 
 
-def refusal(answer: HttpResponse, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
+def refusal(response: HttpResponse, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
     """Return the error for a failed download."""
-    if 300 <= answer.status < 400:
-        return _redirect(answer, error)
-    return refused(answer, parsed(answer.body)[0], error, rules)
+    if 300 <= response.status < 400:
+        return _redirect(response, error)
+    return refused(response, parsed(response.body)[0], error, rules)
 
 
-def refused(answer: HttpResponse, value: Any, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
+def refused(response: HttpResponse, value: Any, error: type[ProviderError], rules: Sequence[Rule]) -> ProviderError:
     """Return the error in a response. `value` is its parsed JSON, None if it is not JSON."""
-    error_body = error_body_of(answer, value)
+    error_body = error_body_of(response, value)
     return error(
         error_body.message,
         type=error_body.type,
         code=error_body.code,
-        scope=scope_of(error_body, rules, answer.headers.get("x-should-retry")),
-        status=answer.status,
-        request_id=request_id(answer.headers) or word(member(value, "request_id")),
-        retry_after=retry_after(answer.headers),
-        may_be_billed=answer.status < 300 or answer.status in _GAVE_UP,
+        scope=scope_of(error_body, rules, response.headers.get("x-should-retry")),
+        status=response.status,
+        request_id=request_id(response.headers) or word(member(value, "request_id")),
+        retry_after=retry_after(response.headers),
+        may_be_billed=response.status < 300 or response.status in _GAVE_UP,
     )
 
 
-def invalid_response(answer: HttpResponse, error: type[ProviderError], reason: str) -> ProviderError:
+def invalid_response(response: HttpResponse, error: type[ProviderError], reason: str) -> ProviderError:
     """Return the error for a response that is neither a completion nor an error. The work may be billed."""
     return error(
-        f"unusable answer, {reason}: {description(answer)}",
+        f"unusable answer, {reason}: {description(response)}",
         type="invalid_response",
         scope=ErrorScope.ATTEMPT,
-        status=answer.status,
-        request_id=request_id(answer.headers),
-        retry_after=retry_after(answer.headers),
+        status=response.status,
+        request_id=request_id(response.headers),
+        retry_after=retry_after(response.headers),
         may_be_billed=True,
     )
 
 
-def usage_of(answer: HttpResponse, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
+def usage_of(response: HttpResponse, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
     """Return the usage in a response that could not be used. None if it has no valid usage."""
-    value, _ = parsed(answer.body)
+    value, _ = parsed(response.body)
     try:
         return read(value) if isinstance(value, dict) else None
     except Malformed:
@@ -147,9 +147,9 @@ def arguments(value: Any) -> Any:
         return value
 
 
-def _redirect(answer: HttpResponse, error: type[ProviderError]) -> ProviderError:
+def _redirect(response: HttpResponse, error: type[ProviderError]) -> ProviderError:
     """Return the error for a redirect. Following it would send the key and the conversation to another address."""
-    location = answer.headers.get("location", "")
+    location = response.headers.get("location", "")
     try:
         target = urlsplit(location).hostname or location
     except ValueError:
@@ -159,8 +159,8 @@ def _redirect(answer: HttpResponse, error: type[ProviderError]) -> ProviderError
         "set base_url of this provider to the right address",
         type="redirect",
         scope=ErrorScope.RUN,
-        status=answer.status,
-        request_id=request_id(answer.headers),
+        status=response.status,
+        request_id=request_id(response.headers),
     )
 
 

@@ -606,8 +606,8 @@ def test_a_batch_without_our_mark_has_none(metadata: Any) -> None:
         pytest.param([{"code": "a", "message": "m", "line": True}], [("a", "m", None)], id="line true"),
         pytest.param([{"code": "a", "message": "m\x1b[2J\nx"}], [("a", "m [2J x", None)], id="controls"),
         pytest.param(["x", None, {"code": "a", "message": "m"}], [("a", "m", None)], id="some are no objects"),
-        pytest.param([{}], [(None, "no reason is given", None)], id="nothing said"),
-        pytest.param([{"code": "a", "message": None}], [("a", "no reason is given", None)], id="no message"),
+        pytest.param([{}], [(None, "the provider gives no reason", None)], id="nothing said"),
+        pytest.param([{"code": "a", "message": None}], [("a", "the provider gives no reason", None)], id="no message"),
     ],
 )
 def test_why_a_batch_failed(errors: Any, problems: list[tuple[str | None, str, int | None]]) -> None:
