@@ -22,7 +22,8 @@ DEFAULT_VERSION = "2023-06-01"
 DEFAULT_MAX_TOKENS = 4096
 MAX_TEMPERATURE = 1.0
 ROLES = ("user", "assistant", "system", "developer", "tool")
-_CUT = ("max_tokens", "model_context_window_exceeded")
+# Stop reasons of an incomplete output.
+_TRUNCATED = ("max_tokens", "model_context_window_exceeded")
 
 RULES = (
     # Spending limits and accounts on hold: nothing will succeed until the user acts.
@@ -41,9 +42,11 @@ RULES = (
 )
 
 
+# The headers of each kind of limit: the limit, and what remains of it.
 _LIMITS = {
-    kind: (f"anthropic-ratelimit-{word}-limit", f"anthropic-ratelimit-{word}-remaining")
-    for kind, word in (("requests", "requests"), ("input_tokens", "input-tokens"), ("output_tokens", "output-tokens"))
+    "requests": ("anthropic-ratelimit-requests-limit", "anthropic-ratelimit-requests-remaining"),
+    "input_tokens": ("anthropic-ratelimit-input-tokens-limit", "anthropic-ratelimit-input-tokens-remaining"),
+    "output_tokens": ("anthropic-ratelimit-output-tokens-limit", "anthropic-ratelimit-output-tokens-remaining"),
 }
 
 
@@ -69,6 +72,7 @@ class AnthropicCodec:
         line = validation.completed(fields, defaults)
         validation.check_line(line, ROLES, MAX_TEMPERATURE)
         body = anthropic_convert.translate(line, model)
+        # Anthropic requires a limit. Other providers do not, so a portable line may lack it.
         body.setdefault("max_tokens", endpoint.max_tokens or DEFAULT_MAX_TOKENS)
         return body
 
@@ -77,7 +81,9 @@ class AnthropicCodec:
 
     def max_output_tokens(self, body: Mapping[str, Any]) -> int | None:
         limit = body.get("max_tokens")
-        return limit if type(limit) is int else None
+        if type(limit) is int:
+            return limit
+        return None
 
     def decode(self, response: HttpResponse) -> Completion:
         message, raw = responses.accepted(response, AnthropicAPIError, RULES)
@@ -109,17 +115,24 @@ def _completion(message: Mapping[str, Any], raw: bytes, request_id: str | None) 
     if message.get("type") != "message":
         raise Malformed("its type is not 'message'")
     blocks = _blocks(message.get("content"))
-    texts = [_text(block) for block in blocks if block.get("type") == "text"]
-    model, finish_reason = message.get("model"), message.get("stop_reason")
+    finish_reason = responses.string(message, "stop_reason")
+    texts: list[str] = []
+    tool_calls: list[ToolCall] = []
+    for block in blocks:
+        kind = block.get("type")
+        if kind == "text":
+            texts.append(_text(block))
+        elif kind == "tool_use":
+            tool_calls.append(_tool_call(block))
     return Completion(
-        model=model if isinstance(model, str) else "",
+        model=responses.string(message, "model") or "",
         content="".join(texts) if texts else None,
-        finish_reason=finish_reason if isinstance(finish_reason, str) else None,
-        truncated=finish_reason in _CUT,
+        finish_reason=finish_reason,
+        truncated=finish_reason in _TRUNCATED,
         usage=responses.usage_or_none(_usage, message),
         raw=raw,
         refusal=_refusal(message) if finish_reason == "refusal" else None,
-        tool_calls=tuple(_tool_call(block) for block in blocks if block.get("type") == "tool_use"),
+        tool_calls=tuple(tool_calls),
         request_id=request_id,
     )
 
@@ -138,35 +151,46 @@ def _text(block: Mapping[str, Any]) -> str:
 
 
 def _tool_call(block: Mapping[str, Any]) -> ToolCall:
-    id, name = block.get("id"), block.get("name")
-    if not isinstance(name, str):
+    name = responses.string(block, "name")
+    if name is None:
         raise Malformed("a tool_use block without a name")
-    return ToolCall(id=id if isinstance(id, str) else None, name=name, arguments=block.get("input"))
+    return ToolCall(id=responses.string(block, "id"), name=name, arguments=block.get("input"))
 
 
 def _refusal(message: Mapping[str, Any]) -> str:
+    """Return `category: explanation` as far as they are given, else `refusal`."""
     details = responses.optional_object(message, "stop_details")
-    said = (details.get("category"), details.get("explanation"))
-    return ": ".join(text for text in said if isinstance(text, str) and text) or "refusal"
+    category = responses.string(details, "category")
+    explanation = responses.string(details, "explanation")
+    if category and explanation:
+        return f"{category}: {explanation}"
+    return category or explanation or "refusal"
 
 
 def _usage(message: Mapping[str, Any]) -> Usage | None:
     """Return the usage of a message, None if it has none. Our input tokens include Anthropic's cached tokens."""
     usage = responses.optional_object(message, "usage")
-    uncached, output = responses.count(usage, "input_tokens"), responses.count(usage, "output_tokens")
+    uncached = responses.count(usage, "input_tokens")
+    output = responses.count(usage, "output_tokens")
     if uncached is None or output is None:
         return None
     read = responses.count(usage, "cache_read_input_tokens") or 0
-    split = responses.optional_object(usage, "cache_creation")
-    written_1h = responses.count(split, "ephemeral_1h_input_tokens") or 0
+    by_lifetime = responses.optional_object(usage, "cache_creation")
+    written_1h = responses.count(by_lifetime, "ephemeral_1h_input_tokens") or 0
     written = responses.count(usage, "cache_creation_input_tokens")
     if written is None:
-        written = written_1h + (responses.count(split, "ephemeral_5m_input_tokens") or 0)
+        written_5m = responses.count(by_lifetime, "ephemeral_5m_input_tokens") or 0
+        written = written_1h + written_5m
+    # Writes for 1h cost more than those for 5m. A wrong split would make the cost wrong.
     if written_1h > written:
         raise Malformed("usage has more tokens written for 1h than written at all")
-    reasoning = responses.count(responses.optional_object(usage, "output_tokens_details"), "thinking_tokens") or 0
-    searches = responses.count(responses.optional_object(usage, "server_tool_use"), "web_search_requests") or 0
-    tier = "fast" if usage.get("speed") == "fast" else usage.get("service_tier")
+    output_details = responses.optional_object(usage, "output_tokens_details")
+    reasoning = responses.count(output_details, "thinking_tokens") or 0
+    server_tools = responses.optional_object(usage, "server_tool_use")
+    searches = responses.count(server_tools, "web_search_requests") or 0
+    # Fast mode has its own prices, whatever the tier.
+    is_fast = usage.get("speed") == "fast"
+    tier = "fast" if is_fast else responses.string(usage, "service_tier")
     return Usage(
         input_tokens=uncached + written + read,
         output_tokens=output,
@@ -175,5 +199,5 @@ def _usage(message: Mapping[str, Any]) -> Usage | None:
         cache_write_1h_tokens=written_1h,
         reasoning_tokens=reasoning,
         web_searches=searches,
-        service_tier=tier if isinstance(tier, str) else None,
+        service_tier=tier,
     )

@@ -41,9 +41,11 @@ RULES = (
 )
 
 
+# The headers of each kind of limit: the limit, and what remains of it.
 _LIMITS = {
-    kind: (f"x-ratelimit-limit-{word}", f"x-ratelimit-remaining-{word}")
-    for kind, word in (("requests", "requests"), ("tokens", "tokens"), ("project_tokens", "project-tokens"))
+    "requests": ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests"),
+    "tokens": ("x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens"),
+    "project_tokens": ("x-ratelimit-limit-project-tokens", "x-ratelimit-remaining-project-tokens"),
 }
 
 
@@ -68,10 +70,13 @@ class OpenAICodec:
         validation.check_model(model)
         line = validation.completed(fields, defaults)
         validation.check_line(line, ROLES, MAX_TEMPERATURE)
-        is_own, is_reasoning = _is_own_host(endpoint.base_url), openai_convert.is_reasoning(model)
+        is_own = _is_own_host(endpoint.base_url)
+        is_reasoning = openai_convert.is_reasoning(model)
         limit_field = endpoint.max_tokens_field
         if limit_field in (None, "auto"):
+            # Reasoning models refuse `max_tokens`, and older compatible servers know nothing else.
             limit_field = "max_completion_tokens" if is_reasoning else None
+        # Compatible servers may refuse the role `developer`.
         system_role = "developer" if is_own and is_reasoning else "system"
         body = openai_convert.translate(line, model, limit_field=limit_field, system_role=system_role)
         if is_own and endpoint.store is not None:
@@ -87,13 +92,16 @@ class OpenAICodec:
         choices = body.get("n")
         if type(limit) is not int:
             return None
-        return limit * choices if type(choices) is int and choices > 1 else limit
+        if type(choices) is int and choices > 1:
+            return limit * choices
+        return limit
 
     def decode(self, response: HttpResponse) -> Completion:
         completion, raw = responses.accepted(response, OpenAIAPIError, RULES)
         try:
             choice = _first_choice(completion)
-            if choice.get("error"):  # OpenRouter, when the model's server failed halfway
+            if choice.get("error"):
+                # OpenRouter sends this if the model's server failed halfway.
                 raise responses.refused(response, choice, OpenAIAPIError, RULES)
             return _completion(completion, choice, raw, responses.request_id(response.headers))
         except Malformed as exc:
@@ -144,11 +152,11 @@ def _completion(
     message = choice.get("message")
     if not isinstance(message, dict):
         raise Malformed("its first choice has no message")
-    model, finish_reason = completion.get("model"), choice.get("finish_reason")
+    finish_reason = responses.string(choice, "finish_reason")
     return Completion(
-        model=model if isinstance(model, str) else "",
+        model=responses.string(completion, "model") or "",
         content=_content(message.get("content")),
-        finish_reason=finish_reason if isinstance(finish_reason, str) else None,
+        finish_reason=finish_reason,
         truncated=finish_reason == "length",
         usage=responses.usage_or_none(_usage, completion),
         raw=raw,
@@ -165,57 +173,63 @@ def _content(content: Any) -> str | None:
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise Malformed("the content of its message is neither text nor a list of parts")
     texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
-    return "".join(texts) if texts else None
+    # Without a text part, the content is null, as OpenAI sends it.
+    if not texts:
+        return None
+    return "".join(texts)
 
 
-def _refusal(message: Mapping[str, Any], finish_reason: Any) -> str | None:
-    refusal = message.get("refusal")
-    if isinstance(refusal, str) and refusal:
+def _refusal(message: Mapping[str, Any], finish_reason: str | None) -> str | None:
+    refusal = responses.string(message, "refusal")
+    if refusal:
         return refusal
-    return "content_filter" if finish_reason == "content_filter" else None
+    if finish_reason == "content_filter":
+        return finish_reason
+    return None
 
 
 def _tool_calls(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise Malformed("the tool_calls of its message are not a list of objects")
-    if legacy := message.get("function_call"):
+    # The form before tools, which some compatible servers still send.
+    legacy = message.get("function_call")
+    if legacy:
         calls = [*calls, {"function": legacy}]
     return tuple(_tool_call(call) for call in calls)
 
 
 def _tool_call(call: Mapping[str, Any]) -> ToolCall:
     """Read a function call, whose arguments are JSON, or a custom tool call, whose input is free text."""
-    id = call.get("id")
-    function, custom = responses.optional_object(call, "function"), responses.optional_object(call, "custom")
+    function = responses.optional_object(call, "function")
+    custom = responses.optional_object(call, "custom")
     name = function.get("name") or custom.get("name")
     if not isinstance(name, str):
         raise Malformed("a tool call without a name")
-    return ToolCall(
-        id=id if isinstance(id, str) else None,
-        name=name,
-        arguments=responses.arguments(function.get("arguments")) if function else custom.get("input"),
-    )
+    arguments = responses.arguments(function.get("arguments")) if function else custom.get("input")
+    return ToolCall(id=responses.string(call, "id"), name=name, arguments=arguments)
 
 
 def _usage(completion: Mapping[str, Any]) -> Usage | None:
     """Return the reported usage, None if there is none. Details that are not reported count as 0."""
     usage = responses.optional_object(completion, "usage")
-    prompt, output = responses.count(usage, "prompt_tokens"), responses.count(usage, "completion_tokens")
+    prompt = responses.count(usage, "prompt_tokens")
+    output = responses.count(usage, "completion_tokens")
     if prompt is None or output is None:
         return None
-    details = responses.optional_object(usage, "prompt_tokens_details")
-    read = responses.count(details, "cached_tokens") or 0
-    written = responses.count(details, "cache_write_tokens") or 0
+    prompt_details = responses.optional_object(usage, "prompt_tokens_details")
+    read = responses.count(prompt_details, "cached_tokens") or 0
+    written = responses.count(prompt_details, "cache_write_tokens") or 0
+    # The cached tokens are part of the prompt. Otherwise the uncached rest would be negative, and the cost wrong.
     if read + written > prompt:
         raise Malformed("usage has more cached tokens than prompt tokens")
-    reasoning = responses.count(responses.optional_object(usage, "completion_tokens_details"), "reasoning_tokens") or 0
-    tier = completion.get("service_tier")
+    output_details = responses.optional_object(usage, "completion_tokens_details")
+    reasoning = responses.count(output_details, "reasoning_tokens") or 0
     return Usage(
         input_tokens=prompt,
         output_tokens=output,
         cache_read_tokens=read,
         cache_write_tokens=written,
         reasoning_tokens=reasoning,
-        service_tier=tier if isinstance(tier, str) else None,
+        service_tier=responses.string(completion, "service_tier"),
     )

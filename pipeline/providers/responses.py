@@ -20,8 +20,10 @@ from pipeline.providers.rate_limit_headers import retry_after
 MAX_TOKENS = 10**9
 """More tokens than any response can have. A larger number is a server's mistake."""
 
+# The largest float, about 1.8e308, has 309 digits.
 _MOST_DIGITS = 309
 _SURROGATES = re.compile("[\ud800-\udfff]")
+# Anthropic, OpenAI, and Azure API Management, in this order.
 _REQUEST_IDS = ("request-id", "x-request-id", "apim-request-id")
 # A gateway stopped waiting. The provider behind it may have finished the work and may bill it.
 _GAVE_UP = (504, 524)
@@ -40,9 +42,11 @@ def accepted(response: HttpResponse, error: type[ProviderError], rules: Sequence
     if 300 <= response.status < 400:
         raise _redirect(response, error)
     if response.status >= 400 or member(value, "error") or member(value, "type") == "error":
+        # OpenRouter and others report an error inside a 200.
         raise refused(response, value, error, rules)
     if response.status != 200 or not isinstance(value, dict):
         raise invalid_response(response, error, "not a JSON object")
+    # Counting brackets is quick, and rules out almost every response before the exact check.
     if raw.count(b"[") + raw.count(b"{") > jsonl.MAX_DEPTH and jsonl.is_too_deep(value):
         # The result line would be nested too deep to be read again.
         raise invalid_response(response, error, f"nested more than {jsonl.MAX_DEPTH} deep")
@@ -74,7 +78,7 @@ def refused(response: HttpResponse, value: Any, error: type[ProviderError], rule
 def invalid_response(response: HttpResponse, error: type[ProviderError], reason: str) -> ProviderError:
     """Return the error for a response that is neither a completion nor an error. The work may be billed."""
     return error(
-        f"unusable answer, {reason}: {description(response)}",
+        f"unusable response, {reason}: {description(response)}",
         type="invalid_response",
         scope=ErrorScope.ATTEMPT,
         status=response.status,
@@ -87,10 +91,9 @@ def invalid_response(response: HttpResponse, error: type[ProviderError], reason:
 def usage_of(response: HttpResponse, read: Callable[[Mapping[str, Any]], Usage | None]) -> Usage | None:
     """Return the usage in a response that could not be used. None if it has no valid usage."""
     value, _ = parsed(response.body)
-    try:
-        return read(value) if isinstance(value, dict) else None
-    except Malformed:
+    if not isinstance(value, dict):
         return None
+    return usage_or_none(read, value)
 
 
 def lost(error: TransportError, kind: type[ProviderError]) -> ProviderError:
@@ -101,8 +104,17 @@ def lost(error: TransportError, kind: type[ProviderError]) -> ProviderError:
 def request_id(headers: Mapping[str, str]) -> str | None:
     """Return the provider's id of a request, from the response headers."""
     for name in _REQUEST_IDS:
-        if found := word(headers.get(name)):
+        found = word(headers.get(name))
+        if found:
             return found
+    return None
+
+
+def string(owner: Mapping[str, Any], name: str) -> str | None:
+    """Return a string in a response. None if the field is absent or anything else."""
+    value = owner.get(name)
+    if isinstance(value, str):
+        return value
     return None
 
 
@@ -150,6 +162,7 @@ def arguments(value: Any) -> Any:
 def _redirect(response: HttpResponse, error: type[ProviderError]) -> ProviderError:
     """Return the error for a redirect. Following it would send the key and the conversation to another address."""
     location = response.headers.get("location", "")
+    # The message names the host only, because the rest of an address may hold secrets.
     try:
         target = urlsplit(location).hostname or location
     except ValueError:
@@ -180,7 +193,9 @@ def parsed(body: bytes) -> tuple[Any, bytes]:
 
 def _integer(digits: str) -> int | None:
     """Return an integer. None if it is larger than any float, because strict readers refuse it."""
-    return int(digits) if len(digits) < _MOST_DIGITS else None
+    if len(digits) < _MOST_DIGITS:
+        return int(digits)
+    return None
 
 
 def _mended(body: bytes) -> tuple[Any, bytes]:
@@ -188,6 +203,7 @@ def _mended(body: bytes) -> tuple[Any, bytes]:
 
     Characters that strict JSON cannot hold become U+FFFD, and such numbers become null.
     """
+    # "utf-8-sig" also drops a byte order mark, which orjson refuses.
     value = json.loads(body.decode("utf-8-sig", "replace"), parse_int=_integer)
     text = _SURROGATES.sub("\ufffd", json.dumps(value, ensure_ascii=False))
     mended = json.loads(text, parse_constant=lambda name: None)
