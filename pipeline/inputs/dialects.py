@@ -82,7 +82,9 @@ class Draft:
 def parse(value: Any) -> Draft:
     """Return the draft of one parsed line. A `LineError` says what is missing, or lists the dialects."""
     if not isinstance(value, dict):
-        advice = "; write each element on a line of its own: jq -c '.[]' FILE" if isinstance(value, list) else ""
+        advice = ""
+        if isinstance(value, list):
+            advice = "; write each element on a line of its own: jq -c '.[]' FILE"
         raise LineError(f"a line must be a JSON object, not {_kind(value)}{advice}")
     for key, read in _READERS.items():
         if key in value:
@@ -110,11 +112,15 @@ def _sharegpt(line: dict[str, Any]) -> Draft:
         roles.pop()
     if not roles:
         raise LineError("conversations has only the answer, which is not sent; a user turn is missing")
-    fields: dict[str, Any] = {"model": line["model"]} if "model" in line else {}
-    if system := line.get("system"):
+    fields: dict[str, Any] = {}
+    if "model" in line:
+        fields["model"] = line["model"]
+    system = line.get("system")
+    if system:
         fields["system"] = system
     fields["messages"] = _sharegpt_messages(turns, roles)
-    if tools := _sharegpt_tools(line.get("tools")):
+    tools = _sharegpt_tools(line.get("tools"))
+    if tools:
         fields["tools"] = tools
     return _draft({"custom_id": line.get("id"), **line}, fields)
 
@@ -189,7 +195,8 @@ def _turns(value: Any, key: str) -> list[dict[str, Any]]:
 
 def _refuse_unknown(line: Mapping[str, Any], *known: str) -> None:
     """Refuse keys that a dialect does not know. A misspelt key would otherwise be dropped silently."""
-    if unknown := [key for key in line if key not in known]:
+    unknown = [key for key in line if key not in known]
+    if unknown:
         raise LineError(f"{reprlib.repr(unknown)}: no keys of this dialect; put your own data into metadata")
 
 
@@ -216,7 +223,9 @@ def _example_fields(line: Mapping[str, Any], messages: list[dict[str, Any]]) -> 
 
 
 def _without_weight(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: item for name, item in value.items() if name != "weight"}
+    copy = dict(value)
+    copy.pop("weight", None)
+    return copy
 
 
 # ── ShareGPT ────────────────────────────────────────────────────────────────────────────────────────────
@@ -277,18 +286,24 @@ def _function_calls(value: str, where: str, count: int) -> list[dict[str, Any]]:
 
 def _arguments(call: Mapping[str, Any]) -> str:
     arguments = call.get("arguments", {})
-    return arguments if isinstance(arguments, str) else jsonl.dumps(arguments).decode()
+    if isinstance(arguments, str):
+        return arguments
+    return jsonl.dumps(arguments).decode()
 
 
 def _sharegpt_tools(value: Any) -> list[Any]:
     """Return tools in OpenAI's form. Datasets have them as JSON in a string, bare or already wrapped."""
-    tools = _json(value, "tools") if isinstance(value, str) and value.strip() else value
-    if not tools:
+    if isinstance(value, str) and value.strip():
+        value = _json(value, "tools")
+    if not value:
         return []
-    return [
-        {"type": "function", "function": tool} if "name" in tool and "input_schema" not in tool else tool
-        for tool in _turns(tools, "tools")
-    ]
+    tools: list[Any] = []
+    for tool in _turns(value, "tools"):
+        # A name at the top, without Anthropic's `input_schema`, is a bare function.
+        if "name" in tool and "input_schema" not in tool:
+            tool = {"type": "function", "function": tool}
+        tools.append(tool)
+    return tools
 
 
 def _json(text: str, where: str) -> Any:

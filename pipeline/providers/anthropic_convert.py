@@ -51,16 +51,19 @@ def translate(line: Mapping[str, Any], model: str) -> dict[str, Any]:
     """Return the body of a checked line."""
     body: dict[str, Any] = {"model": model}
     for name, value in line.items():
-        if translation := _FIELDS.get(name):
-            for target, part in translation(value).items():
+        if name in _FIELDS:
+            for target, part in _FIELDS[name](value).items():
                 put(body, target, part)
         elif name in _FOREIGN_FIELDS:
             if value not in _FOREIGN_FIELDS[name]:
                 raise no_counterpart(name, _NAME)
         elif name != "model":
             put(body, name, value)
-    if systems := _leading_systems(line["messages"]):
-        body["system"] = _joined([line["system"], *systems] if "system" in line else systems)
+    systems = _leading_systems(line["messages"])
+    if systems:
+        if "system" in line:
+            systems.insert(0, line["system"])
+        body["system"] = _joined(systems)
     if "tool_choice" in body:
         body["tool_choice"] = _completed_choice(body["tool_choice"])
     return body
@@ -70,15 +73,20 @@ def translate(line: Mapping[str, Any], model: str) -> dict[str, Any]:
 
 
 def _count_leading(messages: list[dict[str, Any]]) -> int:
-    return next((n for n, message in enumerate(messages) if message["role"] not in LEADING_ROLES), len(messages))
+    """Return how many system messages come before all others."""
+    for index, message in enumerate(messages):
+        if message["role"] not in LEADING_ROLES:
+            return index
+    return len(messages)
 
 
 def _leading_systems(messages: list[dict[str, Any]]) -> list[Any]:
     """Return the contents of the leading system messages."""
     leading = messages[: _count_leading(messages)]
     for index, message in enumerate(leading):
-        if extra := [name for name, value in message.items() if value and name not in ("role", "content")]:
-            raise no_counterpart(f"messages[{index}].{extra[0]}", _NAME)
+        for name, value in message.items():
+            if value and name not in ("role", "content"):
+                raise no_counterpart(f"messages[{index}].{name}", _NAME)
     return [message["content"] for message in leading]
 
 
@@ -88,7 +96,10 @@ def _joined(systems: list[Any]) -> Any:
         return "\n\n".join(systems)
     blocks: list[dict[str, Any]] = []
     for system in systems:
-        blocks += [{"type": "text", "text": system}] if isinstance(system, str) else system
+        if isinstance(system, str):
+            blocks.append({"type": "text", "text": system})
+        else:
+            blocks += system
     for block in blocks:
         if block.get("type") != "text":
             raise LineError(f"a system message can only hold text for Anthropic, not {shown(block.get('type'))}")
@@ -117,6 +128,7 @@ def _messages(messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _turn(message: dict[str, Any], where: str) -> dict[str, Any]:
     content = message.get("content")
+    # The usual message, a role and a text, needs no copy.
     if isinstance(content, str) and len(message) == 2 and message["role"] != "developer":
         return message
     if message["role"] == "developer":
@@ -125,15 +137,20 @@ def _turn(message: dict[str, Any], where: str) -> dict[str, Any]:
         if message.get(name):
             raise no_counterpart(f"{where}.{name}", _NAME)
     turn = without(message, *_FOREIGN_MESSAGE_FIELDS, "tool_calls")
-    if calls := message.get("tool_calls"):
-        calls = items(calls, f"{where}.tool_calls")
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
-        turn["content"] = [
-            *_parts(blocks, where),
-            *(_tool_use(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls)),
-        ]
-    else:
+    given = message.get("tool_calls")
+    if not given:
         turn["content"] = _parts(content, where)
+        return turn
+    calls = items(given, f"{where}.tool_calls")
+    blocks: list[dict[str, Any]] = []
+    # Anthropic refuses an empty text block, so empty content adds none.
+    if isinstance(content, str) and content:
+        blocks.append({"type": "text", "text": content})
+    elif content:
+        blocks += _parts(content, where)
+    for index, call in enumerate(calls):
+        blocks.append(_tool_use(call, f"{where}.tool_calls[{index}]"))
+    turn["content"] = blocks
     return turn
 
 
@@ -149,15 +166,18 @@ def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
         raise no_counterpart(f"{where}, a part of type {kind!r},", _NAME)
     if "prompt_cache_breakpoint" in part:
         raise no_counterpart(f"{where}.prompt_cache_breakpoint", _NAME, "use cache_control")
-    return _image(part, where) if kind == "image_url" else part
+    if kind == "image_url":
+        return _image(part, where)
+    return part
 
 
 def _image(part: dict[str, Any], where: str) -> dict[str, Any]:
     image = mapping(part.get("image_url"), f"{where}.image_url")
     if image.get("detail") not in (None, "auto"):
         raise no_counterpart(f"{where}.image_url.detail", _NAME, "remove it, or say 'auto'")
-    if extra := without(image, "url", "detail"):
-        raise no_counterpart(f"{where}.image_url.{next(iter(extra))}", _NAME)
+    for name in image:
+        if name not in ("url", "detail"):
+            raise no_counterpart(f"{where}.image_url.{name}", _NAME)
     source = _image_source(text(image.get("url"), f"{where}.image_url.url"), where)
     return {"type": "image", "source": source, **without(part, "type", "image_url")}
 
@@ -186,7 +206,7 @@ def _tool_use(call: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _arguments(value: Any, where: str) -> dict[str, Any]:
-    """Return the arguments of a call; a tool without parameters is called with {} or with an empty string."""
+    """Return the arguments of a call. For a tool without parameters they may be an empty string."""
     if not isinstance(value, str):
         return mapping(value, where)
     try:
@@ -212,7 +232,11 @@ def _tool_result(message: dict[str, Any], where: str) -> dict[str, Any]:
 def _tools(tools: Any) -> dict[str, Any]:
     if not isinstance(tools, list):
         raise LineError(f"tools must be a list, not {shown(tools)}")
-    return {"tools": [_tool(mapping(tool, f"tools[{n}]"), f"tools[{n}]") for n, tool in enumerate(tools)]}
+    translated: list[dict[str, Any]] = []
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        translated.append(_tool(mapping(tool, where), where))
+    return {"tools": translated}
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
@@ -221,7 +245,9 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if "function" not in tool:
         return tool
     function = mapping(tool["function"], f"{where}.function")
-    strict = {"strict": function["strict"]} if function.get("strict") is not None else {}
+    strict: dict[str, Any] = {}
+    if function.get("strict") is not None:
+        strict["strict"] = function["strict"]
     return {
         "name": text(function.get("name"), f"{where}.function.name"),
         **without(function, "name", "parameters", "strict"),
@@ -245,13 +271,18 @@ def _tool_choice(value: Any) -> dict[str, Any]:
 def _parallel_tool_calls(value: Any) -> dict[str, Any]:
     if not isinstance(value, bool):
         raise LineError(f"parallel_tool_calls must be true or false, not {shown(value)}")
-    return {} if value else {"tool_choice": {"disable_parallel_tool_use": True}}
+    # Parallel calls are Anthropic's default, too.
+    if value:
+        return {}
+    return {"tool_choice": {"disable_parallel_tool_use": True}}
 
 
 def _completed_choice(choice: dict[str, Any]) -> dict[str, Any]:
     """Add the type that `parallel_tool_calls` leaves open. Without tools, drop the choice about parallel calls."""
     choice = {"type": "auto", **choice}
-    return without(choice, "disable_parallel_tool_use") if choice["type"] == "none" else choice
+    if choice["type"] == "none":
+        return without(choice, "disable_parallel_tool_use")
+    return choice
 
 
 def _response_format(value: Any) -> dict[str, Any]:
@@ -262,7 +293,7 @@ def _response_format(value: Any) -> dict[str, Any]:
         raise no_counterpart(f"response_format of type {shown(kind)}", _NAME, "use json_schema")
     given = mapping(value.get("json_schema"), "response_format.json_schema")
     if given.get("description"):
-        raise no_counterpart("response_format.json_schema.description", _NAME, "say it in the schema itself")
+        raise no_counterpart("response_format.json_schema.description", _NAME, "put it into the schema")
     schema = mapping(given.get("schema"), "response_format.json_schema.schema")
     return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
 
@@ -271,6 +302,13 @@ def _reasoning_effort(value: Any) -> dict[str, Any]:
     if value not in _EFFORTS:
         raise no_counterpart(f"reasoning_effort {shown(value)}", _NAME, f"use one of {', '.join(_EFFORTS)}")
     return {"output_config": {"effort": value}}
+
+
+def _stop(value: Any) -> dict[str, Any]:
+    # OpenAI takes one sequence as a string, too.
+    if isinstance(value, str):
+        value = [value]
+    return {"stop_sequences": value}
 
 
 def _service_tier(value: Any) -> dict[str, Any]:
@@ -287,7 +325,7 @@ _FIELDS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "response_format": _response_format,
     "safety_identifier": lambda value: {"metadata": {"user_id": value}},
     "service_tier": _service_tier,
-    "stop": lambda value: {"stop_sequences": [value] if isinstance(value, str) else value},
+    "stop": _stop,
     "tool_choice": _tool_choice,
     "tools": _tools,
     "user": lambda value: {"metadata": {"user_id": value}},

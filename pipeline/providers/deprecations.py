@@ -116,10 +116,10 @@ class Retirement:
 
 
 def retirement(provider: str, endpoint: Endpoint, model: str) -> Retirement | None:
-    """Return when the provider retires a model, None where no day is known.
+    """Return when the provider retires a model. None if no day is known.
 
-    What a gateway or a server of the user's own calls `gpt-4o` has its own dates, so only the providers' own hosts
-    count, and the built-in providers when they point at this machine (the simulator).
+    Only the providers' own hosts count, and the built-in providers if they point at this machine (the simulator). A
+    gateway or the user's own server may serve a model named `gpt-4o` for as long as it likes.
     """
     protocol = Protocol(endpoint.protocol)
     if protocol not in _ROWS:
@@ -127,11 +127,15 @@ def retirement(provider: str, endpoint: Endpoint, model: str) -> Retirement | No
     if not _is_own_host(provider, endpoint, protocol):
         return None
     rows = _ROWS[protocol]
-    row = next((rows[name] for name in _prefixes(model) if name in rows), None)
-    if row is None:
+    for name in _prefixes(model):
+        if name in rows:
+            day, successor = rows[name]
+            break
+    else:
         return None
-    day, successor = row
-    advice = f"use {successor} instead" if successor else f"look for a successor at {_LISTS[protocol]}"
+    advice = f"look for a successor at {_LISTS[protocol]}"
+    if successor:
+        advice = f"use {successor} instead"
     return Retirement(date.fromisoformat(day), advice)
 
 
@@ -140,10 +144,11 @@ def _is_own_host(provider: str, endpoint: Endpoint, protocol: Protocol) -> bool:
     own = _HOSTS[protocol]
     if is_loopback(host):
         return provider == protocol.value
-    return host == own or host.endswith(f".{own}")  # OpenAI's regions: eu.api.openai.com
+    # OpenAI's regions have subdomains: eu.api.openai.com.
+    return host == own or host.endswith(f".{own}")
 
 
 def _prefixes(model: str) -> list[str]:
-    """Return the name and what is left when parts are cut off at its end: a-b-c, a-b, a."""
+    """Return the name, then the name without its last part, and so on: a-b-c, a-b, a."""
     parts = model.split("-")
     return ["-".join(parts[:end]) for end in range(len(parts), 0, -1)]

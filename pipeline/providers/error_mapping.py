@@ -41,7 +41,10 @@ class ErrorBody:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A row of a table of errors: where all that it names is so, the error reaches so far. The first wins."""
+    """A row of a table of errors. If an error matches every condition that is set, `scope` is its scope.
+
+    `says` is a regular expression that the message must contain. The first matching rule wins.
+    """
 
     scope: ErrorScope
     statuses: Container[int] | None = None
@@ -62,7 +65,7 @@ class Rule:
 
 COMMON_RULES = (
     Rule(statuses=(401, 402), scope=ErrorScope.RUN),
-    # 403 is about the key when the provider itself says so; a firewall's page may be about one conversation.
+    # A 403 with a provider's error body is about the key. A firewall's page may be about one conversation.
     Rule(statuses=(403,), is_structured=True, scope=ErrorScope.RUN),
     # 404 is about the model or the address, which every line of the model shares.
     Rule(statuses=(404,), scope=ErrorScope.MODEL),
@@ -72,7 +75,10 @@ COMMON_RULES = (
 
 
 def scope_of(error_body: ErrorBody, rules: Sequence[Rule], should_retry: str | None) -> ErrorScope:
-    """Return how far an error reaches: the first rule that fits, then the server's word on trying again."""
+    """Return the scope of an error: the first rule that fits, then the header `x-should-retry`.
+
+    Both providers' own SDKs follow that header, too.
+    """
     scope = next(rule.scope for rule in (*rules, *COMMON_RULES) if rule.fits(error_body))
     if scope in (ErrorScope.ATTEMPT, ErrorScope.REQUEST):
         if should_retry == "true":
@@ -86,19 +92,23 @@ def error_body_of(response: HttpResponse, value: Any) -> ErrorBody:
     """Return an error response in one form. `_error_object` lists the shapes that servers use."""
     error = _error_object(value)
     if error is None:
+        # An error that came with a success status counts as the server's fault.
         status = response.status if response.status >= 400 else 500
-        text = f"an error that cannot be read: {description(response)}"
+        text = f"unreadable error response: {description(response)}"
         return ErrorBody(status=status, type=f"http_{status}", message=text, is_structured=False)
+    # Anthropic puts the code of a spending limit into `details`. Gemini's `status` is what others call `type`.
     code = member(error.get("details"), "error_code") or error.get("code")
     kind = word(error.get("type")) or word(error.get("status"))
-    status = response.status if response.status >= 400 else status_of(code, kind)
+    status = response.status
+    if status < 400:
+        status = status_of(code, kind)
     message = error.get("message")
-    said = sanitize(message, MAX_MESSAGE) if isinstance(message, str) else ""
+    text = sanitize(message, MAX_MESSAGE) if isinstance(message, str) else ""
     return ErrorBody(
         status=status,
         type=kind or f"http_{status}",
         code=word(code),
-        message=said or description(response),
+        message=text or description(response),
     )
 
 
@@ -126,18 +136,22 @@ def _error_object(value: Any) -> Mapping[str, Any] | None:
         return {**value, "message": error}
     if isinstance(error, list):
         return {**value, "message": "; ".join(map(_validation_problem, error))}
-    return value if isinstance(value.get("message"), str) else None
+    if isinstance(value.get("message"), str):
+        return value
+    return None
 
 
 def _validation_problem(problem: Any) -> str:
     """Return `body.messages: field required` for FastAPI's `{"loc": ["body", "messages"], "msg": …}`."""
-    place, message = member(problem, "loc"), member(problem, "msg")
+    place = member(problem, "loc")
+    message = member(problem, "msg")
     if not isinstance(place, list) or not isinstance(message, str):
         return str(problem)
     return f"{'.'.join(map(str, place))}: {message}"
 
 
 def description(response: HttpResponse) -> str:
+    """Return a response for an error message: its status, type, size, and the beginning of its body."""
     kind = sanitize(response.headers.get("content-type", "none"), MAX_WORD)
     return f"status {response.status}, content-type {kind}, {len(response.body):,} bytes: {excerpt(response.body)!r}"
 

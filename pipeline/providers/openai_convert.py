@@ -17,6 +17,7 @@ from pipeline.providers.validation import LIMIT_FIELDS, items, mapping, no_count
 
 _NAME = "OpenAI"
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+# Fields without a counterpart. The listed values ask for nothing, so they can be dropped.
 _FOREIGN_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "cache_control": (),
     "container": (),
@@ -62,23 +63,28 @@ def translate(line: Mapping[str, Any], model: str, *, limit_field: str | None, s
     for name, value in line.items():
         if name in LIMIT_FIELDS:
             put(body, limit_field or _given_limit_field(line), value)
-        elif translation := _FIELDS.get(name):
-            for target, part in translation(value).items():
+        elif name in _FIELDS:
+            for target, part in _FIELDS[name](value).items():
                 put(body, target, part)
         elif name in _FOREIGN_FIELDS:
             if value not in _FOREIGN_FIELDS[name]:
                 raise no_counterpart(name, _NAME)
         elif name not in ("model", "system"):
             put(body, name, value)
-    if system := line.get("system"):
+    system = line.get("system")
+    if system:
         content = system if isinstance(system, str) else _parts(system, "system")
+        # OpenAI has no field for the system text. It is the first message.
         body["messages"] = [{"role": system_role, "content": content}, *body["messages"]]
     return body
 
 
 def _given_limit_field(line: Mapping[str, Any]) -> str:
     """Return the name of the token limit in a line. The newer name wins if a line has both."""
-    return LIMIT_FIELDS[1] if LIMIT_FIELDS[1] in line else LIMIT_FIELDS[0]
+    older, newer = LIMIT_FIELDS
+    if newer in line:
+        return newer
+    return older
 
 
 # ── messages ────────────────────────────────────────────────────────────────────────────────────────────
@@ -111,13 +117,16 @@ def _is_own(part: dict[str, Any]) -> bool:
 def _translated(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """Translate a message with Anthropic's blocks. Tool calls move to `tool_calls`, tool results to own messages."""
     parts: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     given = message.get("tool_calls")
-    calls = [*items(given, f"{where}.tool_calls")] if given else []
+    if given:
+        calls += items(given, f"{where}.tool_calls")
     turns: list[dict[str, Any]] = []
     for index, part in enumerate(message["content"]):
         at = f"{where}.content[{index}]"
         kind = part.get("type")
         if kind == "tool_result" and message["role"] == "user":
+            # OpenAI has no tool results inside a user message. The parts before one become a message of their own.
             turns += _turn(message, parts, calls)
             turns.append(_tool_message(part, at))
             parts = []
@@ -152,12 +161,15 @@ def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
         if part.get(name):
             raise no_counterpart(f"{where}.{name}", _NAME)
     part = without(part, *_FOREIGN_PART_FIELDS)
-    return _image(part, where) if kind == "image" else part
+    if kind == "image":
+        return _image(part, where)
+    return part
 
 
 def _image(part: dict[str, Any], where: str) -> dict[str, Any]:
-    if extra := without(part, "type", "source"):
-        raise no_counterpart(f"{where}.{next(iter(extra))}", _NAME)
+    for name in part:
+        if name not in ("type", "source"):
+            raise no_counterpart(f"{where}.{name}", _NAME)
     source = mapping(part.get("source"), f"{where}.source")
     kind = source.get("type")
     if kind == "base64":
@@ -190,6 +202,7 @@ def _tool_message(block: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _result_text(content: list[Any], where: str) -> str:
+    """Return the text of a tool result. A `tool` message of OpenAI takes text only."""
     texts: list[str] = []
     for index, block in enumerate(content):
         block = mapping(block, f"{where}[{index}]")
@@ -206,7 +219,11 @@ def _result_text(content: list[Any], where: str) -> str:
 def _tools(tools: Any) -> dict[str, Any]:
     if not isinstance(tools, list):
         raise LineError(f"tools must be a list, not {shown(tools)}")
-    return {"tools": [_tool(mapping(tool, f"tools[{n}]"), f"tools[{n}]") for n, tool in enumerate(tools)]}
+    translated: list[dict[str, Any]] = []
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        translated.append(_tool(mapping(tool, where), where))
+    return {"tools": translated}
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
@@ -230,6 +247,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 def _tool_choice(value: Any) -> dict[str, Any]:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in ("auto", "any", "none", "tool"):
+        # It is in OpenAI's own shape, or unknown: OpenAI judges it.
         return {"tool_choice": value}
     _refuse_extra(value, "tool_choice", "type", "name", "disable_parallel_tool_use")
     choice: Any = _CHOICES.get(kind)
@@ -239,6 +257,12 @@ def _tool_choice(value: Any) -> dict[str, Any]:
     if value.get("disable_parallel_tool_use"):
         fields["parallel_tool_calls"] = False
     return fields
+
+
+def _service_tier(value: Any) -> dict[str, Any]:
+    if value == "standard_only":
+        value = "default"
+    return {"service_tier": value}
 
 
 def _output_config(value: Any) -> dict[str, Any]:
@@ -254,6 +278,7 @@ def _output_config(value: Any) -> dict[str, Any]:
         _refuse_extra(given, "output_config.format", "type", "schema")
         fields["response_format"] = {
             "type": "json_schema",
+            # OpenAI requires a name. Anthropic's format has none.
             "json_schema": {"name": "answer", "schema": schema, "strict": True},
         }
     return fields
@@ -269,7 +294,7 @@ def _refuse_extra(value: Mapping[str, Any], where: str, *known: str) -> None:
 _FIELDS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "messages": _messages,
     "output_config": _output_config,
-    "service_tier": lambda value: {"service_tier": "default" if value == "standard_only" else value},
+    "service_tier": _service_tier,
     "stop_sequences": lambda value: {"stop": value},
     "tool_choice": _tool_choice,
     "tools": _tools,

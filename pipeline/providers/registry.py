@@ -3,6 +3,10 @@
 A new endpoint of a known protocol needs its codec and a line here. A new protocol also needs a value in
 `core.types.Protocol` (and `OutputFormat`, if its batch API has a line format), its facts in `core.protocols`, and its
 batch codec and line dialect here. Everything else asks this registry.
+
+Limit: a protocol has one batch codec, which sends every line to its chat endpoint. The planner does not look at the
+endpoint of a line when it chooses the batch lane. Whoever adds a second endpoint must first look up batch codecs by
+endpoint, too, or refuse the batch lane for it.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ def codec(protocol: Protocol, endpoint: str = CHAT) -> Codec:
 
 
 def batch_codec(protocol: Protocol) -> BatchCodec:
-    """Return the codec of a protocol's batch API. It is stateless, too."""
+    """Return the codec of a protocol's batch API, for chat requests only. It is stateless, too."""
     return _BATCHES[protocol]
 
 

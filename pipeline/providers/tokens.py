@@ -1,8 +1,8 @@
 """Estimate the input tokens of a body from the size of its text. Cheap, and within about 25 %.
 
 It counts bytes of UTF-8, not characters: a Chinese character is about one token, an English one a quarter.
-Anthropic's table of models says 3.4 characters a token up to 4.6 and 2.5 from 4.7 on (a new tokenizer); for
-OpenAI bytes/4 was measured against o200k_base over 13 languages, code and JSON.
+Anthropic's table of models gives 3.4 characters per token up to version 4.6, and 2.5 from 4.7 on (a new tokenizer).
+For OpenAI, 4 bytes per token was measured against o200k_base over 13 languages, code and JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _JSON_SHARE = 0.8
 _PER_MESSAGE = 4
 _PER_REQUEST = 3
 _PER_MEDIUM = 1500
-"""Tokens of an image, a page of a PDF, a clip: a flat guess, as its size is not known without decoding it."""
+"""Tokens of an image, a PDF or an audio clip: a flat guess, because its size is unknown without decoding it."""
 
 _MEDIA = ("image", "image_url", "input_audio", "file")
 _TEXTS = ("text", "thinking", "content")
@@ -49,17 +49,24 @@ def estimate_input_tokens(body: Mapping[str, Any], protocol: Protocol, model: st
 @lru_cache(maxsize=1024)
 def bytes_per_token(protocol: Protocol, model: str) -> float:
     """Return the bytes per token of a model. An unknown model of Anthropic's protocol counts as a new one."""
-    if match := _CLAUDE.search(model):
+    match = _CLAUDE.search(model)
+    if match:
         version = (int(match[1]), int(match[2] or 0))
-        return _NEW_CLAUDE_BYTES if version >= _NEW_CLAUDE else _OLD_CLAUDE_BYTES
-    return _NEW_CLAUDE_BYTES if protocol is Protocol.ANTHROPIC else _OPENAI_BYTES
+        if version < _NEW_CLAUDE:
+            return _OLD_CLAUDE_BYTES
+        return _NEW_CLAUDE_BYTES
+    # The denser tokenizer gives the larger estimate, which is the safe one for limits.
+    if protocol is Protocol.ANTHROPIC:
+        return _NEW_CLAUDE_BYTES
+    return _OPENAI_BYTES
 
 
 def _message_tokens(message: Any, density: float) -> float:
     if not isinstance(message, dict):
         return 0
     tokens = _PER_MESSAGE + _text_tokens(message.get("content"), density)
-    if calls := message.get("tool_calls"):
+    calls = message.get("tool_calls")
+    if calls:
         tokens += _json_tokens(calls, density)
     return tokens
 
@@ -67,7 +74,10 @@ def _message_tokens(message: Any, density: float) -> float:
 def _text_tokens(content: Any, density: float) -> float:
     """Return the tokens of content: text by its bytes, media at a flat rate, so that base64 never counts as text."""
     if isinstance(content, str):
-        return (len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))) / density
+        # ASCII needs no encoding to be counted.
+        if content.isascii():
+            return len(content) / density
+        return len(content.encode("utf-8", "surrogatepass")) / density
     if isinstance(content, list):
         return sum(_text_tokens(part, density) for part in content)
     if not isinstance(content, dict):

@@ -43,6 +43,7 @@ def check_line(line: Mapping[str, Any], roles: Collection[str], max_temperature:
     if "temperature" in line:
         _check_temperature(line["temperature"], max_temperature)
     for name in LIMIT_FIELDS:
+        # The exact type, because `true` is an int to Python.
         if name in line and (type(line[name]) is not int or line[name] < 1):
             raise LineError(f"{name} must be a whole number of at least 1, not {shown(line[name])}")
 
@@ -57,7 +58,7 @@ def check_route(fields: Mapping[str, Any]) -> None:
     """Refuse a line that sets its own address: input must not choose who gets keys and conversations."""
     if not _FORBIDDEN.isdisjoint(fields):
         names = ", ".join(sorted(_FORBIDDEN.intersection(fields)))
-        raise LineError(f'{names}: not for a line to say; name the endpoint in config.yaml, and here as "provider"')
+        raise LineError(f'a line cannot set {names}; set them in config.yaml, and name the provider as "provider" here')
 
 
 def check_own_body(body: Mapping[str, Any]) -> None:
@@ -120,8 +121,13 @@ def put(body: dict[str, Any], name: str, value: Any) -> None:
 
 def _has_system(line: Mapping[str, Any]) -> bool:
     messages = line.get("messages")
-    first = messages[0] if isinstance(messages, list) and messages else None
-    return "system" in line or (isinstance(first, dict) and first.get("role") in LEADING_ROLES)
+    if "system" in line:
+        return True
+    # The messages are not checked yet, so they may be anything.
+    if not isinstance(messages, list) or not messages:
+        return False
+    first = messages[0]
+    return isinstance(first, dict) and first.get("role") in LEADING_ROLES
 
 
 def _check_messages(messages: Any, roles: Collection[str]) -> None:
@@ -134,6 +140,7 @@ def _check_messages(messages: Any, roles: Collection[str]) -> None:
             continue
         if content is not None:
             items(content, f"messages[{index}].content")
+        # Only a message of the assistant that calls tools needs no content.
         elif role != "assistant" or not (message.get("tool_calls") or message.get("function_call")):
             missing = "content and no tool_calls" if role == "assistant" else "content"
             raise LineError(f"messages[{index}] has no {missing}")

@@ -207,7 +207,7 @@ def _route_cases() -> list[Case]:
         for number, field in enumerate(_ROUTES):
             name = f"{field}, {dialect}"
             place = _PLACES[number % len(_PLACES)].encode()
-            reason = "no keys of this dialect" if "beside" in dialect else f"{field}: not for a line to say"
+            reason = "no keys of this dialect" if "beside" in dialect else f"a line cannot set {field}"
             cases.append(Case(id=name, data=write(name, b'"%s":"%s"' % (field.encode(), place)), reason=reason))
     return cases
 
