@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -52,15 +52,13 @@ _VARIABLES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch, _ledger_of_the_tests: Path) -> None:
-    for variable in _VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
-        monkeypatch.delenv(variable.lower(), raising=False)
-    monkeypatch.setenv("PIPELINE_LEDGER", str(_ledger_of_the_tests))
-
-
-@pytest.fixture(scope="session")
-def _ledger_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One ledger for all runs of the tests, in place of the user's."""
-    return tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hide the user's settings and keys, and use a ledger of the tests, also in fixtures of modules."""
+    ledger = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in _VARIABLES:
+            patch.delenv(variable, raising=False)
+            patch.delenv(variable.lower(), raising=False)
+        patch.setenv("PIPELINE_LEDGER", str(ledger))
+        yield
