@@ -357,6 +357,34 @@ SABOTEURS = (
         new="    return content\n",
         test="tests/runner/cluster/test_secrets.py::test_neither_half_tells_the_secret",
     ),
+    Saboteur(
+        name="an error may be changed by whoever catches it",
+        file="core/errors.py",
+        old='            raise AttributeError(f"errors are immutable: use replace({name}=…)")\n',
+        new="            pass\n",
+        test="tests/core/test_errors.py::test_a_field_cannot_be_assigned_or_deleted",
+    ),
+    Saboteur(
+        name="a retired model is reported once for each line",
+        file="inputs/retired_models.py",
+        old="        self._seen.add(name)\n",
+        new="",
+        test="tests/inputs/test_retired_models.py::test_each_model_is_reported_once",
+    ),
+    Saboteur(
+        name="batches are loaded past the budget",
+        file="dispatch/batch/loader.py",
+        old="        reserved = self._reservations.try_reserve(request)\n        if reserved is not None:\n",
+        new="        reserved = self._reservations.try_reserve(request) or 0\n        if True:\n",
+        test="tests/dispatch/batch/test_loader.py::test_what_never_fits_is_turned_away",
+    ),
+    Saboteur(
+        name="a failed batch line counts as an answer",
+        file="providers/openai_batch.py",
+        old='line["error"] is not None or response.get("status_code") != 200 or "error" in body',
+        new='line["error"] is not None',
+        test="tests/results/test_codec.py::test_a_failure_is_never_read_back_as_a_success",
+    ),
 )
 
 
