@@ -1,4 +1,4 @@
-"""The one clock of a run: the event loop's, with the wall clock read once, so that clock jumps change nothing."""
+"""The clock of a run: the event loop's. It reads the wall clock only once, so clock jumps change nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Clock:
 
     @property
     def started_at(self) -> str:
-        """When the run began: UTC, ISO 8601."""
+        """The start of the run: UTC, ISO 8601."""
         return f"{self._started_at:%Y-%m-%dT%H:%M:%SZ}"
 
 

@@ -1,4 +1,4 @@
-"""Holds the program on one core while its threads would only hand Python's lock to each other from core to core.
+"""Pin the program to one core while its threads would only pass Python's lock from core to core.
 
 The event loop and the thread of the transport need the lock some three times a request. Where each has a core of its
 own, every hand-over wakes a thread on another core: a third of all time, when nothing else limits the program (README,
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-_LOOK_SECONDS = 0.2  # in a shorter one the work of a group of lines looks like that of a busier program
+_LOOK_SECONDS = 0.2  # over a shorter time, one group of lines makes the program look busier than it is
 _PAUSE_SECONDS = 0.25  # between looks at a program that is left alone
 _HOLD_SECONDS = 10.0
 _BUSY = 0.8  # of one core
@@ -31,7 +31,7 @@ _TASKS = Path("/proc/self/task")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """What the program used so far: wall seconds, processor seconds, and how often a thread of it waited."""
+    """Usage of the program so far: wall seconds, processor seconds, and how often one of its threads waited."""
 
     wall: float
     processor: float
@@ -39,13 +39,13 @@ class Use:
 
 
 def pin() -> None:
-    """Begin to look after the cores of this process, which must be a program of its own."""
+    """Start managing the cores of this process. Only the command may do this, not a program that imports us."""
     if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
         Thread(target=keep, name="cores", daemon=True).start()
 
 
 def keep(wait: Callable[[float], None] = time.sleep, use: Callable[[], Use] | None = None) -> None:
-    """Hold the program on one core whenever a look says so, for some seconds each time; end where it cannot."""
+    """Pin the program to one core for some seconds each time that measurements call for it; stop where it cannot."""
     use = use or _use
 
     def look() -> bool:
@@ -53,12 +53,12 @@ def keep(wait: Callable[[float], None] = time.sleep, use: Callable[[], Use] | No
         wait(_LOOK_SECONDS)
         return is_contended(before, use())
 
-    with suppress(OSError):  # no /proc: then nothing is held
+    with suppress(OSError):  # without /proc, nothing is pinned
         while True:
-            if not (look() and look()):  # one alone may have seen the start of the work
+            if not (look() and look()):  # a single look may have measured only the start of the work
                 wait(_PAUSE_SECONDS)
                 continue
-            cores = os.sched_getaffinity(0)  # now: who runs the machine may have changed them
+            cores = os.sched_getaffinity(0)  # read again: the administrator may have changed them
             core = _busiest()
             try:
                 hold({core})
@@ -68,7 +68,7 @@ def keep(wait: Callable[[float], None] = time.sleep, use: Callable[[], Use] | No
 
 
 def is_contended(before: Use, now: Use) -> bool:
-    """Tell whether the program uses up a core, and its threads wait for each other all the time."""
+    """Return True if the program uses up a core and its threads keep waiting for each other."""
     seconds = now.wall - before.wall
     return (
         seconds > 0
@@ -78,7 +78,7 @@ def is_contended(before: Use, now: Use) -> bool:
 
 
 def hold(cores: Collection[int]) -> None:
-    """Let all threads of this process run on these cores only, also those that begin meanwhile."""
+    """Let all threads of this process run on these cores only, including threads that start meanwhile."""
     held: set[str] = set()
     while tasks := {task.name for task in _TASKS.iterdir()} - held:
         for task in tasks:
@@ -88,7 +88,7 @@ def hold(cores: Collection[int]) -> None:
 
 
 def _let_go(cores: Collection[int], wait: Callable[[float], None]) -> None:
-    """Give the cores back, come what may: where no file can be opened to list the threads, a little later."""
+    """Restore the cores in any case: if no file can be opened to list the threads, try again a little later."""
     while True:
         try:
             hold(cores)
@@ -104,7 +104,7 @@ def _use() -> Use:
 
 
 def _busiest() -> int:
-    """Return the core on which the thread ran last that used most: `utime`, `stime` and `processor` of proc(5)."""
+    """Return the core that the busiest thread last ran on: `utime`, `stime` and `processor` of proc(5)."""
     used: list[tuple[int, int]] = []
     for task in _TASKS.iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended

@@ -15,7 +15,7 @@ from pipeline.core.config import _SIMULATED_KEY_ENV, Config, Endpoint
 from pipeline.core.errors import UsageError
 from pipeline.core.protocols import PROTOCOLS
 
-# What else than its URL says where an object is; the names are those of obstore.
+# Variables that, besides its URL, decide where an object is; the names are obstore's.
 _STORES = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"),
     *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
@@ -89,7 +89,7 @@ def ledger_path(settings: Config, environ: Mapping[str, str] | None = None) -> P
 
 
 def spool_path(settings: Config, url: str, environ: Mapping[str, str] | None = None) -> Path:
-    """Return the directory of the spool of an output at an object store: beside the ledger, a name for each URL.
+    """Return the spool directory for an output in an object store: beside the ledger, one name per URL.
 
     Which store a URL means, its endpoint or account in the environment tells.
     """

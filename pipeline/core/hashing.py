@@ -1,4 +1,4 @@
-"""Sets and maps of 64-bit fingerprints: what a million lines may cost in memory.
+"""Sets and maps of 64-bit fingerprints, which keep the memory for a million lines small.
 
 A Python set of a million strings takes over 100 MB; a set of fingerprints takes 9 bytes for each entry, a map twice
 that. Fingerprints are spread evenly, so their first bits tell which of many short sorted arrays holds one: bisecting
@@ -25,7 +25,7 @@ def fingerprint(*parts: str) -> int:
 
 
 def checksum(*parts: bytes | bytearray) -> bytes:
-    """Return 16 bytes that no other content has. Processors have SHA-256 built in: a gigabyte takes half a second."""
+    """Return a 16-byte checksum of the content. Processors have SHA-256 built in: a gigabyte takes half a second."""
     digest = sha256()
     for part in parts:
         digest.update(part)
@@ -105,7 +105,7 @@ class FingerprintSet:
         self._buckets = self._split(self._buckets, self._buckets)
 
     def _split(self, buckets: list[array[int]], by: list[array[int]]) -> list[array[int]]:
-        """Return the halves of some buckets, cut where those of `by` are to be cut."""
+        """Return the halves of some buckets, split at the same places as the buckets of `by`."""
         halves: list[array[int]] = []
         for number, (bucket, keys) in enumerate(zip(buckets, by, strict=True)):
             middle = bisect_left(keys, (2 * number + 1) << self._shift)

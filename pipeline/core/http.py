@@ -1,4 +1,4 @@
-"""Call -> Answer over HTTP: the only module that imports httpx, and what runs under it.
+"""Call -> Answer over HTTP: the only module that imports httpx and its transport.
 
 httpx is the interface: its types, its errors, its way to put a fake transport in a test. Its own connection pool is
 not used. Measured with 1,000 requests in flight it does 108 requests/s where its interface over reqwest does
@@ -44,19 +44,19 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
 
 Headers = Sequence[tuple[str, str]]
 Exchange = Callable[[bytes], Awaitable[HttpResponse]]
-"""A body goes out; the whole answer comes back, or an error of httpx."""
+"""Sends a body and returns the whole answer, or raises an error of httpx."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What a call carries that is too large to hold: so many bytes; `blocks` yields them anew at every call."""
+    """A body too large for memory: `size` bytes; each call of `blocks` yields them from the start."""
 
     size: int
     blocks: Callable[[], AsyncIterator[bytes]]
 
 
 Write = Callable[[int, bytes], Awaitable[None]]
-"""Takes a piece of a body and the place in it where the piece begins."""
+"""Takes a piece of a body and its offset in the body."""
 
 
 class Post(Protocol):
@@ -78,7 +78,7 @@ class Client:
     def post_to(self, url: str, headers: Headers) -> Post:
         """Return a function that posts one body and returns the answer, whatever its status.
 
-        It raises `TransportError` when no whole answer came back within the deadline.
+        It raises `TransportError` if no complete answer came back within the deadline.
         """
         address = httpx.URL(url)
         ready = [*headers, ("host", address.netloc.decode()), ("accept-encoding", "gzip, zstd, br")]
@@ -109,7 +109,7 @@ class Client:
             raise _translate(exc) from exc
 
     async def download(self, call: HttpRequest, write: Write, start: int = 0) -> HttpResponse:
-        """Give the body of a 200 or 206 to `write` piece by piece, with where it begins; return the answer without it.
+        """Pass the body of a 200 or 206 to `write` in pieces, each with its offset; return the answer without it.
 
         `start` asks for what comes from there on. Whatever else is answered is returned with its body.
         """
@@ -132,7 +132,7 @@ class Client:
     async def _opened(
         self, call: HttpRequest, content: Content | None, seconds: float
     ) -> AsyncIterator[httpx.Response]:
-        """Send a call that may take so long; yield the response, whose body is still to be read."""
+        """Send a call with this timeout; yield the response before its body is read."""
         tail = call.tail or b""
         size = len(call.body) + (content.size if content else 0) + len(tail)
         headers = [*call.headers, ("accept-encoding", "identity"), ("content-length", str(size))]
@@ -150,7 +150,7 @@ class Client:
             await response.aclose()
 
     async def _next(self, pieces: AsyncIterator[bytes]) -> bytes | None:
-        """Return the next piece of a body, None at its end; a body that stands still is broken."""
+        """Return the next piece of a body, None at its end. A stalled body raises `ReadTimeout`."""
         with anyio.move_on_after(self._settings.timeout):
             return await anext(pieces, None)
         raise httpx.ReadTimeout("no more of the body arrived within the timeout")
@@ -164,7 +164,7 @@ class Client:
         return bytes(body)
 
     def _exchange(self, url: str, headers: Headers) -> Exchange:
-        """Return how a body is exchanged for an answer: by our transport directly, else by way of httpx's objects."""
+        """Return the function that sends a body: our transport's own, else one that goes through httpx's objects."""
         transport = self._transport
         if isinstance(transport, ReqwestTransport):
             return transport.exchange(url, headers)
@@ -187,7 +187,7 @@ class Client:
 
 
 def _place(answer: HttpResponse, start: int) -> int:
-    """Return where a part begins: as its header says, else where it was asked to."""
+    """Return the offset of a part: from its header, else the one that was requested."""
     match = _CONTENT_RANGE.match(answer.headers.get("content-range", ""))
     return int(match[1]) if match else start
 
@@ -213,7 +213,7 @@ async def ping(url: str, settings: Sending) -> int:
             return response.status_code
     except httpx.HTTPError as exc:
         raise _translate(exc) from exc
-    except (httpx.InvalidURL, ValueError) as exc:  # what httpx and reqwest say to names that cannot be a host's
+    except (httpx.InvalidURL, ValueError) as exc:  # httpx and reqwest raise these for invalid host names
         raise TransportError(f"not a valid address: {exc}", type="connection_error", is_sent=False) from exc
 
 
@@ -238,7 +238,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
             builder = builder.timeout(timedelta(seconds=seconds))
         stream = _Body(builder.streamed_read_buffer_limit(0).build_streamed())
         response = await stream.open()
-        # The body is decoded already; the headers that told how it was encoded would have it decoded again.
+        # The body is already decoded. With the headers that say how it was encoded, httpx would decode it again.
         headers = [
             pair for pair in _headers_of(response).items() if pair[0] not in ("content-encoding", "content-length")
         ]
@@ -246,7 +246,7 @@ class ReqwestTransport(httpx.AsyncBaseTransport):
 
     def exchange(self, url: str, headers: Headers) -> Exchange:
         """Return a function that posts a body and returns the whole answer; it raises httpx's errors."""
-        address, fields = Url(url), HeaderMap(headers)  # once: to parse them for each call costs more than to build it
+        address, fields = Url(url), HeaderMap(headers)  # once: parsing them costs more than building a request
 
         async def exchange(body: bytes) -> HttpResponse:
             builder = self._client.post(address).headers(fields).body_bytes(body)
@@ -301,13 +301,13 @@ class _Body(httpx.AsyncByteStream):
 
 @asynccontextmanager
 async def _errors_as_httpx() -> AsyncIterator[None]:
-    """Translate reqwest's errors into httpx's, and a cancellation of its making into the one that it stands for."""
+    """Translate reqwest's errors into httpx's, and its own cancellation into anyio's."""
     try:
         yield
     except reqwest.PyreqwestError as exc:
         raise _as_httpx(exc) from exc
     except anyio.get_cancelled_exc_class():
-        # pyreqwest raises a cancellation of its own making, which anyio's scopes do not know for theirs.
+        # pyreqwest raises its own cancellation, which anyio's scopes do not recognize.
         await anyio.lowlevel.checkpoint_if_cancelled()
         raise
 
@@ -353,7 +353,7 @@ def _build(settings: Sending) -> ReqwestClient:
 
 
 def _as_httpx(error: reqwest.PyreqwestError) -> httpx.TransportError | httpx.DecodingError:
-    """Name reqwest's error in httpx's terms, told by its causes.
+    """Return httpx's error for reqwest's, chosen by its causes.
 
     pyreqwest's own classes do not tell what matters here: it calls a connection that was reset after the request was
     sent a ConnectError, and an answer that never came a ConnectTimeoutError.

@@ -19,7 +19,7 @@ import orjson
 from pipeline.core.errors import LineError
 
 MAX_DEPTH = 200
-_BEYOND_INTEGERS = 2.0**63  # from here on a float may be what orjson made of an integer
+_BEYOND_INTEGERS = 2.0**63  # orjson turns larger integers into floats, so a float from here up may be one
 _KEY = re.compile(rb'"\s*:')
 _TINY = re.compile(rb"[eE]-[0-9]{3}|0{200}")  # one of these is in every number that is not 0 but becomes 0
 _BLOCK_BYTES = 256 * 1024
@@ -27,7 +27,7 @@ _NO_LINE_ENDS = bytes.maketrans(b"\r\n", b"  ")
 
 
 def loads(data: bytes) -> Any:
-    """Parse one JSON text; `LineError` says what is wrong with it, or what would be lost by reading it."""
+    """Parse one JSON text. Raises `LineError` if it is not valid, or if parsing would change a value."""
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as exc:
@@ -58,7 +58,7 @@ def dumps(value: Any) -> bytes:
 
 
 def one_line(raw: bytes) -> bytes:
-    """Return a valid JSON text without line ends: there they can only stand between tokens.
+    """Remove the line ends of a valid JSON text: they can only be between tokens.
 
     A lone carriage return ends a line for whoever reads a file as text, so it goes too.
     """
@@ -78,7 +78,7 @@ class _Shape:
 
 
 def _measure(value: Any, depth: int, shape: _Shape) -> None:
-    """Note the shape of a value that stands so deep; looks no further than one level beyond `MAX_DEPTH`."""
+    """Record the shape of a value at this depth; goes at most one level beyond `MAX_DEPTH`."""
     kind = type(value)
     if kind is float:
         shape.has_huge_number |= abs(value) >= _BEYOND_INTEGERS
@@ -122,7 +122,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 class Source(Protocol):
-    """What lines are read from: `read1` returns what is there (at most so many bytes), b"" at the end."""
+    """A source of lines: `read1` returns the bytes available now, at most `size`, and b"" at the end."""
 
     def read1(self, size: int = -1, /) -> bytes: ...
 

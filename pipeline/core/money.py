@@ -1,4 +1,4 @@
-"""Money: whole nano-dollars (1e-9 USD), so that sums are exact, and how they are written."""
+"""Money: whole nano-dollars (1e-9 USD), so that sums are exact, and their text for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def dollars(nanos: int) -> float:
 
 
 def text(nano: int) -> str:
-    """Return dollars: cents from one dollar on, as many places as it takes to see something below."""
+    """Return dollars as text: with cents from one dollar up, with as many decimals as needed below."""
     if abs(nano) >= NANO or not nano:
         places = 2
     elif abs(nano) >= NANO // 100:

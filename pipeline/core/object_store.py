@@ -108,7 +108,7 @@ def head(url: str) -> Found | None:
 
 
 def listed(folder: str) -> list[Found]:
-    """Return the objects right under `s3://bucket/folder/`, not those deeper, by name."""
+    """Return the objects directly under `s3://bucket/folder/`, sorted by name."""
     store, key = _at(folder)
     import obstore
 
@@ -117,7 +117,7 @@ def listed(folder: str) -> list[Found]:
 
 
 def listed_deep(folder: str) -> list[Found]:
-    """Return all objects under `s3://bucket/folder/`, by name."""
+    """Return all objects under `s3://bucket/folder/`, at any depth, sorted by name."""
     store, key = _at(folder)
     import obstore
 
@@ -125,7 +125,7 @@ def listed_deep(folder: str) -> list[Found]:
 
 
 def matching(pattern: str) -> list[Found]:
-    """Return the objects that match a glob, by name: `*` stays within a folder, `**` is any folders, as for files."""
+    """Return the objects that match a glob, sorted by name. `*` stays within a folder, `**` does not."""
     root, key = parted(pattern)
     segments = key.split("/")
     fixed = next(n for n, each in enumerate([*segments, "*"]) if _MAGIC.search(each))
@@ -302,10 +302,10 @@ def _store(root: str) -> ObjectStore:
     if root.startswith("file"):
         return from_url(root, mkdir=True)
     try:
-        # Options of the client come from the environment only (AWS_ALLOW_HTTP, AWS_TIMEOUT, …): given here, they would
-        # take the place of all of those.
+        # The client's options come from the environment only (AWS_ALLOW_HTTP, AWS_TIMEOUT, …): any that were given here
+        # would replace all of those.
         return from_url(root, retry_config={"max_retries": _RETRIES})
-    except Exception as exc:  # obstore's own and ValueError, for settings in the environment that make no sense
+    except Exception as exc:  # obstore's errors and ValueError, for invalid settings in the environment
         raise UsageError(f"{root!r} cannot be used: {_told(exc)}", hint=_CREDENTIALS) from exc
 
 

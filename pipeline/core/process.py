@@ -18,13 +18,13 @@ _OTHER_FILES = 64  # results, inputs, the loop's own, resolver and TLS
 
 T = TypeVar("T")
 
-# The values of a run hold no cycles, and a thousand in flight are many young objects: with Python's own threshold of
-# 700 its collector looked at them all the time and took a tenth of the processor.
+# The values of a run have no reference cycles, and a thousand requests in flight are many young objects: with Python's
+# default threshold of 700, the collector scanned them all the time and took a tenth of the processor.
 _YOUNG_OBJECTS = 50_000
 
 
 def tune_gc() -> None:
-    """Set the process up for the work of a run."""
+    """Prepare the process for a run."""
     gc.set_threshold(_YOUNG_OBJECTS)
 
 

@@ -17,7 +17,7 @@ _SHORTEST_KEY = 16  # a shorter key is a placeholder for a server without keys, 
 MAX_MESSAGE = 2000
 MAX_WORD = 200
 _EXCERPT = 80
-_PLAIN_WORD = re.compile(r"(?:req|chatcmpl|msg|cmpl)[_-][A-Za-z0-9_-]{1,100}")  # ids as they come with every answer
+_PLAIN_WORD = re.compile(r"(?:req|chatcmpl|msg|cmpl)[_-][A-Za-z0-9_-]{1,100}")  # the ids in every answer
 _KEYS = re.compile(r"(?<![A-Za-z0-9])(sk-|gsk_|xai-|hf_|AIza|[Bb]earer +)[\w.*~+/=-]{4,}")
 
 
@@ -30,7 +30,7 @@ _ACTIVE = re.compile(
 
 
 def escape(value: object, limit: int = 2_000) -> str:
-    """Return a text in which no character acts: controls and direction marks become visible escapes.
+    """Return a text without active characters: controls and direction marks become visible escapes.
 
     Longer texts are cut at `limit` characters.
     """
@@ -53,14 +53,14 @@ def excerpt(body: bytes, limit: int = _EXCERPT) -> str:
 
 
 def word(value: Any) -> str | None:
-    """Return a word of the provider's, None for what is none (a numeric code says the status once more)."""
+    """Return a provider's word, None for anything else (a numeric code only repeats the status)."""
     if isinstance(value, str) and _PLAIN_WORD.fullmatch(value):
         return value
     return sanitize(value, MAX_WORD) or None if isinstance(value, str) else None
 
 
 def redactor(key: str | None) -> Callable[[bytes], bytes]:
-    """Return a function that puts `[key]` where bytes repeat the key."""
+    """Return a function that replaces the key in bytes by `[key]`."""
     if key is None or len(key) < _SHORTEST_KEY:
         return lambda data: data
     secret = key.encode()
@@ -68,7 +68,7 @@ def redactor(key: str | None) -> Callable[[bytes], bytes]:
 
 
 def redacted_post(post: Post, key: str | None) -> Post:
-    """Return a function that posts as `post` does; where its answers repeat the key, they say `[key]` instead."""
+    """Return a function that posts like `post`, but replaces the key in answers by `[key]`."""
     if key is None or len(key) < _SHORTEST_KEY:
         return post
 
@@ -79,7 +79,7 @@ def redacted_post(post: Post, key: str | None) -> Post:
 
 
 def redact(answer: HttpResponse, key: str | None) -> HttpResponse:
-    """Return an answer in which `[key]` stands where it repeats the key."""
+    """Return an answer in which `[key]` replaces the key."""
     if key is None or len(key) < _SHORTEST_KEY:
         return answer
     if key.encode() not in answer.body and not any(key in value for value in answer.headers.values()):

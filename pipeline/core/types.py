@@ -119,7 +119,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What an answer cost, in nano-dollars (1e-9 USD): None where no price is known, never 0 for unknown.
+    """The cost of an answer in nano-dollars (1e-9 USD): None, never 0, if no price is known.
 
     `saved` is what the same tokens would have cost more without a cache (below 0 where writing it cost more).
     """
@@ -177,7 +177,7 @@ class Attempt:
 
 
 def wasted(attempts: Sequence[Attempt]) -> Sequence[tuple[Usage, int | None]]:
-    """Return what failed attempts used and cost (nano-dollars), as far as their answers told it."""
+    """Return the tokens and cost (nano-dollars) of failed attempts, as far as their answers report them."""
     return [(attempt.usage, attempt.cost_nano) for attempt in attempts if attempt.usage] if attempts else ()
 
 
@@ -208,7 +208,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What became of one input line: exactly one of `reply` and `failure` is set.
+    """The result of one input line: exactly one of `reply` and `failure` is set.
 
     `failed_attempts` are the calls that failed before the one that ended it. `request` is None for a line that could
     not become a request. `completed_at` is UTC, ISO 8601; `latency_s` is that of the last attempt, in seconds.
@@ -284,7 +284,7 @@ class Result:
 
     @property
     def is_invalid(self) -> bool:
-        """Tell whether the line could not become a request."""
+        """Return True if the line could not become a request."""
         return self.request is None
 
     @property
@@ -293,7 +293,7 @@ class Result:
 
     @property
     def model(self) -> str | None:
-        """The model that answered, else (a server that does not tell it, a failure) the one that was asked."""
+        """The model that answered; for a failure, or a server that does not name it, the requested model."""
         if self.reply and self.reply.model:
             return self.reply.model
         return self.request.model if self.request else None
@@ -308,7 +308,7 @@ class Result:
 
     @property
     def wasted(self) -> Sequence[tuple[Usage, int | None]]:
-        """What failed attempts used and cost (nano-dollars), as far as their answers told it."""
+        """The tokens and cost (nano-dollars) of failed attempts, as far as their answers report them."""
         return wasted(self.failed_attempts)
 
 
@@ -323,7 +323,7 @@ class HttpResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRequest:
-    """One HTTP request of a batch API; `headers` is all of them but for host and content-length, names in lower case.
+    """One HTTP request of a batch API; `headers` has all but host and content-length, with lower-case names.
 
     Where `tail` is not None the content of a chunk goes between `body` and `tail`.
     """
@@ -337,7 +337,7 @@ class HttpRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """What a provider says of one of its buckets: its kind, how much per minute, and how much of it is left now.
+    """One rate limit as a provider reports it: its kind, the amount per minute, and how much is left now.
 
     Kinds are `requests`, `input_tokens`, `output_tokens` and `tokens` (OpenAI's sum of both).
     """
@@ -349,7 +349,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowance:
-    """An allowance at a moment: its kind, how much per minute, which share of it is used up, and who set it.
+    """A rate limit at one moment: its kind, the amount per minute, the share that is used up, and who set it.
 
     `source` is `cap` (the user), `told` (the provider's headers) or `found` (by refusals).
     """
@@ -362,7 +362,7 @@ class Allowance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdRange:
-    """What planning some lines left behind: the fingerprints that they took, and how often those that they repeat.
+    """The ids that planning some lines took: their fingerprints, and a count for each repeated one.
 
     `is_alone` tells that no line before them took any of these, so that they mean the same wherever none did.
     """

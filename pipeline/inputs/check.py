@@ -1,4 +1,4 @@
-"""`pipeline check`: every line planned, nothing sent."""
+"""`pipeline check`: plan every line, send nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.inputs.retired_models import RetiredModels
 
 @dataclass(slots=True)
 class CheckReport:
-    """What the lines of some inputs are: how many, how many invalid, and whom they go to."""
+    """Counts of the lines of some inputs: all, invalid, and by model."""
 
     lines: int = 0
     invalid: int = 0
@@ -42,9 +42,9 @@ def check(
     today: date | None = None,
     on_problem: Callable[[str], None],
 ) -> CheckReport:
-    """Plan every line of the inputs; `on_problem` hears `file:line: reason` of each that is not valid.
+    """Plan every line of the inputs; `on_problem` gets `file:line: reason` for each invalid one.
 
-    `today` (UTC; None: the date of now) decides which models are retired; the report's `warnings` name them.
+    `today` (UTC; None: the current date) decides which models are retired; the report's `warnings` name them.
     """
     report = CheckReport()
     planner = Planner(settings, provider=provider, model=model)

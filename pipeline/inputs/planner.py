@@ -1,9 +1,9 @@
-"""Line -> Request: what a line means, who is to answer it, and what goes on the wire. Pure.
+"""Line -> Request: choose the provider and model of a line, and build its request body. No I/O.
 
 A line's identity has two parts. `custom_id` is the line's own, else derived from its content, so it survives
-reordering, inserting and deleting lines; equal lines without an id are counted (`…-2`, `…-3`), as sampling wants
-repeats. `digest` is that of the body and the provider it goes to, so a changed line, model or parameter is told from
-what was answered before.
+reordering, inserting and deleting lines; equal lines without an id are numbered (`…-2`, `…-3`), because users repeat
+lines to sample. `digest` identifies the body and its provider, so a line is sent again if its text, model or
+parameters changed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Invalid:
 class Planner:
     """Turns lines into requests; remembers only which ids it has seen (10 bytes a line).
 
-    `provider` and `model` are the user's words on the command line for lines that do not say. A provider named there
-    also wins over the one told by a model's name when both speak one protocol (`gpt-oss-20b` on a vLLM server).
-    `salt` goes into digests, so that rehearsed answers never pass for real ones.
+    `provider` and `model` are the command's options for lines that name none. Such a provider also takes precedence
+    over the provider of a model's name if both use the same protocol (`gpt-oss-20b` on a vLLM server).
+    `salt` goes into digests, so that simulated answers are never taken for real ones.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Planner:
         self._providers_told: dict[str, str | None] = {}
 
     def basis(self) -> bytes:
-        """Return all that plans depend on beside the lines and their order.
+        """Return everything that plans depend on, apart from the lines and their order.
 
-        Of an address the port is left out, which is another one each time the simulator is started.
+        Ports of addresses are left out, because the simulator gets a new one at each start.
         """
         settings = self._config
         hosts = {name: urlsplit(each.base_url).hostname for name, each in settings.providers.items()}
@@ -83,19 +83,19 @@ class Planner:
         return orjson.dumps(parts)
 
     def claim(self, claims: IdRange) -> bool:
-        """Take what lines left behind that were planned by an earlier run, if they mean the same here; else nothing."""
+        """Take over the ids of lines that an earlier run planned. If any is taken already, take none; return False."""
         if not self.ids.add_all(claims.marks):
             return False
         self._repeats.update(claims.repeats)
         return True
 
     def take_claims(self) -> IdRange:
-        """Return what the lines left behind that were planned since the last time."""
+        """Return the ids of the lines that were planned since the last call."""
         new, self._claims = self._claims, _NewClaims()
         return IdRange(marks=new.marks, repeats=new.repeats, is_alone=new.is_alone)
 
     def plan(self, line: Line) -> Request | Invalid:
-        """Return the request that a line asks for, or why there is none."""
+        """Return the request of a line, or the reason why it cannot become one."""
         value: Any = None
         custom_id: str | None = None
         try:
@@ -136,7 +136,7 @@ class Planner:
         )
 
     def _destination(self, draft: Draft) -> tuple[str, str]:
-        """Return the provider and the model of a line: its own words, else the user's, else the configuration's."""
+        """Return the provider and model of a line: its own, else the command's, else the configuration's."""
         model = draft.model or (self._model if draft.is_portable else None)
         name = self._provider_of(draft, model)
         model = model or (self._config.providers[name].model if draft.is_portable else None)
@@ -162,7 +162,7 @@ class Planner:
         return default
 
     def _told_by(self, model: str) -> str | None:
-        """Return the provider that a model's name tells; names are few, so each is matched once."""
+        """Return the provider whose patterns match a model's name. There are few names, so each is matched once."""
         if model not in self._providers_told:
             if len(self._providers_told) >= _REMEMBERED_MODELS:
                 self._providers_told.clear()
@@ -176,19 +176,19 @@ class Planner:
         count = self._count(mark)
         if count == 1:
             return base
-        while not self._add(fingerprint(f"{base}-{count}")):  # somebody gave a line this id
+        while not self._add(fingerprint(f"{base}-{count}")):  # another line has this id as its own
             count = self._count(mark)
         return f"{base}-{count}"
 
     def _count(self, mark: int) -> int:
-        """Return for the how-manieth time something is there."""
+        """Count one more occurrence of a fingerprint and return the count."""
         if self._add(mark):
             return 1
         count = self._repeats[mark] = self._claims.repeats[mark] = self._repeats.get(mark, 1) + 1
         return count
 
     def _add(self, mark: int) -> bool:
-        """Remember a fingerprint; return whether it is new."""
+        """Remember a fingerprint; return True if it is new."""
         if self.ids.add(mark):
             self._claims.marks.append(mark)
             return True
@@ -202,7 +202,7 @@ class Planner:
             )
 
     def _invalid(self, line: Line, custom_id: str | None, value: Any, error: LineError) -> Invalid:
-        """Name a line that is no request: as far as it was understood, its id is its own, else derived."""
+        """Return an invalid line with its identity: its own id if that could be read, else one from its content."""
         own = value.get("custom_id") if isinstance(value, Mapping) else None
         custom_id = custom_id or (own if isinstance(own, str) else None)
         if custom_id:
@@ -216,7 +216,7 @@ class Planner:
 
 
 def _as_limit(tokens: int | None) -> int | None:
-    """Return a bound to reckon with: a body in its own dialect may say anything, and only its provider judges it."""
+    """Return a usable bound: a body in its own dialect may have any value, which only its provider checks."""
     return min(tokens, _MOST_TOKENS) if tokens and tokens > 0 else None
 
 

@@ -1,8 +1,8 @@
-"""Inputs -> lines: files, objects at stores, globs, directories, stdin; plain, .gz or .zst; split on `\\n` only.
+"""Inputs -> lines: files, objects in stores, globs, directories, stdin; plain, .gz or .zst; split on `\\n` only.
 
-Memory does not follow the size of a file: a block and one line are held at a time, and of a line beyond the limit
-only the beginning; a line that never ends (a device, a bomb) ends its input. What kind of compression a file has is
-told by its first bytes, not by its name. Objects (`stores`) are named and read as files are.
+Memory does not grow with the size of a file: a block and one line are held at a time, and only the beginning of a
+line beyond the limit; a line that never ends (a device, a bomb) ends its input. The first bytes of a file, not its
+name, decide its compression. Objects are named and read like files.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ else:
     from backports import zstd
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-# What this program writes: x.results.jsonl and what comes to lie beside it, compressed by somebody or not.
+# Files that this program writes: x.results.jsonl and those beside it, also if the user compressed them.
 _OURS = re.compile(
     r"(\.(results(\.old-[0-9]+|\.tmp)?|superseded|attempts)|\.parts/part-[0-9]+-[0-9]+)\.jsonl(\.gz|\.zst)?$"
 )
 _BESIDE = re.compile(r"(\.old-[0-9]+\.jsonl|\.(superseded|attempts)\.jsonl|\.(usage\.json|torn|index)|\.jsonl)(\.tmp)?")
-# The same of results at an object store, which are a folder.
+# The same for results in an object store, which are a folder.
 _PART_OF = re.compile(r"(part-[0-9]{5,}|superseded-[0-9a-f]+)\.jsonl|usage\.json|(old-[0-9]+|work)/.*")
 _BOM = b"\xef\xbb\xbf"
-_ENDLESS_BYTES = 2**30  # nobody's line, and soon read
+_ENDLESS_BYTES = 2**30  # longer than any real line, and read within seconds
 _BATCH_LINES = 256
 _BATCH_BYTES = 1024 * 1024
 _BLOCK_BYTES = 256 * 1024
@@ -49,7 +49,7 @@ _File = BufferedReader | gzip.GzipFile | zstd.ZstdFile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One line of an input that is not blank; `problem` says why its bytes cannot be used."""
+    """One non-blank line of an input; `problem` says why its bytes cannot be used."""
 
     source: str
     number: int
@@ -59,9 +59,9 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Some lines of an input that follow on each other, the first of this number, as they stand there, with their ends.
+    """Consecutive lines of an input, unchanged and with their line ends; `number` is that of the first.
 
-    `count` is how many, the blank ones too. With a `problem` it is one line that cannot be used, or what is left of it.
+    `count` includes blank lines. With a `problem` the batch is one line that cannot be used, or the rest of it.
     """
 
     source: str
@@ -87,11 +87,11 @@ class Batch:
 def sources(inputs: Sequence[str], *, may_be_empty: bool = False, but: str | Path | None = None) -> list[str]:
     """Expand files, globs and directories into a list of readable inputs, each once, in order.
 
-    A directory stands for its `*.jsonl`, `*.jsonl.gz` and `*.jsonl.zst`. It and a glob hold no files that this program
-    writes: `but` is the results file, so that it may lie among the inputs and the command be repeated. URLs of stores
-    are expanded likewise, a prefix as a directory; there `but` is the folder of the results.
-    Raises `UsageError` for what does not exist or cannot be read, and for a directory without any input, unless that
-    may be (a drop folder in which nothing was dropped).
+    A directory means its `*.jsonl`, `*.jsonl.gz` and `*.jsonl.zst`. Directories and globs leave out files that this
+    program writes; `but` is the results file, so that the command can be repeated if it is among the inputs. URLs of
+    stores are expanded in the same way, a prefix like a directory; there `but` is the folder of the results.
+    Raises `UsageError` for an input that does not exist or cannot be read, and for a directory without inputs, unless
+    `may_be_empty` (an empty drop folder).
     """
     found: dict[str, str] = {}
     for path in (path for item in inputs for path in _expand(item, may_be_empty, but)):
@@ -102,7 +102,7 @@ def sources(inputs: Sequence[str], *, may_be_empty: bool = False, but: str | Pat
 
 
 def lines(source: str | ByteRange, max_line_bytes: int) -> Iterator[Line]:
-    """Yield the lines of one input that are not blank, numbered from 1 as an editor numbers them.
+    """Yield the non-blank lines of one input, numbered from 1 as in an editor.
 
     An input that turns out damaged (a cut archive, a disk error) or endless ends with a line that says so.
     """
@@ -113,8 +113,8 @@ def lines(source: str | ByteRange, max_line_bytes: int) -> Iterator[Line]:
 def batches(inputs: Iterable[str | ByteRange], max_line_bytes: int, size_of: _SizeOf = None) -> Iterator[Batch]:
     """Yield the lines of all inputs in batches of bounded length and size: a thread hop pays only for many lines.
 
-    `size_of` tells how batches were cut before: how many bytes had the one that began with a line of this checksum.
-    They are cut so again wherever such a line stands, so the same lines are mostly in the same batch.
+    `size_of` returns the size in bytes of an earlier run's batch, given the checksum of its first line. A batch that
+    begins with the same line is cut at the same size, so the same lines are mostly in the same batch.
     """
     for each in inputs:
         yield from _batches_of(each if isinstance(each, ByteRange) else ByteRange(source=each), max_line_bytes, size_of)
@@ -152,7 +152,7 @@ def _batches_of(span: ByteRange, max_line_bytes: int, size_of: _SizeOf) -> Itera
 
 
 def _cut(ahead: _Ahead, max_line_bytes: int, size_of: _SizeOf) -> int:
-    """Return how many bytes of what is ahead are the next batch: whole lines; 0 where a line is too long for any."""
+    """Return the size in bytes of the next batch, which is whole lines; 0 if the next line is too long."""
     end, count = 0, 0
     while count < _BATCH_LINES and end < _BATCH_BYTES:
         next_end = ahead.end_of_line(end, max_line_bytes)
@@ -169,9 +169,9 @@ def _cut(ahead: _Ahead, max_line_bytes: int, size_of: _SizeOf) -> int:
 
 
 class _Ahead:
-    """What was read of a file and is not taken yet; its last line gets an end if it has none.
+    """The read-ahead buffer of a file; the last line gets a line end if it has none.
 
-    `damage` is why a file ended before its time; of its last line nothing is left then.
+    `damage` is the error that ended the file early; an incomplete last line is dropped then.
     """
 
     def __init__(self, file: jsonl.Source) -> None:
@@ -188,9 +188,9 @@ class _Ahead:
             del self.data[: len(beginning)]
 
     def end_of_line(self, start: int, max_bytes: int) -> int:
-        """Return the end of the line that begins there, `\\n` included; of a longer one that of what was read.
+        """Return the end of the line that begins at `start`, after its `\\n`; for a longer line, the end of the buffer.
 
-        Where nothing begins, it is where it ends.
+        At the end of the file, return `start`.
         """
         looked = start
         while (end := self.data.find(b"\n", looked)) < 0:
@@ -200,7 +200,7 @@ class _Ahead:
         return end + 1
 
     def has_line_end_at(self, size: int) -> bool:
-        """Tell whether the first so many bytes are whole lines."""
+        """Return True if the first `size` bytes are whole lines."""
         return self._has(size) and self.data[size - 1] == _LINE_END
 
     def take(self, size: int) -> bytes:
@@ -209,13 +209,13 @@ class _Ahead:
         return taken
 
     def read1(self, size: int = -1, /) -> bytes:
-        """Return what is there of the next line, so that one line alone can be read by `jsonl.lines`."""
+        """Return the available part of the next line, so that `jsonl.lines` can read a single line."""
         if not self._has(1):
             return b""
         return self.take(self.data.find(b"\n") + 1 or len(self.data))
 
     def _has(self, size: int) -> bool:
-        """Read on until so many bytes are there; return whether they are."""
+        """Read until the buffer has `size` bytes; return False if the file ends first."""
         while len(self.data) < size and not self._has_ended:
             try:
                 block = self._file.read1(_BLOCK_BYTES)
@@ -232,7 +232,7 @@ class _Ahead:
 
 
 def is_file_of(source: str, path: Path) -> bool:
-    """Tell whether an input is a file that exists, under whatever name."""
+    """Return True if an input is this existing file, even under another name."""
     if object_store.is_url(source):
         return False
     if source == STDIN:
@@ -241,7 +241,7 @@ def is_file_of(source: str, path: Path) -> bool:
 
 
 def is_part_of(source: str, folder: str) -> bool:
-    """Tell whether an input is an object that this program writes into a folder of results."""
+    """Return True if an input is an object that this program writes into a folder of results."""
     return source.startswith(folder) and _PART_OF.fullmatch(source, len(folder)) is not None
 
 
@@ -278,7 +278,7 @@ def _expand(item: str, may_be_empty: bool, output: str | Path | None) -> list[st
 
 
 def _expand_url(url: str, may_be_empty: bool, folder: str | None) -> list[str]:
-    """Return the objects that a URL stands for: one, those of a prefix, or those that match."""
+    """Return the objects that a URL means: one object, those under a prefix, or those that match a glob."""
     if not url.endswith("/") and object_store.head(url):
         return [url]
     is_glob = not url.endswith("/") and object_store.has_magic(url)
@@ -299,14 +299,14 @@ def _expand_url(url: str, may_be_empty: bool, folder: str | None) -> list[str]:
 
 
 def _is_part(url: str, folder: str | None) -> bool:
-    """Tell whether an object belongs to results: to those in this folder, or to any of the usual name."""
+    """Return True if an object belongs to results: those in this folder, or any in a folder `*.results/`."""
     default = url.rfind(".results/")
     of_default = default >= 0 and is_part_of(url, url[: default + len(".results/")])
     return of_default or (folder is not None and is_part_of(url, folder))
 
 
 def _is_ours(name: str, output: str | Path | None) -> bool:
-    """Tell whether a file is one that this program writes: by its name, or because it belongs to the output."""
+    """Return True if this program writes the file: by its name, or because it belongs to the output."""
     if _OURS.search(name) or output is None or object_store.is_url(output):
         return _OURS.search(name) is not None
     own, real = os.path.realpath(output), os.path.realpath(name)

@@ -1,4 +1,4 @@
-"""Inputs as bytes: a file, standard input or an object at a store, all of it or a span that was cut out of it."""
+"""Inputs as bytes: a file, standard input or an object in a store, whole or one byte range of it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 GZIP = b"\x1f\x8b"
-ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to skip: pzstd begins with that
+ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or a skippable one: pzstd begins with it
 _BLOCK_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteRange:
-    """A part of an input: the bytes from `start` to `end` (None: to its end), the first line of this number.
+    """A part of an input: the bytes from `start` to `end` (None: to its end); `number` is that of the first line.
 
-    It is cut at line ends. `stamp` tells whether the input is still what it was when it was cut (`stamp_of`).
+    It is cut at line ends. `stamp` is the version of the input when it was cut (`version_of`).
     """
 
     source: str
@@ -46,24 +46,24 @@ class ByteRange:
 
 
 def can_be_read_again(source: str) -> bool:
-    """Tell what can be read again, and elsewhere, from what is gone when it was read."""
+    """Return True if an input can be read again, also on another machine; stdin and pipes cannot."""
     return object_store.is_url(source) or (source != STDIN and Path(source).is_file())
 
 
 def version_of(source: str) -> str:
-    """Return what is another text when an input was changed: of a file, its size and the time of its last change."""
+    """Return a text that changes when an input changes: size and modification time of a file, etag of an object."""
     return _seen(source)[1]
 
 
 def size_of(source: str) -> int:
-    """Return how many bytes an input has."""
+    """Return the size of an input in bytes."""
     return _seen(source)[0]
 
 
 def cut(source: str, size: int) -> Iterator[ByteRange]:
-    """Cut an input into spans of about so many bytes, at line ends, without reading more than these; numbers are 1.
+    """Cut an input into ranges of about `size` bytes, at line ends, reading only around the cuts; numbers are 1.
 
-    What is compressed is one span. Raises `UsageError` where it cannot be read, `TryLaterError` where it changes.
+    A compressed input is one range. Raises `UsageError` if it cannot be read, `TryLaterError` if it changes.
     """
     total, stamp = _seen(source)
     whole = ByteRange(source=source, stamp=stamp)
@@ -82,7 +82,7 @@ def cut(source: str, size: int) -> Iterator[ByteRange]:
 
 
 def require_unchanged(span: ByteRange) -> None:
-    """Raise `TryLaterError` where an input is not what it was when a span was cut out of it."""
+    """Raise `TryLaterError` if an input has changed since a range was cut out of it."""
     if version_of(span.source) != span.stamp:
         raise TryLaterError(f"the input {span.source!r} was changed while it was being read", hint="repeat the command")
 
@@ -90,7 +90,7 @@ def require_unchanged(span: ByteRange) -> None:
 def opened(span: ByteRange) -> BufferedReader:
     """Open an input, or a part of it, for reading in one pass.
 
-    Raises `OSError`, then or while it is read: also where it is not, or no longer, what it was when the span was cut.
+    Raises `OSError`, on opening or reading, also if the input has changed since the range was cut.
     """
     if object_store.is_url(span.source):
         try:
@@ -104,7 +104,7 @@ def opened(span: ByteRange) -> BufferedReader:
 
 
 class _Slice(io.RawIOBase):
-    """A span of a file as a raw stream."""
+    """A byte range of a file as a raw stream."""
 
     def __init__(self, span: ByteRange) -> None:
         self._file = io.FileIO(span.source)
