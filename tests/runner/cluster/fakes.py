@@ -63,6 +63,7 @@ class FakePool:
         self.started: list[FakeWorker] = []
         self.killed: list[FakeWorker] = []
         self.loss = anyio.Event()
+        self.received: Callable[[], int] | None = None  # requests at the server: then workers die with one in flight
         self.spent: list[int] = []
         self._lose = dict(lose or {})
         self.lose_first = set(lose_first)
@@ -104,6 +105,7 @@ class FakeWorker:
         self._pool = pool
         self._worker = worker
         self._life = anyio.Event()
+        self._received_before = 0
 
     def die(self) -> None:
         self._life.set()
@@ -122,6 +124,7 @@ class FakeWorker:
         until = (Path(task.output), lines)
         if task.number in self._pool.poison:
             until = (Path(task.output).with_suffix(".attempts.jsonl"), 2)
+            self._received_before = self._pool.received() if self._pool.received else 0
         outcome = await self._living(self._worker.work(task), until=until)
         if self._is_silent:
             await self._living(anyio.sleep_forever())
@@ -156,6 +159,9 @@ class FakeWorker:
     async def _die_after(self, output: Path, lines: int | None) -> None:
         assert lines is not None
         await until(lambda: output.exists() and output.read_bytes().count(b"\n") >= lines)
+        received = self._pool.received
+        if received:
+            await until(lambda: received() > self._received_before)
         self.die()
 
     async def _living(self, doing: Awaitable[T], until: tuple[Path, int | None] = (Path(), None)) -> T:

@@ -35,6 +35,7 @@ async def test_a_part_that_kills_its_workers_is_not_paid_for_without_end(tmp_pat
 
     with _world(latency=0.5) as (config, server):
         pool = FakePool(2, poison={0})
+        pool.received = lambda: server.statistics()["received"]
         summary = await drive([source], tmp_path / "out.jsonl", config, pool)
         assert server.statistics()["received"] <= 3 * 4
 
