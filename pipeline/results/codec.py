@@ -188,7 +188,8 @@ def _usage(usage: Usage | None) -> dict[str, Any] | None:
         count = getattr(usage, name)
         if count or name not in _RARE_FIELDS:
             tokens[name] = count
-    tokens["total_tokens"] = usage.total_tokens
+        if name == "output_tokens":
+            tokens["total_tokens"] = usage.total_tokens
     if usage.web_searches:
         tokens["web_searches"] = usage.web_searches
     if usage.service_tier is not None:
