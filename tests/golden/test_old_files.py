@@ -161,9 +161,12 @@ async def test_results_at_an_object_store(folder: Path, bucket: Bucket) -> None:
         old = results((spool / "results.jsonl").read_bytes())
         in_flight = calls_in_flight(old, spool / "results.attempts.jsonl")
         part = bucket.content("answers/part-00000.jsonl")
+        bucket.gate.log.clear()
         summary = await pipeline.run_batch(["in.jsonl"], output=url, config=settings)
         received = server.statistics()["received"]
+        fetched = [key for method, key in bucket.gate.log if method == "GET" and key.endswith("part-00000.jsonl")]
 
+    assert not fetched  # the old manifest says that the spool holds it
     content = [object_store.read(found.url)[0] for found in object_store_writer.parts_at(url)]
     assert content[0] == part
     assert_finished(summary, old, results(b"".join(content)))
