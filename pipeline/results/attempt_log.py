@@ -59,8 +59,8 @@ class LoggedCall:
 class AttemptLog:
     """The journal of one results file; whoever holds the lock of that owns it.
 
-    First `read`, then `settle` for each result line, then `begin`. After that one thread notes (`sending`, `unbilled`,
-    `finished`) and hands over by `take` what another may `write`.
+    First `read`, then `settle` for each result line, then `begin`. After that one thread notes (`log_attempt`,
+    `log_not_billed`, `finished`) and hands over by `take` what another may `write`.
     """
 
     def __init__(self, results: Path, run_id: str, *, sync: bool) -> None:
@@ -114,7 +114,7 @@ class AttemptLog:
 
     # ── noting ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def sending(self, request: Request, attempt: int, at: str) -> None:
+    def log_attempt(self, request: Request, attempt: int, at: str) -> None:
         """Note that a call is about to be made."""
         line = orjson.dumps(
             {
@@ -133,7 +133,7 @@ class AttemptLog:
         self._open.setdefault((request.custom_id, request.digest), []).append(line)
         self._lines.append(line)
 
-    def unbilled(self, request: Request, attempt: int) -> None:
+    def log_not_billed(self, request: Request, attempt: int) -> None:
         """Note that the last call for a request came back and was not billed."""
         self._open[request.custom_id, request.digest].pop()
         line = {"unbilled": request.custom_id, "digest": request.digest, "attempt": attempt, "run": self._run_id}
@@ -143,7 +143,7 @@ class AttemptLog:
         """Note that a request's result line is on the disk: it tells of all its calls."""
         self._open.pop((custom_id, digest), None)
 
-    def adopt(self, calls: Iterable[LoggedCall]) -> None:
+    def import_attempts(self, calls: Iterable[LoggedCall]) -> None:
         """Keep what another journal tells of calls whose outcome nobody knows; to be written with what comes next."""
         for sent in calls:
             self._left.setdefault((sent.run, sent.sent, sent.digest), {})[sent.attempt] = sent
@@ -173,16 +173,16 @@ class AttemptLog:
         elif lines and self._file is not None:
             self._file.append(b"".join(lines))
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Close the journal of a run whose summary has listed what `unknown` returned."""
         told = [replace(sent, told=True) for sent in self.unknown()]
         for sent in told:
             self._left.setdefault((sent.run, sent.sent, sent.digest), {})[sent.attempt] = sent
         self._open.clear()
         self._rewrite(self._snapshot())
-        self.release()
+        self.close()
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
@@ -199,7 +199,7 @@ class AttemptLog:
             fd = files.replace(self._path, lines)
         except OSError as exc:
             raise StorageError(f"cannot write {str(self._path)!r}: {exc.strerror}") from exc
-        self.release()
+        self.close()
         self._file = files.Appender(fd, self._path, sync=self._sync)
 
 

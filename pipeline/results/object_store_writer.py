@@ -232,7 +232,7 @@ class ObjectStoreOutput:
 
 
 class ObjectStoreWriter(ResultWriter):
-    """A recorder whose results go to a store as well: it writes the spool, and uploads what is safe there.
+    """A writer whose results go to a store as well: it writes the spool, and uploads what is safe there.
 
     What keeps results from the store is no reason to stop answering, as they are safe: `on_trouble` hears of it, it is
     tried again, and `publish` returns it if it lasts. With somebody else who writes there it is for good.
@@ -267,8 +267,8 @@ class ObjectStoreWriter(ResultWriter):
             self._folder.reconcile()
         super().open()
 
-    def release(self) -> None:
-        super().release()
+    def close(self) -> None:
+        super().close()
         if self._lock >= 0:
             files.close(self._lock)
             self._lock = -1
@@ -385,7 +385,7 @@ def _bytes_at(file: BinaryIO, start: int, size: int) -> bytes:
 
 
 def _gaps(taken: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Return what of a file is in none of some stretches (start, size): where each gap begins and ends."""
+    """Return what of a file is in none of some ranges (start, size): where each gap begins and ends."""
     gaps: list[tuple[int, int]] = []
     end = 0
     for start, length in [*sorted(taken), (size, 0)]:
@@ -395,9 +395,9 @@ def _gaps(taken: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     return gaps
 
 
-def _lines(file: BinaryIO, stretches: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """Yield the lines of some stretches of a file, with their ends."""
-    for start, end in stretches:
+def _lines(file: BinaryIO, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the lines of some ranges of a file, with their ends."""
+    for start, end in ranges:
         while start < end:
             file.seek(start)
             line = file.readline(end - start)

@@ -2,17 +2,17 @@
 
 Two kinds of entries stand in it, in the order in which they came true:
 
-- a segment of the results file: how long it is, its checksum, what its lines add up to, whom they answer;
-- a stretch of an input: some lines, told by their checksum, that all have results in the segments before it.
+- a range of the results file: how long it is, its checksum, what its lines add up to, whom they answer;
+- a range of an input: some lines, identified by their checksum, that all have results in the ranges before it.
 
-So a start checks the results at the speed of a checksum, and passes over a stretch of finished lines without planning
-them. A stretch is looked for by its first line, so it is known again wherever it stands: after an edit only the lines
-around it are planned. Checksums of stretches begin with all that plans depend on (`Planner.basis`).
+So a start checks the results at the speed of a checksum, and passes over a range of finished lines without planning
+them. A range is looked for by its first line, so it is known again wherever it stands: after an edit only the lines
+around it are planned. Checksums of ranges begin with all that plans depend on (`Planner.basis`).
 
 The index is derived and may be deleted at any time. It is never synced, and what it says is not believed but where the
 results file bears it out: entries are chained by checksums, from one of the program itself, so an index that is cut,
-damaged, mixed up or of another version ends there; and at the first segment that is not in the results file as it was,
-this and all after it is dropped. Lines that no segment covers are parsed. What cannot be written is gone without, and
+damaged, mixed up or of another version ends there; and at the first range that is not in the results file as it was,
+this and all after it is dropped. Lines that no range covers are parsed. What cannot be written is gone without, and
 a file of somebody else that stands in its place is left alone: the first line tells whose it is.
 """
 
@@ -43,9 +43,9 @@ from pipeline.results.totals import Totals
 
 SUFFIX = ".index"
 _FIRST_LINE = b"pipeline: the index of the results beside it; may be deleted\n"
-_SEGMENT_LINES = 4_096
-_SEGMENT_BYTES = 16 * 1024 * 1024
-_WAITING_STRETCHES = 64
+_RANGE_LINES = 4_096
+_RANGE_BYTES = 16 * 1024 * 1024
+_WAITING_RANGES = 64
 _MOST_AWAITED = 1_024
 _BLOCK_BYTES = 256 * 1024
 _THREADS = 2  # that check the results file: more would wait for its disk
@@ -90,7 +90,7 @@ class InputRange:
 class ResumeIndex:
     """The index of one results file; whoever holds the lock of that owns it.
 
-    First `read`; then one thread adds results as they come to the disk, and stretches when all their results did.
+    First `read`; then one thread adds results as they come to the disk, and ranges when all their results did.
     Nothing here raises: an index that cannot be used is none.
     """
 
@@ -101,23 +101,23 @@ class ResumeIndex:
         self._forget()
 
     def __len__(self) -> int:
-        """How many stretches it knows."""
-        return len(self._stretches)
+        """How many ranges it knows."""
+        return len(self._input_ranges)
 
     def _forget(self) -> None:
         self._chain = _program()
-        self._segment = _NewSegment()
+        self._result_range = _NewResultRange()
         self._waiting: list[InputRange] = []
         self._offsets = array("Q", [len(_FIRST_LINE)])  # of all entries, and of the end
         self._sizes = array("Q")  # of what the entries tell of
-        self._stretches: dict[bytes, int] = {}  # the first line's checksum -> the number of the entry
+        self._input_ranges: dict[bytes, int] = {}  # the first line's checksum -> the number of the entry
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, results: BinaryIO, *, of_one_run: bool) -> Iterator[ResultRange]:
-        """Yield the segments that the results file still holds, and leave it at the end of the last.
+        """Yield the ranges that the results file still holds, and leave it at the end of the last.
 
-        With `of_one_run` the first segment that several runs wrote ends the index, too.
+        With `of_one_run` the first range that several runs wrote ends the index, too.
         """
         if not self._open(os.O_RDWR):
             return
@@ -130,7 +130,7 @@ class ResumeIndex:
             for number, value in enumerate(self._entries()):
                 self._sizes.append(value["size"])
                 if "mark" in value:
-                    self._stretches[b64decode(value["start"])] = number
+                    self._input_ranges[b64decode(value["start"])] = number
                 else:
                     part = (value["size"], b64decode(value["checksum"]), end)
                     checks.append((number, threads.submit(_is_there, results.fileno(), *part)))
@@ -143,20 +143,20 @@ class ResumeIndex:
                     self._cut(number)
                     break
                 end += found["size"]
-                yield _segment(found)
+                yield _result_range(found)
         results.seek(end)
         self._truncate()
 
     def size_of(self, start: bytes) -> int | None:
-        """Return how many bytes the stretch has that begins with a line of this checksum."""
-        number = self._stretches.get(start)
+        """Return how many bytes the range has that begins with a line of this checksum."""
+        number = self._input_ranges.get(start)
         return None if number is None else self._sizes[number]
 
     def find(self, mark: bytes, start: bytes) -> InputRange | None:
-        """Return the stretch with these checksums: of all its bytes, and of the first line."""
-        number = self._stretches.get(start)
+        """Return the range with these checksums: of all its bytes, and of the first line."""
+        number = self._input_ranges.get(start)
         value = None if number is None else self._entry(number)
-        found = _stretch(value) if value else None
+        found = _input_range(value) if value else None
         return found if found and found.mark == mark else None
 
     def _entries(self) -> Iterator[dict[str, Any]]:
@@ -183,7 +183,7 @@ class ResumeIndex:
     def _cut(self, number: int) -> None:
         """Forget an entry and all after it."""
         del self._offsets[number + 1 :]
-        self._stretches = {start: each for start, each in self._stretches.items() if each < number}
+        self._input_ranges = {start: each for start, each in self._input_ranges.items() if each < number}
 
     def _truncate(self) -> None:
         """Let the file end where the index does."""
@@ -203,24 +203,24 @@ class ResumeIndex:
         self, lines: bytes, told: Sequence[tuple[int, StoredResult | Result | None]], run: str | None
     ) -> None:
         """Take the next lines of the results file, which are hashed as one: each hash lets other threads run first."""
-        self._segment.digest.update(lines)
-        self._segment.size += len(lines)
+        self._result_range.digest.update(lines)
+        self._result_range.size += len(lines)
         for request, result in told:
-            self._segment.add(request, result, run or "", is_blank=lines == b"\n")
-        if self._segment.lines >= _SEGMENT_LINES or self._segment.size >= _SEGMENT_BYTES:
+            self._result_range.add(request, result, run or "", is_blank=lines == b"\n")
+        if self._result_range.lines >= _RANGE_LINES or self._result_range.size >= _RANGE_BYTES:
             self.flush()
 
-    def add_stretches(self, stretches: Sequence[InputRange]) -> None:
-        """Take stretches of an input whose results were all added before."""
-        self._waiting += stretches
-        if len(self._waiting) >= _WAITING_STRETCHES:
+    def add_input_ranges(self, ranges: Sequence[InputRange]) -> None:
+        """Take ranges of an input whose results were all added before."""
+        self._waiting += ranges
+        if len(self._waiting) >= _WAITING_RANGES:
             self.flush()
 
     def flush(self) -> None:
         """Write what was added."""
-        entries: list[ResultRange | InputRange] = [self._segment.done()] if self._segment.size else []
+        entries: list[ResultRange | InputRange] = [self._result_range.done()] if self._result_range.size else []
         entries += self._waiting
-        self._segment = _NewSegment()
+        self._result_range = _NewResultRange()
         self._waiting = []
         if not entries or not self._open(os.O_RDWR | os.O_CREAT):
             return
@@ -234,15 +234,15 @@ class ResumeIndex:
 
     def drop(self) -> None:
         """Delete the index: the results file is another one now."""
-        self.release()
+        self.close()
         self._has_failed = False
         self._forget()
         if self._open(os.O_RDWR):
             with suppress(OSError):
                 self._path.unlink()
-            self.release()
+            self.close()
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
@@ -262,21 +262,21 @@ class ResumeIndex:
 
 
 class PendingRanges:
-    """Stretches of inputs of which some results are still to come; those that wait longest are given up."""
+    """Ranges of inputs that still wait for results; beyond a bound the oldest is dropped."""
 
     def __init__(self) -> None:
         self._open: dict[str, list[_Open]] = {}
         self._count = 0
 
-    def add(self, stretch: InputRange, source: str, numbers: range, waiting: int) -> None:
+    def add(self, input_range: InputRange, source: str, numbers: range, waiting: int) -> None:
         """Wait for so many results of lines with these numbers."""
         if self._count >= _MOST_AWAITED:
             self._pop(next(iter(self._open)), 0)
-        self._open.setdefault(source, []).append(_Open(stretch=stretch, numbers=numbers, waiting=waiting))
+        self._open.setdefault(source, []).append(_Open(input_range=input_range, numbers=numbers, waiting=waiting))
         self._count += 1
 
     def finished(self, source: str, number: int, failed: int | None) -> InputRange | None:
-        """Note that a line has its result on the disk; return the stretch of which it was the last.
+        """Note that a line has its result on the disk; return the range of which it was the last.
 
         `failed` is the fingerprint of a request without an answer.
         """
@@ -285,7 +285,7 @@ class PendingRanges:
         if place < 0 or number not in opened[place].numbers:
             return None
         if failed is not None:
-            opened[place].stretch.failed.append(failed)
+            opened[place].input_range.failed.append(failed)
         opened[place].waiting -= 1
         return None if opened[place].waiting else self._pop(source, place)
 
@@ -294,19 +294,19 @@ class PendingRanges:
         self._count -= 1
         if not self._open[source]:
             del self._open[source]
-        return found.stretch
+        return found.input_range
 
 
 @dataclass(slots=True)
 class _Open:
-    stretch: InputRange
+    input_range: InputRange
     numbers: range
     waiting: int
 
 
 @dataclass(slots=True)
-class _NewSegment:
-    """A segment that still grows."""
+class _NewResultRange:
+    """A range that still grows."""
 
     size: int = 0
     lines: int = 0
@@ -357,7 +357,7 @@ def _begin(fd: int) -> bool:
 
 
 def _is_there(fd: int, size: int, expected: bytes, start: int) -> bool:
-    """Tell whether the results file holds a segment there; hashing and reading leave the other threads alone."""
+    """Tell whether the results file holds a range there; hashing and reading leave the other threads alone."""
     end = start + size
     digest = sha256()
     while start < end and (block := os.pread(fd, min(end - start, _BLOCK_BYTES), start)):
@@ -394,12 +394,12 @@ def _as_text(value: bytes | array[int]) -> str:
     return b64encode(value).decode()
 
 
-def _segment(value: dict[str, Any]) -> ResultRange:
+def _result_range(value: dict[str, Any]) -> ResultRange:
     value |= {"checksum": b64decode(value["checksum"]), "answered": _array(value["answered"])}
     return ResultRange(**value | {"failed": _array(value["failed"])})
 
 
-def _stretch(value: dict[str, Any]) -> InputRange:
+def _input_range(value: dict[str, Any]) -> InputRange:
     claims = value["claims"]
     return InputRange(
         mark=b64decode(value["mark"]),

@@ -66,12 +66,12 @@ class WorkerOutput:
         self._path = path
         self._name = name
         self._remove = remove
-        self._recorder = ResultWriter(path, run_id="", on_done=lambda result: None)
+        self._writer = ResultWriter(path, run_id="", on_done=lambda result: None)
         try:
-            self._recorder.open()
-            self._recorder.done(Totals())
+            self._writer.open()
+            self._writer.done(Totals())
         except BaseException:
-            self.release()
+            self.close()
             raise
 
     def groups(self) -> Iterator[tuple[list[bytes], list[StoredResult]]]:
@@ -94,16 +94,16 @@ class WorkerOutput:
         Their requests are answered in the same run, by other workers; so that this does not settle them, they are of
         a run of their own.
         """
-        return [replace(call, run=f"{call.run}/{self._name}") for call in self._recorder.unknown()]
+        return [replace(call, run=f"{call.run}/{self._name}") for call in self._writer.unknown()]
 
     def remove(self) -> None:
         """Remove it, once all of it is safe elsewhere."""
         self._remove()
-        self.release()
+        self.close()
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Leave it for later."""
-        self._recorder.release()
+        self._writer.close()
         self._forget()
 
 
@@ -166,7 +166,7 @@ def check_visible(place: Name, token: str) -> None:
 
 
 @contextmanager
-def taken_in(recorder: ResultWriter, area: Staging) -> Iterator[Callable[[], None]]:
+def taken_in(writer: ResultWriter, area: Staging) -> Iterator[Callable[[], None]]:
     """Take what the workers of a run that was killed have done into the results, before these are read.
 
     Yields what removes it, for when the journal of the results is begun. Raises `TryLaterError` where somebody writes
@@ -177,13 +177,13 @@ def taken_in(recorder: ResultWriter, area: Staging) -> Iterator[Callable[[], Non
         staged: list[WorkerOutput] = []
         for name in area.parts():
             staged.append(_taken_over_soon(area, name))
-            held.callback(staged[-1].release)
-        done = recorder.done(Totals()) if staged else Done()
+            held.callback(staged[-1].close)
+        done = writer.done(Totals()) if staged else Done()
         for part in staged:
             for lines, records in part.groups():
                 pairs = zip(lines, records, strict=True)
-                recorder.take_in([line for line, record in pairs if _is_new(record, done)])
-            recorder.take_in([], part.unknown())
+                writer.import_lines([line for line, record in pairs if _is_new(record, done)])
+            writer.import_lines([], part.unknown())
 
         def remove() -> None:
             for part in staged:

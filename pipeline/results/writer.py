@@ -64,11 +64,11 @@ class Done:
         self._unsorted[success].append(request)
         self.lines += 1
 
-    def add_segment(self, segment: ResultRange) -> None:
-        self._unsorted[True].extend(segment.answered)
-        self._unsorted[False].extend(segment.failed)
-        self.lines += segment.lines
-        self.damaged += segment.damaged
+    def add_range(self, known: ResultRange) -> None:
+        self._unsorted[True].extend(known.answered)
+        self._unsorted[False].extend(known.failed)
+        self.lines += known.lines
+        self.damaged += known.damaged
 
     def outcome(self, request: int) -> bool | None:
         """Return True when a request was answered, False when it failed, None when it is not there."""
@@ -90,7 +90,7 @@ class ResultWriter:
     """Appends results to one file; `on_done` hears of each result once it is safe on the disk.
 
     `name` is what people call the output, `safe_bytes` how much of the file is on the disk.
-    `open` locks and repairs the file, `done` reads it, `begin` starts the journal, `run` writes until `close`.
+    `open` locks and repairs the file, `done` reads it, `begin` starts the journal, `run` writes until `stop`.
     One thread writes; it is never the one that slow name look-ups may fill.
     """
 
@@ -118,9 +118,9 @@ class ResultWriter:
         self._target = files.target_of(
             path
         )  # once: a link that is changed meanwhile must not part what belongs together
-        self._journal = AttemptLog(self._target, run_id, sync=sync)
+        self._attempt_log = AttemptLog(self._target, run_id, sync=sync)
         self._index = ResumeIndex(self._target)
-        self._stretches: list[InputRange] = []
+        self._done_ranges: list[InputRange] = []
         self._lines: list[bytes] = []
         self._results: list[Result | StoredResult] = []
         self._waiting = 0
@@ -147,7 +147,7 @@ class ResultWriter:
             self.safe_bytes = os.fstat(self._file.fd).st_size
         except OSError as exc:
             raise StorageError(f"cannot repair {str(self.path)!r} or a file beside it: {exc.strerror}") from exc
-        self._journal.read()
+        self._attempt_log.read()
 
     @property
     def address(self) -> str:
@@ -161,21 +161,21 @@ class ResultWriter:
     def done(self, totals: Totals) -> Done:
         """Read what the file holds, as far as the index does not know it; every result is also counted in `totals`."""
         done = Done()
-        run, calls = self._journal.unsettled()
+        run, calls = self._attempt_log.unsettled()
         requests = {key(*call): call for call in calls}
         with self._reading() as file:
-            for segment in self._index.read(file, of_one_run=bool(calls)):
-                done.add_segment(segment)
-                totals.add_state(segment.totals)
-                if requests and segment.run == run:
-                    for request in requests.keys() & {*segment.answered, *segment.failed}:
-                        self._journal.settle(run, *requests[request])
+            for known in self._index.read(file, of_one_run=bool(calls)):
+                done.add_range(known)
+                totals.add_state(known.totals)
+                if requests and known.run == run:
+                    for request in requests.keys() & {*known.answered, *known.failed}:
+                        self._attempt_log.settle(run, *requests[request])
             for _, line, record in codec.read(file):
                 request = 0
                 if record:
                     request = key(record.custom_id, record.digest)
                     done.add(request, success=record.success)
-                    self._journal.settle(record.run, record.custom_id, record.digest)
+                    self._attempt_log.settle(record.run, record.custom_id, record.digest)
                     totals.add(record)
                 elif line:
                     done.damaged += 1
@@ -192,12 +192,12 @@ class ResultWriter:
         except OSError as exc:
             raise StorageError(f"cannot read {str(self.path)!r}: {exc.strerror}") from exc
 
-    def stretch_sizes(self) -> Callable[[bytes], int | None] | None:
-        """Return what tells how many bytes the stretch has that begins with a line of a checksum; None if none does."""
+    def range_sizes(self) -> Callable[[bytes], int | None] | None:
+        """Return what tells how many bytes the range has that begins with a line of a checksum; None if none does."""
         return self._index.size_of if len(self._index) else None
 
-    def stretch(self, mark: bytes, start: bytes) -> InputRange | None:
-        """Return what is known of a stretch of an input: by its checksum, and by that of its first line."""
+    def find_range(self, mark: bytes, start: bytes) -> InputRange | None:
+        """Return what is known of a range of an input: by its checksum, and by that of its first line."""
         return self._index.find(mark, start)
 
     def set_aside(self) -> str | None:
@@ -209,21 +209,21 @@ class ResultWriter:
         if os.fstat(self._open_file().fd).st_size == 0:
             return None
         aside = next(name for n in count(1) if not (name := self.beside(f".old-{n}.jsonl")).exists())
-        if self._journal.unsettled()[1]:
+        if self._attempt_log.unsettled()[1]:
             self.done(Totals())
-        self._journal.begin()
+        self._attempt_log.begin()
         try:
             os.rename(self._target, aside)
         except OSError as exc:
             raise StorageError(f"cannot set {str(self._target)!r} aside: {exc.strerror}") from exc
         self._index.drop()
-        self.release()
+        self.close()
         self.open()
         return str(aside)
 
     def begin(self) -> None:
         """Start the journal of this run, after `done`."""
-        self._journal.begin()
+        self._attempt_log.begin()
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -247,41 +247,41 @@ class ResultWriter:
         self._results += map(codec.decode, lines)
         await self._wait_written(len(lines))
 
-    def take_in(self, lines: Sequence[bytes], calls: Sequence[LoggedCall] = ()) -> None:
+    def import_lines(self, lines: Sequence[bytes], calls: Sequence[LoggedCall] = ()) -> None:
         """Take what was written and left in flight elsewhere before this run; to be called before `done`."""
         data = b"".join(lines)
         if data:
             self._open_file().append(data)
             self.safe_bytes += len(data)
-        self._journal.adopt(calls)
+        self._attempt_log.import_attempts(calls)
 
-    async def adopt(self, calls: Sequence[LoggedCall]) -> None:
+    async def import_attempts(self, calls: Sequence[LoggedCall]) -> None:
         """Note calls of unknown outcome that were made elsewhere; returns when that is on the disk."""
-        self._journal.adopt(calls)
+        self._attempt_log.import_attempts(calls)
         await self._wait_written(1)
 
     async def log_attempt(self, request: Request, attempt: int, at: str) -> None:
         """Note that a call is about to be made; returns when that is on the disk."""
-        self._journal.sending(request, attempt, at)
+        self._attempt_log.log_attempt(request, attempt, at)
         try:
             await self._wait_written(1)
         except BaseException:
-            self._journal.unbilled(request, attempt)  # cancelled before it was made
+            self._attempt_log.log_not_billed(request, attempt)  # cancelled before it was made
             raise
 
     def log_not_billed(self, request: Request, attempt: int) -> None:
         """Note that a call came back and was not billed."""
-        self._journal.unbilled(request, attempt)
+        self._attempt_log.log_not_billed(request, attempt)
 
-    def keep(self, stretch: InputRange) -> None:
-        """Note that all lines of a stretch have results on the disk; the index learns it some time later."""
-        self._stretches.append(stretch)
-        if len(self._stretches) >= _GROUP_LINES:
+    def mark_range_done(self, input_range: InputRange) -> None:
+        """Note that all lines of a range have results on the disk; the index learns it some time later."""
+        self._done_ranges.append(input_range)
+        if len(self._done_ranges) >= _GROUP_LINES:
             self._arrival.set()
 
     def unknown(self) -> tuple[LoggedCall, ...]:
         """Return the calls that may be billed without an answer, of this run and of earlier ones that crashed."""
-        return self._journal.unknown()
+        return self._attempt_log.unknown()
 
     async def run(self) -> None:
         """Write what comes until `close` was called and all is on the disk; cancelled, it still writes what came."""
@@ -296,7 +296,7 @@ class ResultWriter:
             with anyio.CancelScope(shield=True):
                 if not self._has_failed:
                     await self._write_group()
-                await to_thread.run_sync(self._finish_index, self._take_stretches(), limiter=self._thread)
+                await to_thread.run_sync(self._finish_index, self._take_ranges(), limiter=self._thread)
 
     async def _wait_written(self, count: int) -> None:
         self._waiting += count
@@ -313,15 +313,15 @@ class ResultWriter:
         if not self._is_closed:
             self._arrival, self._full = anyio.Event(), anyio.Event()
         with anyio.CancelScope(shield=True):
-            group = (lines, done, self._journal.take(), self._take_stretches())
+            group = (lines, done, self._attempt_log.take(), self._take_ranges())
             await to_thread.run_sync(self._write, *group, limiter=self._thread)
         for result in done:
-            self._journal.finished(result.custom_id, result.digest)
+            self._attempt_log.finished(result.custom_id, result.digest)
             if isinstance(result, Result):
                 self._on_done(result)
         written.set()
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Say that no more results come."""
         self._is_closed = True
         self._arrival.set()
@@ -331,14 +331,14 @@ class ResultWriter:
         """Bring results and totals to where others read them; return what kept any from there. Files are there."""
         return None
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Close the journal, once the totals that list what is `unknown` are on the disk."""
-        self._journal.end()
+        self._attempt_log.finish()
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give the files and the lock back."""
-        self._journal.release()
-        self._index.release()
+        self._attempt_log.close()
+        self._index.close()
         if self._file is not None:
             self._file.close()
 
@@ -347,7 +347,7 @@ class ResultWriter:
         lines: list[bytes],
         written: Sequence[Result | StoredResult],
         calls: list[bytes],
-        stretches: list[InputRange],
+        ranges: list[InputRange],
     ) -> None:
         """Write answers first: they are paid for, and a journal that finds no room must not cost them."""
         data = b"".join(lines)
@@ -355,21 +355,21 @@ class ResultWriter:
             if data:
                 self._open_file().append(data)
                 self.safe_bytes += len(data)
-            self._journal.write(calls)
+            self._attempt_log.write(calls)
         except StorageError:
             self._has_failed = True
             raise
         if data:
             told = [(key(result.custom_id, result.digest), result) for result in written]
             self._index.add_lines(data, told, self._run_id)
-        self._index.add_stretches(stretches)
+        self._index.add_input_ranges(ranges)
 
-    def _finish_index(self, stretches: list[InputRange]) -> None:
-        self._index.add_stretches(stretches)
+    def _finish_index(self, ranges: list[InputRange]) -> None:
+        self._index.add_input_ranges(ranges)
         self._index.flush()
 
-    def _take_stretches(self) -> list[InputRange]:
-        taken, self._stretches = self._stretches, []
+    def _take_ranges(self) -> list[InputRange]:
+        taken, self._done_ranges = self._done_ranges, []
         return taken
 
     def _open_file(self) -> files.Appender:

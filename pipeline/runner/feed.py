@@ -48,7 +48,7 @@ class InputFeed:
         sources: Sequence[str | ByteRange],
         settings: Config,
         options: Options,
-        recorder: ResultWriter,
+        result_writer: ResultWriter,
         clock: Clock,
         say: Callable[[str], None],
     ) -> None:
@@ -62,13 +62,13 @@ class InputFeed:
         self._sources = sources
         self._settings = settings
         self._options = options
-        self._recorder = recorder
+        self._writer = result_writer
         self._clock = clock
         self._say = say
         self._planner = factory.planner(settings, options)
         self._retired = RetiredModels(settings, model=options.model, today=clock.moment().date())
         self._basis = self._planner.basis()
-        self._awaited = PendingRanges()
+        self._pending = PendingRanges()
         self._done = Done()
         self._originals = Deduper() if options.dedupe else None
         self._positions: FingerprintMap | None = None
@@ -103,7 +103,7 @@ class InputFeed:
         """Take what the results file holds."""
         self._done = done
         if self._originals:
-            with self._recorder.path.open("rb") as file:
+            with self._writer.path.open("rb") as file:
                 self._originals.read(file, answered_only=self._options.retry_failed)
         may_tidy = done.lines or done.damaged or self._settings.output.ordered
         if may_tidy and not all(map(_is_file, self._sources)):
@@ -168,14 +168,14 @@ class InputFeed:
     async def feed(self, submit: Callable[[Sequence[Request]], Awaitable[None]]) -> None:
         """Plan every line and submit what is not done yet; the lines that cannot be requests are recorded."""
         self._done.sort()  # here and now: beside other tables, and in their thread, it takes a third less memory
-        sizes = self._recorder.stretch_sizes()
+        sizes = self._writer.range_sizes()
         batches = reader.batches(self._sources, self._settings.input.max_line_bytes, sizes)
         while not self._is_limit_reached():
             known = await to_thread.run_sync(self._read_on, batches, abandon_on_cancel=True)
             if not known:
                 break
-            for batch, mark, stretch in known:
-                if not (stretch and self._pass_over(stretch)):
+            for batch, mark, input_range in known:
+                if not (input_range and self._pass_over(input_range)):
                     await submit(await self._plan(batch, mark))
         self.end()
 
@@ -186,8 +186,8 @@ class InputFeed:
             self._brought.append(request)
             return
         failed = request if result.failure else None
-        if stretch := self._awaited.finished(result.source, result.line, failed):
-            self._recorder.keep(stretch)
+        if input_range := self._pending.finished(result.source, result.line, failed):
+            self._writer.mark_range_done(input_range)
 
     def copies(self, run_id: str) -> Iterator[list[bytes]]:
         """Yield, in groups, result lines for requests that were not sent as an equal one was; none without `dedupe`."""
@@ -195,7 +195,7 @@ class InputFeed:
             return
         lines = islice(self._lines_of(self._sources), self.lines)
         planner = factory.planner(self._settings, self._options)
-        with self._recorder.path.open("rb") as file:
+        with self._writer.path.open("rb") as file:
             copied = copies(
                 file,
                 lines,
@@ -216,30 +216,30 @@ class InputFeed:
         lines = size = 0
         while lines < _READ_LINES and size < _READ_BYTES and (batch := next(batches, None)) is not None:
             mark = checksum(self._basis, batch.content)
-            stretch = self._recorder.stretch(mark, checksum(batch.first_line()))
-            known.append((batch, mark, stretch))
+            input_range = self._writer.find_range(mark, checksum(batch.first_line()))
+            known.append((batch, mark, input_range))
             size += len(batch.content)
-            lines += 0 if stretch else batch.count
+            lines += 0 if input_range else batch.count
         return known
 
     def _is_limit_reached(self) -> bool:
         return self._options.limit is not None and self.lines >= self._options.limit
 
-    def _pass_over(self, stretch: InputRange) -> bool:
-        """Count the lines of a stretch as done without planning them, if planning would find just that."""
+    def _pass_over(self, input_range: InputRange) -> bool:
+        """Count the lines of a finished range as done without planning them, if planning would find the same."""
         limit = self._options.limit
-        outcomes = [self._done.outcome(request) for request in stretch.failed]
+        outcomes = [self._done.outcome(request) for request in input_range.failed]
         if (
             self._positions is not None
-            or (limit is not None and self.lines + stretch.lines > limit)
+            or (limit is not None and self.lines + input_range.lines > limit)
             or None in outcomes
             or (self._options.retry_failed and False in outcomes)
-            or any(request in self._held for request in stretch.failed)
-            or not self._planner.claim(stretch.claims)
+            or any(request in self._held for request in input_range.failed)
+            or not self._planner.claim(input_range.claims)
         ):
             return False
-        self.lines += stretch.lines
-        self.reused += stretch.lines
+        self.lines += input_range.lines
+        self.reused += input_range.lines
         self.reused_failed += outcomes.count(False)
         return True
 
@@ -276,7 +276,7 @@ class InputFeed:
             waiting = len(wanted) + len(invalid) + copied
             self._follow(batch, mark, len(lines), failed, waiting=waiting, is_known=not held)
         if invalid:
-            await self._recorder.append(*invalid)
+            await self._writer.append(*invalid)
         return wanted
 
     def _earlier_outcome(self, request: int) -> bool | None:
@@ -293,7 +293,7 @@ class InputFeed:
     def _follow(
         self, batch: Batch, mark: bytes, lines: int, failed: array[int], *, waiting: int, is_known: bool
     ) -> None:
-        """Let the index know of the batch as a stretch, once all its lines have results.
+        """Add the batch to the index as a finished range, once all its lines have results.
 
         Where it is not `is_known` how many are to come, a later run will tell.
         """
@@ -301,11 +301,13 @@ class InputFeed:
         if batch.problem or not is_known or not claims.is_alone:
             return
         start = checksum(batch.first_line())
-        stretch = InputRange(mark=mark, start=start, size=len(batch.content), lines=lines, claims=claims, failed=failed)
+        input_range = InputRange(
+            mark=mark, start=start, size=len(batch.content), lines=lines, claims=claims, failed=failed
+        )
         if waiting:
-            self._awaited.add(stretch, batch.source, range(batch.number, batch.number + batch.count), waiting)
+            self._pending.add(input_range, batch.source, range(batch.number, batch.number + batch.count), waiting)
         else:
-            self._recorder.keep(stretch)
+            self._writer.mark_range_done(input_range)
 
     # ── after ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

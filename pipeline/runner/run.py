@@ -107,7 +107,7 @@ class Run:
     async def execute(self, *, handle_signals: bool) -> Summary:
         """Do all of it, and give files and locks back in the end."""
         with ExitStack() as resources:
-            resources.callback(self.context.writer.release)
+            resources.callback(self.context.writer.close)
             try:
                 async with anyio.create_task_group() as beside:
                     if handle_signals:
@@ -128,7 +128,7 @@ class Run:
             try:
                 await self.executor.execute(self.phase)
             finally:
-                self.context.writer.close()
+                self.context.writer.stop()
 
     # ── before ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,7 +205,7 @@ class Run:
             summary = _stopped(summary, trouble)
             self._write_totals(summary)
         await to_thread.run_sync(self._close_books, summary)
-        self.context.writer.end()
+        self.context.writer.finish()
         return summary
 
     def _tidy(self) -> int:

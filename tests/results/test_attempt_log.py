@@ -27,11 +27,11 @@ class Run:
         self.journal.begin()
 
     def send(self, name: str, attempt: int = 1) -> None:
-        self.journal.sending(ASKED[name], attempt, NOW)
+        self.journal.log_attempt(ASKED[name], attempt, NOW)
         self.write()
 
     def unbilled(self, name: str, attempt: int = 1) -> None:
-        self.journal.unbilled(ASKED[name], attempt)
+        self.journal.log_not_billed(ASKED[name], attempt)
         self.write()
 
     def write(self) -> None:
@@ -91,7 +91,7 @@ def test_calls_that_were_told_wait_for_no_result(tmp_path: Path) -> None:
     """Only for calls that nobody was told of does a start look for results."""
     told = Run(tmp_path, "run-1")
     told.send("a")
-    told.journal.end()
+    told.journal.finish()
     journal = AttemptLog(tmp_path / "x.jsonl", "run-2", sync=False)
 
     journal.read()
@@ -116,7 +116,7 @@ def test_a_call_is_told_once(tmp_path: Path) -> None:
     second = Run(tmp_path, "run-2")
     second.send("b")
     assert second.unknown() == [("run-1", "a", 1), ("run-2", "b", 1)]
-    second.journal.end()
+    second.journal.finish()
 
     third = Run(tmp_path, "run-3")
 
@@ -138,7 +138,7 @@ def test_a_finished_request_leaves_nothing(tmp_path: Path, path: Path) -> None:
     run.send("a")
     run.journal.finished("a", "a")
 
-    run.journal.end()
+    run.journal.finish()
 
     assert path.read_bytes() == b'{"run":"run-1"}\n'
     assert Run(tmp_path, "run-2").unknown() == []

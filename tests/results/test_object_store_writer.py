@@ -666,8 +666,8 @@ class TestOnAVirtualClock:
                 await anyio.sleep(second - anyio.current_time() % 100)
                 counts[second] = len(object_store_writer.parts_at(output))
                 await recorder.append(a_result(f"q-{second}"))
-            recorder.close()
-        recorder.release()
+            recorder.stop()
+        recorder.close()
 
         assert counts == {3: 0, 9: 0, 11: 1, 35: 2, 41: 3}
 
@@ -681,8 +681,8 @@ class TestOnAVirtualClock:
             for n in range(90):
                 await recorder.append(a_result(f"q-{n}"))
                 await anyio.sleep(10)
-            recorder.close()
-        recorder.release()
+            recorder.stop()
+        recorder.close()
 
         assert 55 < len(object_store_writer.parts_at(output)) < 65
 
@@ -693,7 +693,7 @@ def test_the_spool_is_its_owners_only(output: str, tmp_path: Path) -> None:
     recorder.open()
     recorder.begin()
     recorder.publish(b"{}")
-    recorder.release()
+    recorder.close()
 
     modes = {each.name: each.stat().st_mode & 0o777 for each in (tmp_path / "spool").iterdir()}
     assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700

@@ -41,9 +41,9 @@ NAMES = [f"q-{number}" for number in range(12)]
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a few lines make several segments, batches and stretches."""
-    monkeypatch.setattr(resume_index, "_SEGMENT_LINES", 3)
-    monkeypatch.setattr(resume_index, "_WAITING_STRETCHES", 1)
+    """Let a few lines make several ranges of results and of inputs."""
+    monkeypatch.setattr(resume_index, "_RANGE_LINES", 3)
+    monkeypatch.setattr(resume_index, "_WAITING_RANGES", 1)
     monkeypatch.setattr(reader, "_BATCH_LINES", 4)
 
 
@@ -52,7 +52,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.jsonl"
 
 
-# ── segments ──────────────────────────────────────────────────────────────────────────────────────────
+# ── ranges of results ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def known(path: Path) -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ def known(path: Path) -> tuple[Any, ...]:
         outcomes = [done.outcome(writer.key(name, digest)) for name in NAMES for digest in ("d", "d2")]
         return outcomes, done.lines, done.damaged, totals, recorder.unknown()
     finally:
-        recorder.release()
+        recorder.close()
 
 
 def known_without_index(path: Path) -> tuple[Any, ...]:
@@ -222,7 +222,7 @@ def test_a_file_of_that_name_that_is_no_index_is_left_alone(path: Path, act: str
     if act == "set_aside":
         recorder.set_aside()
     recorder.done(Totals())
-    recorder.release()
+    recorder.close()
 
     assert path.with_suffix(".index").read_bytes() == b"IxF2 somebody's vectors\n"
 
@@ -253,7 +253,7 @@ def test_an_index_is_small_and_private(path: Path) -> None:
 
 
 @pytest.mark.parametrize("answered_by", ["run-1", "run-0"])
-@pytest.mark.parametrize("others", [pytest.param(3, id="segment of one run"), pytest.param(5, id="of several")])
+@pytest.mark.parametrize("others", [pytest.param(3, id="range of one run"), pytest.param(5, id="of several")])
 def test_calls_of_a_crashed_run_are_settled_by_its_own_results(path: Path, answered_by: str, others: int) -> None:
     """A call that was on its way is told by a result of its run, also one the index knows; another run's tells not."""
     lines = [a_line(name) for name in NAMES[:others]]
@@ -278,17 +278,17 @@ def test_calls_of_a_crashed_run_are_settled_by_its_own_results(path: Path, answe
     assert [call.sent for call in unknown] == ([] if answered_by == "run-1" else ["q-7"])
 
 
-# ── stretches ─────────────────────────────────────────────────────────────────────────────────────────
+# ── ranges of inputs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def a_stretch(name: bytes) -> InputRange:
+def input_range(name: bytes) -> InputRange:
     claims = IdRange(marks=array("Q", [1]), repeats={}, is_alone=True)
     return InputRange(mark=name * 16, start=b"s" * 16, size=9, lines=2, claims=claims, failed=array("Q"))
 
 
-def test_a_stretch_is_done_with_its_last_result() -> None:
-    """A stretch comes back with the last of its results, in whatever order they come, with those that failed."""
-    awaited, one, two = PendingRanges(), a_stretch(b"1"), a_stretch(b"2")
+def test_an_input_range_is_done_with_its_last_result() -> None:
+    """A range comes back with the last of its results, in whatever order they come, with those that failed."""
+    awaited, one, two = PendingRanges(), input_range(b"1"), input_range(b"2")
     awaited.add(one, "a.jsonl", range(1, 4), 2)
     awaited.add(two, "a.jsonl", range(4, 9), 1)
 
@@ -301,12 +301,12 @@ def test_a_stretch_is_done_with_its_last_result() -> None:
     assert awaited.finished("b.jsonl", 1, None) is None
 
 
-def test_stretches_that_wait_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many lines never get a result, memory is bounded: the oldest stretch is not waited for any more."""
+def test_ranges_that_wait_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many lines never get a result, memory is bounded: the oldest range is not waited for any more."""
     monkeypatch.setattr(resume_index, "_MOST_AWAITED", 2)
     awaited = PendingRanges()
     for number in range(3):
-        awaited.add(a_stretch(b"%d" % number), "a.jsonl", range(number, number + 1), 1)
+        awaited.add(input_range(b"%d" % number), "a.jsonl", range(number, number + 1), 1)
 
     assert [awaited.finished("a.jsonl", number, None) is None for number in range(3)] == [True, False, False]
 
@@ -330,21 +330,21 @@ def plan(planner: Planner, content: bytes) -> tuple[list[tuple[str, str]], IdRan
 
 @example(b"", SAME + SAME, b"", SAME)
 @given(PARTS, PARTS, PARTS, PARTS)
-def test_claims_stand_for_planning(before: bytes, stretch: bytes, elsewhere: bytes, after: bytes) -> None:
+def test_claims_stand_for_planning(before: bytes, part: bytes, elsewhere: bytes, after: bytes) -> None:
     """Where claims of lines are taken, planning them would give what it gave, and what comes after is the same."""
     first = Planner(Config())
     plan(first, before)
-    keys, claims = plan(first, stretch)
+    keys, claims = plan(first, part)
     planned, claimed = Planner(Config()), Planner(Config())
     for planner in (planned, claimed):
         plan(planner, elsewhere)
 
     if not claims.is_alone or not claimed.claim(claims):
-        claimed_keys, _ = plan(claimed, stretch)
+        claimed_keys, _ = plan(claimed, part)
     else:
         claimed_keys = keys
 
-    assert claimed_keys == plan(planned, stretch)[0]
+    assert claimed_keys == plan(planned, part)[0]
     assert plan(claimed, after) == plan(planned, after)
     assert len(claimed.ids) == len(planned.ids)
 
@@ -538,7 +538,7 @@ async def test_runs_are_the_same_with_and_without_an_index(
 
 
 async def test_a_finished_input_is_passed_over(tmp_path: Path) -> None:
-    """After a run every stretch of its input is known, the lines that failed or were invalid too."""
+    """After a run every range of its input is known, the lines that failed or were invalid too."""
     content = QUESTIONS[:-1] + [question(f"more-{number}", f"more {number}") for number in range(30)]
     with world() as config:
         await run(tmp_path, content, config, with_index=True)
@@ -548,23 +548,23 @@ async def test_a_finished_input_is_passed_over(tmp_path: Path) -> None:
     recorder.open()
     done = recorder.done(Totals())
     basis = Planner(config).basis()
-    batches = list(reader.batches([str(tmp_path / "in.jsonl")], 2**24, recorder.stretch_sizes()))
-    found = [recorder.stretch(checksum(basis, batch.content), checksum(batch.first_line())) for batch in batches]
-    recorder.release()
+    batches = list(reader.batches([str(tmp_path / "in.jsonl")], 2**24, recorder.range_sizes()))
+    found = [recorder.find_range(checksum(basis, batch.content), checksum(batch.first_line())) for batch in batches]
+    recorder.close()
 
-    stretches = [stretch for stretch in found if stretch]
-    assert len(stretches) == len(batches) == -(-len(content) // 4)
-    assert sum(stretch.lines for stretch in stretches) == done.lines == len(content)
-    assert sum(len(stretch.failed) for stretch in stretches) == 4
+    ranges = [part for part in found if part]
+    assert len(ranges) == len(batches) == -(-len(content) // 4)
+    assert sum(part.lines for part in ranges) == done.lines == len(content)
+    assert sum(len(part.failed) for part in ranges) == 4
 
 
 async def test_a_duplicate_is_none_once_the_first_is_gone(tmp_path: Path) -> None:
     """Lines that mean something else without lines before them are planned, however well they are known."""
     first, others = question("q-0", "first"), [question(f"q-{number}", "other") for number in range(1, 4)]
-    stretch = [question("q-0", "second"), *(question(f"p-{number}", "more") for number in range(3))]
+    part = [question("q-0", "second"), *(question(f"p-{number}", "more") for number in range(3))]
     with world() as config:
-        refused = await run(tmp_path, [first, *others, *stretch], config, with_index=True)
-        answered = await run(tmp_path, [*others, *stretch], config, with_index=True)
+        refused = await run(tmp_path, [first, *others, *part], config, with_index=True)
+        answered = await run(tmp_path, [*others, *part], config, with_index=True)
 
     assert (refused.run.succeeded, refused.run.invalid) == (7, 1)
     assert (answered.reused, answered.run.succeeded, answered.exit_code) == (6, 1, 0)

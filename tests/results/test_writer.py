@@ -77,7 +77,7 @@ async def write(recorder: ResultWriter, *wanted: Result) -> None:
         tasks.start_soon(recorder.run)
         for result in wanted:
             await recorder.append(result)
-        recorder.close()
+        recorder.stop()
 
 
 async def make_calls(recorder: ResultWriter, *wanted: Result) -> None:
@@ -87,7 +87,7 @@ async def make_calls(recorder: ResultWriter, *wanted: Result) -> None:
         for result in wanted:
             assert result.request is not None
             await recorder.log_attempt(result.request, 1, "2026-11-22T02:40:07Z")
-        recorder.close()
+        recorder.stop()
 
 
 def ids_in(path: Path) -> list[str]:
@@ -114,13 +114,13 @@ async def test_results_are_written_and_found_again(path: Path, form: OutputForma
     first = recorder(path, told, form=form)
     first.open()
     await write(first, a_result("a"), a_result("b", text=None), a_result("c"))
-    first.release()
+    first.close()
 
     totals = Totals()
     second = recorder(path, form=form)
     second.open()
     done = second.done(totals)
-    second.release()
+    second.close()
 
     assert [(each.custom_id, each.success) for each in told] == [("a", True), ("b", False), ("c", True)]
     assert [done.outcome(record.key(name, "d")) for name in ("a", "b", "c", "x")] == [True, False, True, None]
@@ -139,7 +139,7 @@ async def test_a_result_is_told_only_when_it_is_on_the_disk(path: Path) -> None:
     writer = ResultWriter(path, run_id="run-1", on_done=look)
     writer.open()
     await write(writer, *(a_result(str(number)) for number in range(50)))
-    writer.release()
+    writer.close()
 
     assert seen == [True] * 50
 
@@ -150,7 +150,7 @@ async def test_later_runs_append(path: Path) -> None:
         writer = recorder(path)
         writer.open()
         await write(writer, a_result(name))
-        writer.release()
+        writer.close()
 
     assert ids_in(path) == ["a", "b"]
 
@@ -166,8 +166,8 @@ async def test_many_writers_share_a_write(path: Path) -> None:
             async with anyio.create_task_group() as appending:
                 for number in range(500):
                     appending.start_soon(writer.append, a_result(str(number)))
-            writer.close()
-    writer.release()
+            writer.stop()
+    writer.close()
 
     assert sorted(ids_in(path), key=int) == [str(number) for number in range(500)]
 
@@ -206,7 +206,7 @@ async def test_cancelled_writing_still_writes_what_came(path: Path, monkeypatch:
         tasks.start_soon(writer.append, a_result("a"))
         await wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
-    writer.release()
+    writer.close()
 
     assert ids_in(path) == ["a"]
 
@@ -223,11 +223,11 @@ async def test_files_are_readable_by_their_owner_only(path: Path) -> None:
         new = recorder(fresh)
         new.open()
         await write(new, a_result("a"))
-        new.release()
+        new.close()
         old = recorder(path)
         old.open()
         old.tidy(FingerprintMap(), FingerprintSet(), ordered=True)
-        old.release()
+        old.close()
         files.write_file(path.with_name("a.usage.json"), b"{}")
     finally:
         os.umask(before)
@@ -295,7 +295,7 @@ def test_a_file_that_was_there_becomes_its_owners_only(path: Path) -> None:
     writer.open()
 
     assert mode_of(path) == 0o600
-    writer.release()
+    writer.close()
 
 
 def test_another_users_file_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_a_file_has_one_writer(path: Path, name: str) -> None:
         recorder(names_of(path)[name]).open()
 
     assert path.read_bytes() == LINES[0] + b"torn"
-    first.release()
+    first.close()
 
 
 def test_another_process_is_kept_out(path: Path, holder: subprocess.Popen[bytes]) -> None:
@@ -374,21 +374,21 @@ def test_a_killed_holder_blocks_nobody(path: Path, holder: subprocess.Popen[byte
 
     second = recorder(path)
     second.open()
-    second.release()
+    second.close()
 
 
 def test_a_released_file_is_free(path: Path) -> None:
     """After a run another one may write, and releasing twice harms nobody."""
     first, second = recorder(path), recorder(path)
     first.open()
-    first.release()
+    first.close()
 
     second.open()
-    first.release()
+    first.close()
 
     with pytest.raises(TryLaterError):
         recorder(path).open()
-    second.release()
+    second.close()
 
 
 def test_the_lock_goes_to_the_new_file(path: Path) -> None:
@@ -401,7 +401,7 @@ def test_the_lock_goes_to_the_new_file(path: Path) -> None:
 
     with pytest.raises(TryLaterError):
         recorder(path).open()
-    writer.release()
+    writer.close()
 
 
 # ── tails ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -413,7 +413,7 @@ def reopened(path: Path) -> list[bytes]:
     writer.open()
     with path.open("ab") as file:
         file.write(a_line("new"))
-    writer.release()
+    writer.close()
     return path.read_bytes().splitlines(keepends=True)
 
 
@@ -475,7 +475,7 @@ def test_damaged_lines_are_counted_and_passed_over(path: Path) -> None:
     reader.open()
 
     done = reader.done(Totals())
-    reader.release()
+    reader.close()
 
     assert (done.lines, done.damaged) == (2, 3)
     assert [done.outcome(record.key(name, "d")) for name in ("é-1", "q-2", "q-3")] == [True, None, True]
@@ -500,7 +500,7 @@ async def test_fresh_starts_over_and_keeps_the_old(path: Path) -> None:
     assert ids_in(path) == ["b"]
     with pytest.raises(TryLaterError):
         recorder(path).open()
-    writer.release()
+    writer.close()
 
 
 async def test_fresh_still_tells_of_calls_without_an_answer(path: Path) -> None:
@@ -509,7 +509,7 @@ async def test_fresh_still_tells_of_calls_without_an_answer(path: Path) -> None:
     killed.open()
     killed.begin()
     await make_calls(killed, a_result("a"), a_result("b"))
-    killed.release()
+    killed.close()
     prepare(path, codec.encode(a_result("a"), OutputFormat.NATIVE, run_id="run-1"))
     writer = ResultWriter(path, run_id="run-2", on_done=print)
     writer.open()
@@ -519,7 +519,7 @@ async def test_fresh_still_tells_of_calls_without_an_answer(path: Path) -> None:
     writer.begin()
 
     assert [sent.sent for sent in writer.unknown()] == ["b"]
-    writer.release()
+    writer.close()
 
 
 def test_nothing_is_set_aside_from_an_empty_file(path: Path) -> None:
@@ -529,7 +529,7 @@ def test_nothing_is_set_aside_from_an_empty_file(path: Path) -> None:
 
     assert writer.set_aside() is None
     assert [each.name for each in path.parent.iterdir()] == ["a.jsonl"]
-    writer.release()
+    writer.close()
 
 
 @pytest.mark.parametrize("act", ["tidy", "set aside"])
@@ -551,7 +551,7 @@ def test_a_link_stays_a_link(tmp_path: Path, act: str) -> None:
     assert link.read_bytes() == real.read_bytes() != b"".join(LINES)
     with pytest.raises(TryLaterError):
         recorder(real).open()
-    writer.release()
+    writer.close()
 
 
 def test_what_belongs_to_results_lies_beside_the_file_itself(tmp_path: Path) -> None:
@@ -570,7 +570,7 @@ def test_what_belongs_to_results_lies_beside_the_file_itself(tmp_path: Path) -> 
     writer.begin()
     writer.tidy(positions, ids, ordered=False)
     writer.done(Totals())
-    writer.release()
+    writer.close()
 
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", "real"]
     assert sorted(each.name for each in real.parent.iterdir()) == [
@@ -590,14 +590,14 @@ async def test_a_crash_is_told_under_every_name(tmp_path: Path) -> None:
     killed.open()
     killed.begin()
     await make_calls(killed, a_result("a"))
-    killed.release()
+    killed.close()
     link.symlink_to(real)
 
     writer = recorder(link)
     writer.open()
 
     assert [sent.sent for sent in writer.unknown()] == ["a"]
-    writer.release()
+    writer.close()
 
 
 # ── tidying ───────────────────────────────────────────────────────────────────────────────────────────
@@ -615,7 +615,7 @@ def tidied(path: Path, lines: list[bytes], wanted: list[tuple[str, str]], *, ord
     try:
         return writer.tidy(positions, ids, ordered=ordered)
     finally:
-        writer.release()
+        writer.close()
 
 
 A, B, C = a_line("a"), a_line("b"), a_line("c")
@@ -753,7 +753,7 @@ async def test_a_full_disk_stops_on_a_line_boundary(small_disk: Path) -> None:
     with pytest.RaisesGroup(pytest.RaisesExc(StorageError, match="No space left on device")):
         for number in range(100):
             await write(writer, a_result(str(number), size=3_000))
-    writer.release()
+    writer.close()
 
     assert ids_in(path) == [each.custom_id for each in told]
     assert 0 < len(told) < 100
@@ -762,7 +762,7 @@ async def test_a_full_disk_stops_on_a_line_boundary(small_disk: Path) -> None:
     again = recorder(path, told)
     again.open()
     await write(again, a_result("again"))
-    again.release()
+    again.close()
     assert ids_in(path)[-1] == "again"
 
 
@@ -850,7 +850,7 @@ def test_the_lock_is_on_the_file_itself(path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     assert [each.name for each in path.parent.iterdir()] == ["a.jsonl"]
-    writer.release()
+    writer.close()
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ SABOTEURS = (
     Saboteur(
         name="no intent is written",
         file="results/attempt_log.py",
-        old="        self._lines.append(line)\n\n    def unbilled",
-        new="\n    def unbilled",
+        old="        self._lines.append(line)\n\n    def log_not_billed",
+        new="\n    def log_not_billed",
         test="tests/runner/test_local.py::test_a_killed_run_tells_what_it_may_have_paid_for",
     ),
     Saboteur(
@@ -318,7 +318,7 @@ SABOTEURS = (
     Saboteur(
         name="calls of a lost worker are forgotten",
         file="runner/cluster/driver.py",
-        old="                await self._context.writer.adopt(unknown)\n",
+        old="                await self._context.writer.import_attempts(unknown)\n",
         new="                pass\n",
         test="tests/runner/cluster/test_driver.py::test_a_lost_worker_costs_what_it_had_in_flight",
     ),

@@ -386,10 +386,10 @@ class Driver:
                     self._context.ledger.accounts.add(each, each.completed_at[:10])
             unknown = part.unknown()
             if unknown:
-                await self._context.writer.adopt(unknown)
+                await self._context.writer.import_attempts(unknown)
             await to_thread.run_sync(part.remove)
         finally:
-            part.release()
+            part.close()
         self._context.totals.add_state(totals.as_state())
         seen = self._parts.pop(name, None)
         if is_lost:

@@ -248,12 +248,12 @@ class ShardRun:
                 try:
                     await self._executor.execute(self._phase)
                 finally:
-                    writer.close()
+                    writer.stop()
             trouble = await to_thread.run_sync(writer.publish, b"{}")
         except BaseExceptionGroup as group:
             raise errors.only_one(group) or group from group
         finally:
-            writer.release()
+            writer.close()
         if isinstance(self._task.output, str) and trouble is None:  # what is at the store needs no local copy
             await to_thread.run_sync(shutil.rmtree, writer.path.parent)
         return self.outcome(trouble)
