@@ -1,11 +1,10 @@
-"""The attempts journal: which calls were on their way, so that after a crash nobody has to guess what was paid for.
+"""The attempt log: which calls were in flight, so that a crash leaves no doubt about what may have been billed.
 
-Before a call is made its intent is in the journal, on the disk; a call that came back unbilled is taken out again by
-a second line. What became of the others is told by the result lines. So after a crash the calls of unknown outcome
-are those that were sent, did not come back unbilled, and belong to a request without a result line of that run: the
-ones that were in flight, and earlier ones of the same requests that timed out. They may have been billed without an
-answer. They stay in the journal for good, as nothing else tells of them; everything else is dropped whenever the file
-has grown, so neither it nor reading it grows with the input.
+Each call is logged on the disk before it is made; a second line cancels the entry if the call was not billed. Result
+lines settle the others. So after a crash the calls of unknown outcome are those that were sent, were not reported as
+unbilled, and belong to a request without a result line of that run: calls in flight, and earlier calls of the same
+requests that timed out. They may have been billed without a response. They stay in the log for good, because no other
+file records them; everything else is dropped whenever the file has grown, so its size does not depend on the input.
 
     {"run":"run-…"}                                                      the run that writes
     {"sent":"q-1","digest":"…","attempt":1,"run":"run-…", …}             about to be sent
@@ -57,7 +56,7 @@ class LoggedCall:
 
 
 class AttemptLog:
-    """The journal of one results file; whoever holds the lock of that owns it.
+    """The attempt log of one results file; the holder of that file's lock owns it.
 
     First `read`, then `settle` for each result line, then `begin`. After that one thread notes (`log_attempt`,
     `log_not_billed`, `finished`) and hands over by `take` what another may `write`.
@@ -77,7 +76,7 @@ class AttemptLog:
     # ── what earlier runs left ────────────────────────────────────────────────────────────────────────────────────
 
     def read(self) -> None:
-        """Read the journal as the last run left it; a line that a crash cut or damaged tells nothing."""
+        """Read the log as the last run left it; lines that a crash cut or damaged are ignored."""
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
@@ -95,7 +94,7 @@ class AttemptLog:
                 calls.pop(value["attempt"], None)
 
     def settle(self, run: str | None, custom_id: str, digest: str) -> None:
-        """Note that there is a result line for a request: it tells of the calls of its run."""
+        """Note that there is a result line for a request: it settles the calls of that run."""
         if run is not None and run == self._last_run:
             self._left.pop((run, custom_id, digest), None)
 
@@ -109,7 +108,7 @@ class AttemptLog:
         return self._last_run, requests
 
     def begin(self) -> None:
-        """Start the journal of a run; what nothing tells of stays in it, whatever becomes of the results."""
+        """Start the log of a run; calls of unknown outcome stay in it, even if the results are removed."""
         self._rewrite(self._snapshot())
 
     # ── noting ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,11 +139,11 @@ class AttemptLog:
         self._lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def finished(self, custom_id: str, digest: str) -> None:
-        """Note that a request's result line is on the disk: it tells of all its calls."""
+        """Note that a request's result line is on the disk: it settles all its calls."""
         self._open.pop((custom_id, digest), None)
 
     def import_attempts(self, calls: Iterable[LoggedCall]) -> None:
-        """Keep what another journal tells of calls whose outcome nobody knows; to be written with what comes next."""
+        """Add calls of unknown outcome from another log; they are written with the next group."""
         for sent in calls:
             self._left.setdefault((sent.run, sent.sent, sent.digest), {})[sent.attempt] = sent
             self._lines.append(_line(sent))
@@ -174,7 +173,7 @@ class AttemptLog:
             self._file.append(b"".join(lines))
 
     def finish(self) -> None:
-        """Close the journal of a run whose summary has listed what `unknown` returned."""
+        """Close the log of a run whose summary has listed what `unknown` returned."""
         told = [replace(sent, told=True) for sent in self.unknown()]
         for sent in told:
             self._left.setdefault((sent.run, sent.sent, sent.digest), {})[sent.attempt] = sent
@@ -189,7 +188,7 @@ class AttemptLog:
             self._file = None
 
     def _snapshot(self) -> list[bytes]:
-        """Return the lines of a journal that tells what is open now and what nothing else tells of."""
+        """Return the lines of a new log: its header, calls of unknown outcome, and calls in flight."""
         header = orjson.dumps({"run": self._run_id}, option=orjson.OPT_APPEND_NEWLINE)
         left = [_line(sent) for calls in self._left.values() for sent in calls.values()]
         return [header, *left, *(line for lines in self._open.values() for line in lines)]

@@ -1,12 +1,12 @@
 """The one writer of results, and the one reader of what is already done.
 
-A result counts as done when its line is on the disk: lines are written whole, in groups, and synced before anybody is
-told. The same groups carry the intents of calls to the attempts journal (`journal`), so that one thread and one wait
-serve both. The file itself is locked, not a name beside it, so a dead holder blocks nobody and no second name leads
-around it.
+A result counts as done once its line is on the disk: lines are written whole, in groups, and synced before `append`
+returns. The same groups carry the entries of the attempt log (`attempt_log`), so one thread and one sync serve both.
+The lock is on the file itself, not on a lock file: the kernel drops it when the holder dies, and a second name for the
+same file cannot get around it.
 
-Nothing that was paid for is deleted: lines that a newer answer replaced go to `NAME.superseded.jsonl`. What a start
-would have to read line by line is kept in short in the index beside the file (`index`).
+Nothing that was paid for is deleted: lines replaced by a newer response go to `NAME.superseded.jsonl`. The resume
+index beside the file (`resume_index`) saves a start from parsing every line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.results.codec import StoredResult
 from pipeline.results.resume_index import InputRange, ResultRange, ResumeIndex
 from pipeline.results.totals import Totals
 
-# A write and its sync are shared by the lines of a moment: one for every line would cost more than all the rest.
+# One write and one sync serve a whole group of lines: a sync for each line would cost more than everything else.
 _GROUP_LINES = 64
 _GROUP_SECONDS = 0.005
 SIDE_FILES = (".usage.json", attempt_log.SUFFIX, ".superseded.jsonl", ".torn", resume_index.SUFFIX)
@@ -87,11 +87,11 @@ class Done:
 
 
 class ResultWriter:
-    """Appends results to one file; `on_done` hears of each result once it is safe on the disk.
+    """Appends results to one file; calls `on_done` with each result once it is on the disk.
 
-    `name` is what people call the output, `safe_bytes` how much of the file is on the disk.
-    `open` locks and repairs the file, `done` reads it, `begin` starts the journal, `run` writes until `stop`.
-    One thread writes; it is never the one that slow name look-ups may fill.
+    `name` is the output as messages show it, `safe_bytes` how much of the file is on the disk.
+    `open` locks and repairs the file, `done` reads it, `begin` starts the attempt log, `run` writes until `stop`.
+    One thread of its own writes, so slow name look-ups in the shared thread pool cannot delay results.
     """
 
     def __init__(
@@ -115,9 +115,8 @@ class ResultWriter:
         self._sync = sync
         self._on_done = on_done
         self._file: files.Appender | None = None
-        self._target = files.target_of(
-            path
-        )  # once: a link that is changed meanwhile must not part what belongs together
+        # Resolved once: if a symbolic link changes during the run, results and side files must stay together.
+        self._target = files.target_of(path)
         self._attempt_log = AttemptLog(self._target, run_id, sync=sync)
         self._index = ResumeIndex(self._target)
         self._done_ranges: list[InputRange] = []
@@ -151,7 +150,7 @@ class ResultWriter:
 
     @property
     def address(self) -> str:
-        """Where the results are, told so that it holds in any directory."""
+        """The absolute path of the results."""
         return str(self.path.absolute())
 
     def beside(self, suffix: str) -> Path:
@@ -203,8 +202,8 @@ class ResultWriter:
     def set_aside(self) -> str | None:
         """Move the file's content to a free name beside it and start empty; return the name, None if there is none.
 
-        The journal stays: calls that may be billed without an answer are still to be told. It is begun anew before
-        the results go, as without them it would accuse calls that they answer.
+        The attempt log stays, because calls that may be billed without a response must still be reported. It is
+        rewritten before the results move: without them it would list calls that they answer.
         """
         if os.fstat(self._open_file().fd).st_size == 0:
             return None
@@ -222,13 +221,13 @@ class ResultWriter:
         return str(aside)
 
     def begin(self) -> None:
-        """Start the journal of this run, after `done`."""
+        """Start the attempt log of this run, after `done`."""
         self._attempt_log.begin()
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def append(self, *results: Result) -> None:
-        """Take results for writing; returns when they are on the disk."""
+        """Write results; returns when they are on the disk."""
         for result in results:
             line = codec.encode(
                 result,
@@ -242,7 +241,7 @@ class ResultWriter:
         await self._wait_written(len(results))
 
     async def append_lines(self, lines: Sequence[bytes]) -> None:
-        """Take finished result lines; returns when they are on the disk. `on_done` does not hear of them."""
+        """Write encoded result lines; returns when they are on the disk. `on_done` is not called for them."""
         self._lines += lines
         self._results += map(codec.decode, lines)
         await self._wait_written(len(lines))
@@ -322,21 +321,21 @@ class ResultWriter:
         written.set()
 
     def stop(self) -> None:
-        """Say that no more results come."""
+        """Let `run` write what is left and return."""
         self._is_closed = True
         self._arrival.set()
         self._full.set()
 
     def publish(self, totals: bytes) -> PipelineError | None:
-        """Bring results and totals to where others read them; return what kept any from there. Files are there."""
+        """Upload results and totals; return the error that prevented it. A local file needs no upload."""
         return None
 
     def finish(self) -> None:
-        """Close the journal, once the totals that list what is `unknown` are on the disk."""
+        """Close the attempt log; call this once the totals that list the `unknown` calls are on the disk."""
         self._attempt_log.finish()
 
     def close(self) -> None:
-        """Give the files and the lock back."""
+        """Close the files, which releases the lock."""
         self._attempt_log.close()
         self._index.close()
         if self._file is not None:
@@ -349,7 +348,7 @@ class ResultWriter:
         calls: list[bytes],
         ranges: list[InputRange],
     ) -> None:
-        """Write answers first: they are paid for, and a journal that finds no room must not cost them."""
+        """Write results before the attempt log: they are paid for, and a full disk must not lose them to the log."""
         data = b"".join(lines)
         try:
             if data:
@@ -360,8 +359,8 @@ class ResultWriter:
             self._has_failed = True
             raise
         if data:
-            told = [(key(result.custom_id, result.digest), result) for result in written]
-            self._index.add_lines(data, told, self._run_id)
+            keyed = [(key(result.custom_id, result.digest), result) for result in written]
+            self._index.add_lines(data, keyed, self._run_id)
         self._index.add_input_ranges(ranges)
 
     def _finish_index(self, ranges: list[InputRange]) -> None:
@@ -439,7 +438,7 @@ class ResultWriter:
 
 
 def _refuse_foreign(fd: int, path: Path) -> None:
-    """Refuse a file whose beginning is not ours: it is somebody's, and not to be repaired.
+    """Raise `UsageError` for a file that this program did not write; it must not be repaired.
 
     Ours holds a result among its whole lines or, where a crash left less than one, what begins like one.
     """
@@ -449,7 +448,7 @@ def _refuse_foreign(fd: int, path: Path) -> None:
 
 
 def _is_begun_result(fragment: bytes) -> bool:
-    """Tell whether this may be what a crash left of a first line: a result, or less than a JSON text that is none."""
+    """Return True if a crash may have left this of a first line: a whole result, or the beginning of one."""
     if codec.decode_or_none(fragment) is not None:
         return True
     try:
