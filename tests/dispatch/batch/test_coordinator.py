@@ -442,7 +442,7 @@ async def test_damaged_requests_are_not_sent(
 
     summary = await world.run(no_wait=True)
     assert (summary.exit_code, world.truth["batches"]["created"]) == (75, 1)
-    assert any("is damaged; no batch was made of it" in said for said in world.said)
+    assert any("is damaged, but no batch was made of it" in said for said in world.said)
 
     world.damage(damage)
     with pytest.raises(StorageError, match="is damaged or gone, and batch") as caught:
