@@ -237,7 +237,7 @@ def judge(job: BatchJob, *, kills: int, exit_code: int) -> Verdict:
         miscounted=_miscounted(job, counts),
         unproven=job.unproven(),
         untidy=len(left) + errors.count("Traceback") + len(job.told),
-        strangers=errors.count("nobody sent"),
+        strangers=errors.count("requests that were not sent"),
         **{each.name: getattr(files, each.name) for each in fields(Verdict)[-8:]},
     )
 
@@ -333,7 +333,7 @@ def side_by_side(protocol: str, faults: Sequence[str], folder: Path) -> Verdict:
         double=abs(counts["batches"]["created"] - sum(job.needed for job, _ in some)),
         paid_again=counts["duplicates_paid"],
         unproven=sum(job.unproven() for job, _ in some),
-        strangers=sum(job.errors().count("nobody sent") for job, _ in some),
+        strangers=sum(job.errors().count("requests that were not sent") for job, _ in some),
         wrong_exits=sum(code != 0 for code in exit_codes),
     )
 

@@ -127,7 +127,7 @@ def test_without_waiting_the_same_command_collects_later(tmp_path: Path) -> None
         job = BatchJob(folder=tmp_path, provider=provider, protocols=BOTH, words=["--no-wait"])
 
         assert job.finish() == 75
-        assert "20 requests are in batches that go on" in job.errors()
+        assert "20 requests are in batches that are still running" in job.errors()
         while (exit_code := job.finish()) == 75:
             assert job.counts()["created"] == job.needed
         assert judge(job, kills=0, exit_code=exit_code).is_good

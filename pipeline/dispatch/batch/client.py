@@ -223,7 +223,7 @@ class BatchClient:
             raise TryLaterError(f"the batch API is out of reach: {error.message}")
         if attempts > 1 and not self._is_in_trouble:
             self._is_in_trouble = True
-            self._notify(f"the batch API does not do as it is asked, it is tried again: {error.message}")
+            self._notify(f"batch API error, retrying: {error.message}")
         await anyio.sleep(seconds)
 
 

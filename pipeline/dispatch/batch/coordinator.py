@@ -182,7 +182,7 @@ class BatchCoordinator:
             requests = sum(record.requests for record in going_on)
             names = ", ".join(str(record.batch_id) for record in going_on[:_SHOWN])
             more = f" and {len(going_on) - _SHOWN:,} more" if len(going_on) > _SHOWN else ""
-            text = f"{requests:,} requests are in batches that go on: {names}{more}; this command collects them"
+            text = f"{requests:,} requests are in batches that are still running: {names}{more}; repeat the command to collect them"
             found.append(TryLaterError(text))
         return list(dict.fromkeys(error for error in found if error))
 
@@ -359,7 +359,7 @@ class BatchCoordinator:
         collector = self._collector(group, record)
         await self._bring_in(group, record, collector.gather(batch))
         if collector.unmatched:
-            text = f"{collector.unmatched:,} result(s) of requests that nobody sent"
+            text = f"{collector.unmatched:,} result(s) for requests that were not sent"
             self._notify(f"{group.name}: batch {batch.id} has {text}")
 
     async def _refused(self, group: BatchGroup, record: BatchRecord, batch: Batch) -> None:

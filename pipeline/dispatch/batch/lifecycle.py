@@ -89,12 +89,12 @@ class BatchLifecycle:
         while record.step is not Step.CREATED:
             if record.step is Step.CREATING:
                 if batch := await self._find(client, record):
-                    self._notify(f"{record.group}: found batch {batch.id}, whose making was not confirmed")
+                    self._notify(f"{record.group}: found batch {batch.id}, whose creation was not confirmed")
                     is_certain = client.batches.has_tags
                     return await self.save(record, **_reported(batch), step=Step.CREATED, is_confirmed=is_certain)
                 self.maybe_duplicated += record.requests
             if (rounds := rounds + 1) > self._poll_policy.rounds:
-                raise TryLaterError("the provider does not say whether it made a batch, and none is found")
+                raise TryLaterError("the provider did not confirm that it created a batch, and none was found")
 
             async def begin() -> None:
                 nonlocal record
@@ -104,12 +104,12 @@ class BatchLifecycle:
             try:
                 batch = await client.create(self._store, record, begin)
             except UncertainError as error:
-                self._notify(f"{record.group}: it is not known whether a batch was made, it is looked for: {error}")
+                self._notify(f"{record.group}: a batch may have been created; looking for it: {error}")
                 continue
             except (ProviderError, TryLaterError):
                 await self.save(record, step=Step.UPLOADED)
                 raise
-            self._notify(f"{record.group}: batch {batch.id} of {record.requests:,} requests is on its way")
+            self._notify(f"{record.group}: submitted batch {batch.id} with {record.requests:,} requests")
             record = await self.save(record, **_reported(batch), step=Step.CREATED)
         return record
 

@@ -1,7 +1,7 @@
-"""`pipeline batches`: the providers' batches of past runs, told from what lies beside their results; asked, cancelled.
+"""`pipeline batches`: list, query and cancel the batches of past runs.
 
-Which results there are the ledger knows. Nothing is changed there but by `cancel`: what the provider no more knows is
-given up, so that the next run sends its requests anew. All else is for the next run to find.
+The ledger names the results files, and the records beside them name the batches. Only `cancel` changes records: a batch
+that its provider no longer knows is given up, so that the next run sends its requests again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Listed:
 
 
 def listed(ledger: Path, settings: Config, files: Iterable[str] = ()) -> list[Listed]:
-    """Return the batches of these results, else of all that the ledger knows; the oldest first.
+    """Return the batches of these results, or of all results in the ledger, oldest first.
 
-    Those of results at a store are told by the spool, which is on this machine.
+    For results at an object store, the records are beside the local copy on this machine.
     """
     known = dict.fromkeys(files) or dict.fromkeys(_results_files(ledger))
     found = [
@@ -49,7 +49,7 @@ def listed(ledger: Path, settings: Config, files: Iterable[str] = ()) -> list[Li
 
 
 def chosen(found: Sequence[Listed], ids: Sequence[str]) -> list[Listed]:
-    """Return the batches with these ids; `UsageError` where there is none."""
+    """Return the batches with these ids. Raises `UsageError` if one is unknown."""
     by_id = {each.record.batch_id or each.record.local_id: each for each in found}
     if unknown := [id for id in ids if id not in by_id]:
         raise UsageError(
@@ -60,7 +60,7 @@ def chosen(found: Sequence[Listed], ids: Sequence[str]) -> list[Listed]:
 
 
 async def status(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
-    """Ask the providers how batches are getting on. Raises `ProviderError` for what they do not know."""
+    """Ask the providers for the state of batches. Raises `ProviderError` for a batch they do not know."""
     async with http.Client(settings.sending) as client:
         told: list[Listed] = []
         for each in wanted:
@@ -73,7 +73,7 @@ async def status(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
 
 
 async def cancel(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
-    """Cancel batches; what they have answered is kept for the next run to collect."""
+    """Cancel batches. The next run collects the answers they have."""
     async with http.Client(settings.sending) as client:
         told: list[Listed] = []
         for each in wanted:
@@ -84,7 +84,7 @@ async def cancel(settings: Config, wanted: Sequence[Listed]) -> list[Listed]:
                 told.append(give_up(each))
             elif record.batch_id is None or not record.is_confirmed:
                 raise UsageError(
-                    f"it is not certain yet which batch is that of {record.name}",
+                    f"it is not certain yet which batch belongs to {record.name}",
                     hint="repeat the run: it finds out; or give it up: pipeline batches cancel --forget ID",
                 )
             else:

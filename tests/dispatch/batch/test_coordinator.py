@@ -222,7 +222,7 @@ async def test_without_waiting_the_same_command_collects_later(
 
     assert [each.exit_code for each in (first, second, third)] == [75, 75, 0]
     assert [each.pending for each in (first, second, third)] == [30, 30, 0]
-    assert "30 requests are in batches that go on" in str(first.stop_reason)
+    assert "30 requests are in batches that are still running" in str(first.stop_reason)
     assert (world.truth["batches"]["created"], world.truth["duplicates_paid"]) == (3, 0)
     assert len(world.results()) == 30
 
@@ -347,7 +347,7 @@ async def test_every_request_of_a_batch_is_accounted_for(
     assert [results[f"q {number}"]["attempts"] for number in (0, 1, 2, 3, 4)] == [1, 1, 2, 2, 1]
     assert results["q 3"]["error"]["type"] == "batch_missing"
     assert (summary.exit_code, summary.attempts.unknown, world.truth["duplicates_paid"] > 0) == (1, 2, True)
-    assert any("nobody sent" in said for said in world.said)
+    assert any("requests that were not sent" in said for said in world.said)
 
 
 async def test_results_name_their_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
