@@ -48,7 +48,7 @@ class StoredResult:
 
     @property
     def wasted(self) -> Sequence[tuple[Usage, int | None]]:
-        """What failed attempts used and cost (nano-dollars), as far as their answers told it."""
+        """Tokens and cost (nano-dollars) of failed attempts, as far as their answers reported them."""
         return wasted(self.failed_attempts)
 
 

@@ -1,18 +1,18 @@
-"""Results at an object store: a folder of parts, made from a results file on this machine, the spool.
+"""Results at an object store: a folder of parts, made from a local copy of the results on this machine.
 
     s3://bucket/answers/             part-00000.jsonl, part-00001.jsonl, …   result lines, each once over all parts
                                      superseded-….jsonl                      lines that newer ones replaced
                                      usage.json                              the totals of the last run
-                                     old-1/                                  what --fresh set aside
+                                     old-1/                                  results that --fresh set aside
 
-An object cannot be appended to, and nobody can lock one. So results are recorded as ever, in the spool, which keeps
-every promise of a results file; and what is safe there goes to the store as the next part, by a put that succeeds only
-where there is none. The spool is always the parts, one after the other, and then what is not uploaded yet. Which parts
-those are, and in which state, the manifest beside it tells.
+Objects cannot be appended to or locked. So results go to the local copy (the spool) first, which keeps all promises of
+a results file. Once they are safe there, they are uploaded as the next part, with a put that succeeds only if the part
+does not exist yet. The spool is always all parts in order, followed by results that are not uploaded yet. The manifest
+beside it lists the parts and their state.
 
-A start compares manifest, spool and store. What they do not agree on is settled line by line, and the store is right:
-the spool is made anew from its parts, and what no part holds stays at its end to be uploaded. So a run goes on after a
-crash between put and manifest, after the loss of the spool, and on another machine.
+At a start, manifest, spool and store are compared. If they disagree, the store is right: the spool is rebuilt from the
+parts, and lines that no part has stay at its end, to be uploaded. So a run can continue after a crash between put and
+manifest, after the spool was lost, and on another machine.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ class ObjectStoreOutput:
     def reconcile(self) -> None:
         """Make spool and parts agree; raises `UsageError` where the parts are not results."""
         listed = parts_at(self.url)
-        told = self._read_manifest()
-        held = self._held(told)
+        manifest = self._read_manifest()
+        held = self._held(manifest)
         states = [(found.name, found.etag.strip('"')) for found in listed]
-        if len(held) == len(told) and states == [(part.name, part.etag.strip('"')) for part in told]:
-            self._parts = told
+        if len(held) == len(manifest) and states == [(part.name, part.etag.strip('"')) for part in manifest]:
+            self._parts = manifest
             return
         try:
             self._restore(listed, held)
@@ -105,7 +105,7 @@ class ObjectStoreOutput:
             raise StorageError(f"cannot write {str(self._spool)!r}: {exc.strerror}") from exc
 
     def _read_manifest(self) -> list[Part]:
-        """Return the parts that the spool held when it was last written; none where nothing sensible is told."""
+        """Return the parts that the manifest lists; none if it is missing or damaged."""
         with suppress(OSError, orjson.JSONDecodeError, TypeError, KeyError):
             return [Part(**each) for each in orjson.loads(self._manifest.read_bytes())["parts"]]
         return []
@@ -114,11 +114,11 @@ class ObjectStoreOutput:
         value = {"url": self.url, "parts": [asdict(part) for part in self._parts]}
         files.write_file(self._manifest, orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
-    def _held(self, told: Sequence[Part]) -> dict[str, tuple[Part, int]]:
+    def _held(self, manifest: Sequence[Part]) -> dict[str, tuple[Part, int]]:
         """Return the parts whose bytes the spool still has, with their offsets."""
         held: dict[str, tuple[Part, int]] = {}
         with self._reading() as file:
-            for part, start in zip(told, _starts(told), strict=True):
+            for part, start in zip(manifest, _starts(manifest), strict=True):
                 if checksum(_bytes_at(file, start, part.size)).hex() == part.checksum:
                     held[part.name] = part, start
         return held
@@ -187,14 +187,14 @@ class ObjectStoreOutput:
             raise TryLaterError(
                 f"somebody else writes to {self.url!r}, too: {name} is not of this run; its own results are safe in "
                 f"{str(self._spool)!r}",
-                hint="when the other run has ended, the same command goes on with what both have done",
+                hint="when the other run has ended, the same command continues with the results of both",
             )
         return etag
 
     def withdraw(self, leaving: Sequence[int]) -> list[Part]:
-        """Take lines, told by their offsets in the spool, out of their parts; return the parts as they are then.
+        """Remove lines, given by their offsets in the spool, from their parts. Return the parts after that.
 
-        The lines are kept as superseded first. The spool is to be rewritten likewise, and then `rewritten` be told.
+        The lines are first stored as superseded. Afterwards, rewrite the spool in the same way and call `rewritten`.
         """
         parts: list[Part] = []
         with self._reading() as file:
@@ -290,14 +290,14 @@ class ObjectStoreWriter(ResultWriter):
             beside.cancel_scope.cancel()
 
     async def _keep_uploading(self) -> None:
-        told = ""
+        reported = ""
         for turn in count():
             with anyio.move_on_after(_SECONDS * (1 + turn // _PATIENT_AFTER)) as waiting:
                 await self._gathered.wait()
             self._gathered = anyio.Event()
             trouble = await to_thread.run_sync(self._upload, 1 if waiting.cancelled_caught else _PART_BYTES)
-            if trouble and trouble.message != told:
-                told = trouble.message
+            if trouble and trouble.message != reported:
+                reported = trouble.message
                 self._on_trouble(trouble)
             if isinstance(trouble, TryLaterError):
                 return
@@ -311,7 +311,7 @@ class ObjectStoreWriter(ResultWriter):
         return self._trouble_of(lambda: self._folder.upload(self.safe_bytes, least=least))
 
     def _trouble_of(self, act: Callable[[], object]) -> PipelineError | None:
-        """Do something at the store; return what went wrong, said so that nobody fears for results."""
+        """Do something at the store. Return the error, reworded to say that results are safe locally."""
         try:
             act()
         except TryLaterError as exc:
@@ -322,7 +322,7 @@ class ObjectStoreWriter(ResultWriter):
         return None
 
     def tidy(self, positions: FingerprintMap, ids: FingerprintSet, *, ordered: bool) -> int:
-        """Take superseded lines out of spool and parts; where the store does not let that happen, a later run does."""
+        """Remove superseded lines from spool and parts. If the store refuses, a later run does it."""
         superseded: list[int] = []
         self._untidied = self._upload() or self._trouble_of(
             lambda: superseded.append(super(ObjectStoreWriter, self).tidy(positions, ids, ordered=ordered))

@@ -43,9 +43,9 @@ _LOOKS = 40
 
 
 class WorkerOutput:
-    """A part whose worker has ended or died: nobody else writes it any more.
+    """The results of a part whose worker has ended or died, so that nothing writes them any more.
 
-    `tells_calls` is true where a journal tells of the calls that no result tells of.
+    `tells_calls` is True if an attempt log has the calls that have no result.
     """
 
     def __init__(
@@ -205,14 +205,14 @@ def _taken_over_soon(area: Staging, name: Name) -> WorkerOutput:
             return area.taken_over(name)
         threading.Event().wait(_LOCK_SECONDS)
     raise TryLaterError(
-        f"workers of another run are at work on {str(name)!r}", hint="wait until they have ended, then repeat"
+        f"workers of another run are still writing {str(name)!r}", hint="wait until they have ended, then repeat"
     )
 
 
 async def taken_over(area: Staging, name: Name, patience: Callable[[], float]) -> WorkerOutput:
-    """Take a part over as soon as nobody writes it.
+    """Take over a part as soon as its worker no longer writes it.
 
-    Raises `TryLaterError` when that takes longer than `patience` says, in seconds; it is asked again and again.
+    Raises `TryLaterError` if that takes longer than `patience()` seconds. `patience` is called again at every try.
     """
     began = anyio.current_time()
     while True:

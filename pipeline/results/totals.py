@@ -144,7 +144,7 @@ class Totals:
         self._models[record.provider or "", record.model or "", record.lane].add(record)
 
     def as_dict(self, price_source: str | None) -> dict[str, Any]:
-        """Return what is told of a whole results file."""
+        """Return the totals of a whole results file."""
         return {
             "requests": {"succeeded": self.succeeded, "failed": self.failed, "invalid": self.invalid},
             "tokens": self.tokens.as_dict(),

@@ -182,7 +182,10 @@ class BatchCoordinator:
             requests = sum(record.requests for record in going_on)
             names = ", ".join(str(record.batch_id) for record in going_on[:_SHOWN])
             more = f" and {len(going_on) - _SHOWN:,} more" if len(going_on) > _SHOWN else ""
-            text = f"{requests:,} requests are in batches that are still running: {names}{more}; repeat the command to collect them"
+            text = (
+                f"{requests:,} requests are in batches that are still running: {names}{more}; "
+                "repeat the command to collect them"
+            )
             found.append(TryLaterError(text))
         return list(dict.fromkeys(error for error in found if error))
 
