@@ -82,7 +82,7 @@ class ReportOptions:
 def report(options: ReportOptions) -> None:
     """Report what all recorded runs cost.
 
-    The report compares each period with the one before it. Days are UTC.
+    The report compares the period with the one before it. Days are UTC.
     """
     console.exit_with_errors(lambda: _report(options))
 
