@@ -64,8 +64,9 @@ _HOMES = {
     "pipeline.runner.stream": ("stream",),
     "pipeline.core.types": ("Completion", "Failure", "Request", "Result", "ToolCall", "Usage"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
+_HOME_OF: dict[str, str] = {}
+for _home, _names in _HOMES.items():
+    _HOME_OF.update(dict.fromkeys(_names, _home))
 
 _OLD_NAMES = {"Reply": "Completion"}  # exported until 0.1.0 under the first name
 

@@ -564,13 +564,19 @@ def _validated(data: Mapping[str, Any], *, path: str | None, lines: Mapping[tupl
 def _explain(error: Any, path: str | None, lines: Mapping[tuple[str, ...], int]) -> str:
     """Return a problem on one line: file:line: key: what is wrong (did you mean …?)."""
     keys = tuple(str(part) for part in error["loc"])
+    # A missing setting has no line of its own: then the nearest section around it has one.
     line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
-    where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
+    where = ""
+    if path:
+        where = f"{path}:{line}: " if line else f"{path}: "
     name = ".".join(keys) or "configuration"
     if error["type"] != "extra_forbidden":
         return f"{where}{name}: {error['msg'].removeprefix('Value error, ')}"
+    problem = f"{where}{name}: unknown setting"
     near = difflib.get_close_matches(keys[-1], _known_keys(keys[:-1]), n=1)
-    return f"{where}{name}: unknown setting" + (f"; did you mean {near[0]!r}?" if near else "")
+    if near:
+        problem += f"; did you mean {near[0]!r}?"
+    return problem
 
 
 def _known_keys(path: tuple[str, ...]) -> list[str]:

@@ -77,7 +77,8 @@ def ledger_path(settings: Config, environ: Mapping[str, str] | None = None) -> P
     """
     environ = variables() if environ is None else environ
     try:
-        if named := environ.get("PIPELINE_LEDGER") or settings.ledger:
+        named = environ.get("PIPELINE_LEDGER") or settings.ledger
+        if named:
             return Path(named).expanduser()
         data = environ.get("XDG_DATA_HOME", "")
         home = environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir

@@ -191,7 +191,7 @@ def last_line_start(fd: int, size: int) -> int:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write every byte; a short write is gone on with."""
+    """Write all bytes, continuing after short writes."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

@@ -94,8 +94,12 @@ def sources(inputs: Sequence[str], *, may_be_empty: bool = False, but: str | Pat
     `may_be_empty` (an empty drop folder).
     """
     found: dict[str, str] = {}
-    for path in (path for item in inputs for path in _expand(item, may_be_empty, but)):
-        found.setdefault(path if path == STDIN or object_store.is_url(path) else os.path.realpath(path), path)
+    for item in inputs:
+        for path in _expand(item, may_be_empty, but):
+            # The same file under two names is one input.
+            is_file = path != STDIN and not object_store.is_url(path)
+            identity = os.path.realpath(path) if is_file else path
+            found.setdefault(identity, path)
     for path in found.values():
         _require_readable(path)
     return list(found.values())
@@ -158,7 +162,9 @@ def _cut(ahead: _Ahead, max_line_bytes: int, size_of: _SizeOf) -> int:
         next_end = ahead.end_of_line(end, max_line_bytes)
         if next_end - end - 1 > max_line_bytes or next_end == end:
             break
-        if size_of and (size := size_of(checksum(ahead.data[end : next_end - 1]))):
+        size = size_of(checksum(ahead.data[end : next_end - 1])) if size_of else 0
+        if size:
+            # A known range may begin here: end the batch before it, or take it whole.
             if end:
                 break
             if ahead.has_line_end_at(size):

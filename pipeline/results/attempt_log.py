@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,11 @@ class AttemptLog:
 
     def unsettled(self) -> tuple[str | None, list[tuple[str, str]]]:
         """Return the last run and the requests, custom_id and digest, of its calls that nothing tells of so far."""
-        requests = [
-            (name, digest)
-            for (run, name, digest), calls in self._left.items()
-            if run == self._last_run and not all(sent.told for sent in calls.values())
-        ]
+        requests: list[tuple[str, str]] = []
+        for (run, name, digest), calls in self._left.items():
+            unlisted = [call for call in calls.values() if not call.told]
+            if run == self._last_run and unlisted:
+                requests.append((name, digest))
         return self._last_run, requests
 
     def begin(self) -> None:
@@ -150,9 +151,14 @@ class AttemptLog:
 
     def unknown(self) -> tuple[LoggedCall, ...]:
         """Return the calls that may be billed without an answer and that no summary has listed yet."""
-        left = [sent for calls in self._left.values() for sent in calls.values() if not sent.told]
-        now = [LoggedCall(**orjson.loads(line)) for lines in self._open.values() for line in lines]
-        return (*left, *now)
+        unlisted = [call for call in self._left_calls() if not call.told]
+        in_flight = [LoggedCall(**orjson.loads(line)) for line in chain.from_iterable(self._open.values())]
+        return (*unlisted, *in_flight)
+
+    def _left_calls(self) -> Iterator[LoggedCall]:
+        """Yield the calls of earlier runs, and of lost workers, whose outcome is unknown."""
+        for calls in self._left.values():
+            yield from calls.values()
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -190,8 +196,8 @@ class AttemptLog:
     def _snapshot(self) -> list[bytes]:
         """Return the lines of a new log: its header, calls of unknown outcome, and calls in flight."""
         header = orjson.dumps({"run": self._run_id}, option=orjson.OPT_APPEND_NEWLINE)
-        left = [_line(sent) for calls in self._left.values() for sent in calls.values()]
-        return [header, *left, *(line for lines in self._open.values() for line in lines)]
+        left = [_line(call) for call in self._left_calls()]
+        return [header, *left, *chain.from_iterable(self._open.values())]
 
     def _rewrite(self, lines: list[bytes]) -> None:
         try:

@@ -163,7 +163,11 @@ class ResumeIndex:
         """Yield what the index says, up to where it is not one."""
         with suppress(OSError), os.fdopen(self._fd, "rb", closefd=False) as file:
             file.seek(self._offsets[0])
-            while (value := _value(line := file.readline(_MOST_BYTES), self._chain)) is not None:
+            while True:
+                line = file.readline(_MOST_BYTES)
+                value = _value(line, self._chain)
+                if value is None:
+                    return
                 self._chain = _chain_of(line)
                 self._offsets.append(self._offsets[-1] + len(line))
                 yield value
@@ -357,10 +361,13 @@ def _begin(fd: int) -> bool:
 
 
 def _is_there(fd: int, size: int, expected: bytes, start: int) -> bool:
-    """Tell whether the results file holds a range there; hashing and reading leave the other threads alone."""
+    """Return True if the results file has the range at `start`. Hashing and reading let other threads run."""
     end = start + size
     digest = sha256()
-    while start < end and (block := os.pread(fd, min(end - start, _BLOCK_BYTES), start)):
+    while start < end:
+        block = os.pread(fd, min(end - start, _BLOCK_BYTES), start)
+        if not block:
+            break
         digest.update(block)
         start += len(block)
     return start == end and digest.digest() == expected

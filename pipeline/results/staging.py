@@ -194,7 +194,7 @@ def taken_in(writer: ResultWriter, area: Staging) -> Iterator[Callable[[], None]
 
 
 def _is_new(record: StoredResult, done: Done) -> bool:
-    """Tell whether a result says more than what is known of its request: an answer more than a failure."""
+    """Return True if a result adds to what is known of its request: an answer outranks a failure."""
     outcome = done.outcome(key(record.custom_id, record.digest))
     return outcome is None or (outcome is False and record.success)
 

@@ -214,7 +214,10 @@ class InputFeed:
         """Return some batches, each with its checksum and what is known of it."""
         known: list[tuple[Batch, bytes, InputRange | None]] = []
         lines = size = 0
-        while lines < _READ_LINES and size < _READ_BYTES and (batch := next(batches, None)) is not None:
+        while lines < _READ_LINES and size < _READ_BYTES:
+            batch = next(batches, None)
+            if batch is None:
+                break
             mark = checksum(self._basis, batch.content)
             input_range = self._writer.find_range(mark, checksum(batch.first_line()))
             known.append((batch, mark, input_range))

@@ -139,8 +139,10 @@ class Run:
         in_batches = self.executor.open(resources)
         # A run on a cluster that was killed left results of workers, which belong into the results file.
         with staging.taken_in(writer, staging.staging_of(context.output)) as remove:
-            if context.options.fresh and (aside := writer.set_aside()):
-                context.notify(f"earlier results were moved to {aside}")
+            if context.options.fresh:
+                aside = writer.set_aside()
+                if aside:
+                    context.notify(f"earlier results were moved to {aside}")
             done = writer.done(self.all_totals)
             self.damaged = done.damaged
             if done.damaged:
@@ -222,16 +224,18 @@ class Run:
         files.write_file(self.context.writer.beside(".usage.json"), _as_json(summary))
 
     def _summary(self, superseded: int) -> Summary:
-        pending = (
-            self.context.feed.lines - self.context.feed.reused - self.context.totals.finished + self.context.feed.extra
-        )
-        is_unfinished = pending > 0 or not self.context.feed.is_all_read
-        reason = self._reason() if is_unfinished else None
+        feed = self.context.feed
+        pending = feed.lines - feed.reused - self.context.totals.finished + feed.extra
+        is_unfinished = pending > 0 or not feed.is_all_read
+        status, reason = "completed", None
+        if is_unfinished:
+            reason = self._reason()
+            status = "stopped" if reason else "partial"
         unknown = self.context.writer.unknown()
         done = self.executor.statistics()
         return Summary(
             run_id=self.context.run_id,
-            status="stopped" if reason else "partial" if is_unfinished else "completed",
+            status=status,
             stop_reason=reason,
             exit_code=self._exit_code(is_unfinished=is_unfinished),
             started_at=self.context.clock.started_at,

@@ -116,7 +116,10 @@ async def _feed(
     record: Callable[[Result], Awaitable[None]],
 ) -> None:
     lines = _lines_of(requests)
-    while not sender.is_draining and (batch := list(islice(lines, _BATCH))):
+    while not sender.is_draining:
+        batch = list(islice(lines, _BATCH))
+        if not batch:
+            break
         await anyio.lowlevel.checkpoint()
         wanted = []
         for line in batch:

@@ -71,11 +71,14 @@ def _batch_routes(state: State) -> list[Route]:
         (openai, "GET", "/v1/batches/{id}", gpt.poll, "poll"),
         (openai, "POST", "/v1/batches/{id}/cancel", gpt.cancel, "cancel"),
     ]
-    return [
-        Route(prefix + path, Endpoint(provider, state, act, operation), methods=[method])
-        for provider, method, path, act, operation in rows
-        for prefix in ("", "/anthropic" if provider is anthropic else "/openai")
-    ]
+    routes = []
+    for provider, method, path, act, operation in rows:
+        endpoint = Endpoint(provider, state, act, operation)
+        # Each path also exists below the name of its provider.
+        own_prefix = "/anthropic" if provider is anthropic else "/openai"
+        routes.append(Route(path, endpoint, methods=[method]))
+        routes.append(Route(own_prefix + path, endpoint, methods=[method]))
+    return routes
 
 
 def _state(request: Request) -> State:

@@ -204,7 +204,7 @@ SABOTEURS = (
     Saboteur(
         name="a grown journal forgets what is open",
         file="results/attempt_log.py",
-        old="        return [header, *left, *(line for lines in self._open.values() for line in lines)]\n",
+        old="        return [header, *left, *chain.from_iterable(self._open.values())]\n",
         new="        return [header, *left]\n",
         test="tests/results/test_attempt_log.py::test_the_journal_does_not_grow_with_the_input",
     ),

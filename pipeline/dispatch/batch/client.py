@@ -260,16 +260,21 @@ class _Lines:
         if place == 0 and self._next:
             self.restart()
         if place != self._next:
-            raise TransportError("another part came than was asked for", type="invalid_http", is_sent=True)
+            raise TransportError("the server sent a part that was not requested", type="invalid_http", is_sent=True)
         self._next += len(piece)
         self._rest += piece
-        if self._left_out and (end := self._rest.find(b"\n") + 1):
-            self.taken += self._left_out + end
-            self._left_out = 0
-            del self._rest[:end]
-        if not self._left_out and (end := self._rest.rfind(b"\n") + 1):
-            self._put(bytes(self._rest[:end]))
-            del self._rest[:end]
+        if self._left_out:
+            # The rest of a line that was too long: skip to its end.
+            end = self._rest.find(b"\n") + 1
+            if end:
+                self.taken += self._left_out + end
+                self._left_out = 0
+                del self._rest[:end]
+        if not self._left_out:
+            end = self._rest.rfind(b"\n") + 1
+            if end:
+                self._put(bytes(self._rest[:end]))
+                del self._rest[:end]
         if self._left_out or len(self._rest) > self._max_bytes:
             self._left_out += len(self._rest)
             self._rest.clear()
@@ -278,7 +283,7 @@ class _Lines:
         """Take a last line without its newline, if it is complete."""
         if self._rest.strip():
             if responses.parsed(bytes(self._rest))[0] is None:
-                raise TransportError("the results end amid a line", type="connection_error", is_sent=True)
+                raise TransportError("the results end in the middle of a line", type="connection_error", is_sent=True)
             self._put(bytes(self._rest) + b"\n")
 
     def _put(self, lines: bytes) -> None:

@@ -93,7 +93,8 @@ class BatchLifecycle:
                     is_certain = client.batches.has_tags
                     return await self.save(record, **_reported(batch), step=Step.CREATED, is_confirmed=is_certain)
                 self.maybe_duplicated += record.requests
-            if (rounds := rounds + 1) > self._poll_policy.rounds:
+            rounds += 1
+            if rounds > self._poll_policy.rounds:
                 raise TryLaterError("the provider did not confirm that it created a batch, and none was found")
 
             async def begin() -> None:
@@ -198,7 +199,7 @@ class BatchLifecycle:
         return seconds is not None and seconds <= 0
 
     def _is_too_late(self, record: BatchRecord) -> bool:
-        """Tell whether the rest of a batch must go live although it has not ended: else it were not back in time."""
+        """Return True if the rest of a batch must go live before it has ended, to be answered in time."""
         seconds = self._seconds_until(record, timedelta(0), share=4)
         return seconds is not None and seconds <= 0
 

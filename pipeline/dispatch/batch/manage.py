@@ -39,12 +39,12 @@ def listed(ledger: Path, settings: Config, files: Iterable[str] = ()) -> list[Li
     For results at an object store, the records are beside the local copy on this machine.
     """
     known = dict.fromkeys(files) or dict.fromkeys(_results_files(ledger))
-    found = [
-        Listed(record=record, results_file=file)
-        for file in (_file_of(each, settings) for each in known)
-        for record in read_records(disk.beside(file, SUFFIX))
-        if not record.simulated and (record.batch_id or record.is_open)
-    ]
+    found: list[Listed] = []
+    for name in known:
+        results_file = _file_of(name, settings)
+        for record in read_records(disk.beside(results_file, SUFFIX)):
+            if not record.simulated and (record.batch_id or record.is_open):
+                found.append(Listed(record=record, results_file=results_file))
     return sorted(found, key=lambda each: each.record.at)
 
 
@@ -54,7 +54,7 @@ def chosen(found: Sequence[Listed], ids: Sequence[str]) -> list[Listed]:
     if unknown := [id for id in ids if id not in by_id]:
         raise UsageError(
             f"no run recorded a batch {unknown[0]!r}",
-            hint="pipeline batches lists them; of results that the ledger does not know: pipeline batches list RESULTS",
+            hint="list all recorded ones: pipeline batches list, or those of one file: pipeline batches list RESULTS",
         )
     return [by_id[id] for id in ids]
 
@@ -104,7 +104,7 @@ def give_up(each: Listed) -> Listed:
         if not record.is_open:
             raise UsageError(f"batch {record.name} is {record.step.value} already")
         if (record.step, record.batch_id) != (each.record.step, each.record.batch_id):
-            raise UsageError(f"a run has gone on with {each.record.name} meanwhile; look again")
+            raise UsageError(f"a run is working on {each.record.name}; list the batches again")
         store.close_record(record, Step.DROPPED)
     finally:
         store.release()

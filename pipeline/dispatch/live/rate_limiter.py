@@ -259,12 +259,11 @@ class RateLimiter:
 
     def _taken(self, cost: TokenCost) -> list[tuple[Bucket, float, str]]:
         """Return the buckets that a call takes from, with the amount and the words for its kind."""
-        taken = [
-            (bucket, cost[kind], _words(kind))
-            for buckets in (self._caps, self._reported)
-            for kind, bucket in buckets.items()
-            if kind in cost
-        ]
+        taken: list[tuple[Bucket, float, str]] = []
+        for buckets in (self._caps, self._reported):
+            for kind, bucket in buckets.items():
+                if kind in cost:
+                    taken.append((bucket, cost[kind], _words(kind)))
         if self._inferred.bucket:
             taken.append((self._inferred.bucket, 1.0, _words(REQUESTS)))
         return taken

@@ -28,9 +28,9 @@ from pipeline.results import staging, writer
 from pipeline.results.codec import StoredResult
 from pipeline.results.staging import Name, staging_of, taken_over
 from pipeline.results.totals import Totals
-from pipeline.runner.cluster import statistics as merging
 from pipeline.runner.cluster.id_registry import Scan
 from pipeline.runner.cluster.scheduler import Scheduler, Shard
+from pipeline.runner.cluster.statistics import combined, counts, counts_of
 from pipeline.runner.cluster.worker import Greeting, ShardOutcome, Snapshot, Task, own_version
 from pipeline.runner.context import SHOWN_FAILURES, RunContext
 from pipeline.runner.executor import ExecutorStatistics, WorkPhase
@@ -102,7 +102,7 @@ class Driver:
         self._pool = pool
         self._staging = staging_of(context.output)
         self._token = ""
-        self._places = 1  # of workers: no more than there is work for
+        self._places = 1  # of workers: as many as there is work for
         self._at_once = min(PARTS_AT_ONCE, settings.sending.concurrency)
         self._workers: list[WorkerHandle] = []
         self._scheduler = Scheduler(context.sources, context.feed, limit=context.options.limit)
@@ -237,7 +237,7 @@ class Driver:
             await to_thread.run_sync(self._staging.beat)
 
     async def _monitor(self, worker: WorkerHandle) -> None:
-        """Ask a worker now and then how it is getting on, and give it the money that it needs."""
+        """Ask a worker for its progress now and then, and grant it the budget that it needs."""
         try:
             while True:
                 await anyio.sleep(_LOOK_SECONDS)
@@ -246,12 +246,12 @@ class Driver:
                 for snapshot in snapshots:
                     if snapshot.number in self._granted:
                         self._parts[snapshot.output] = snapshot
-                        if snapshot.wanted and (grant := self._grant(snapshot)) != 0:
-                            await worker.grant(snapshot.number, grant)
+                        if snapshot.wanted:
+                            await self._give_more(worker, snapshot)
         except TimeoutError:
             await worker.kill()
         except WorkerLostError:
-            return  # who has parts done by it will hear of it, too
+            return  # the tasks that wait for its parts get the same error and handle it
 
     # ── money ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -259,6 +259,12 @@ class Driver:
         """Set money aside for a part that begins: a fraction of what is left; None without a budget."""
         self._granted[number] = 0
         return self._set_aside(number, self._share_of_money()) if self._context.budget else None
+
+    async def _give_more(self, worker: WorkerHandle, snapshot: Snapshot) -> None:
+        """Grant a part more of the budget, or tell it that nothing is left. 0 means: not now."""
+        amount = self._grant(snapshot)
+        if amount != 0:
+            await worker.grant(snapshot.number, amount)
 
     def _grant(self, snapshot: Snapshot) -> int | None:
         """Set more money aside for a part; 0: not now, None: there is no more.
@@ -357,7 +363,7 @@ class Driver:
     def _heed(self, outcome: ShardOutcome) -> None:
         """Take what a part tells beside its results."""
         if outcome.sender:
-            self._counts.update(merging.counts(outcome.sender))
+            self._counts.update(counts(outcome.sender))
         self._context.failures += outcome.failures[: max(0, SHOWN_FAILURES - len(self._context.failures))]
         self._ended.update(outcome.ended)
         if isinstance(outcome.stopped, BudgetReachedError) and self._context.budget:
@@ -372,7 +378,7 @@ class Driver:
         Of a part whose worker was lost, what lies there and what it was seen to do is what is known of its calls.
         """
         keys: list[int] = []
-        totals, counts = Totals(), Counter[str]()
+        totals, calls = Totals(), Counter[str]()
         part = await taken_over(self._staging, name, self._patience)
         try:
             groups = part.groups()
@@ -382,7 +388,7 @@ class Driver:
                 for _, each in new:
                     keys.append(_key(each))
                     totals.add(each)
-                    counts.update(merging.counts_of(each))
+                    calls.update(counts_of(each))
                     self._context.ledger.accounts.add(each, each.completed_at[:10])
             unknown = part.unknown()
             if unknown:
@@ -395,11 +401,11 @@ class Driver:
         if is_lost:
             untold = len(unknown)
             if seen and not part.tells_calls:
-                untold = max(0, seen.sender.attempts - counts["attempts"])
-            counts.update(attempts=untold, unknown=untold)
+                untold = max(0, seen.sender.attempts - calls["attempts"])
+            calls.update(attempts=untold, unknown=untold)
             if seen:  # also of requests that have no result yet
-                counts |= Counter({name: getattr(seen.sender, name) for name in ("attempts", "rate_limited", "failed")})
-            self._counts.update(counts)
+                calls |= Counter({name: getattr(seen.sender, name) for name in ("attempts", "rate_limited", "failed")})
+            self._counts.update(calls)
         return _Collected(keys=keys, spent=None if unknown else totals.spending.nanos)
 
     def _patience(self) -> float:
@@ -444,7 +450,7 @@ class Driver:
             return
 
     def statistics(self) -> ExecutorStatistics:
-        live = merging.statistics(self._counts, [part.sender for part in self._parts.values()])
+        live = combined(self._counts, [part.sender for part in self._parts.values()])
         uncollected = Totals()
         for part in self._parts.values():
             uncollected.add_state(part.totals)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import anyio
 from anyio import to_thread
@@ -188,10 +189,10 @@ class Scheduler:
 
 
 def shards(sources: Iterable[str], size: int) -> Iterator[tuple[ByteRange, ...]]:
-    """Cut inputs into parts of about so many bytes; small inputs that follow on each other are one part."""
+    """Cut inputs into parts of about `size` bytes. Consecutive small inputs share a part."""
     pack: list[ByteRange] = []
     packed = 0
-    for span in (span for source in sources for span in cut(source, size)):
+    for span in chain.from_iterable(cut(source, size) for source in sources):
         length = size if span.end is None else span.end - span.start
         if pack and packed + length > size:
             yield tuple(pack)

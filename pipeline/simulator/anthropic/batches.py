@@ -79,7 +79,8 @@ class AnthropicBatches:
         after, before = query.get("after_id"), query.get("before_id")
         if after and before:
             raise Refused(invalid("Only one of after_id and before_id can be given"))
-        if (wanted := after or before) and wanted not in ids:
+        wanted = after or before
+        if wanted and wanted not in ids:
             raise Refused(invalid(f"Batch {wanted} not found"))
         if before:
             rest = batches[: ids.index(before)]

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 
 import anyio
 from starlette.datastructures import UploadFile
@@ -151,12 +152,12 @@ class Files:
         await self._store.advance_all()
         purpose = call.request.query_params.get("purpose")
         own = [file for file in self._files.values() if file.key == call.key]
-        made = [file for batch in self._store.newest(call.key) for file in self.of_batch(batch)]
-        files = [
-            self._encode(file)
-            for file in sorted([*own, *made], key=lambda file: file.created, reverse=True)
-            if file.id not in self._deleted and purpose in (None, file.purpose)
-        ]
+        made = chain.from_iterable(self.of_batch(batch) for batch in self._store.newest(call.key))
+        newest_first = sorted([*own, *made], key=lambda file: file.created, reverse=True)
+        files = []
+        for file in newest_first:
+            if file.id not in self._deleted and purpose in (None, file.purpose):
+                files.append(self._encode(file))
         return json_reply({"object": "list", "data": files, "has_more": False})
 
     async def content(self, call: Call) -> Reply:

@@ -46,9 +46,12 @@ class OpenAILimits:
                 held.change(factor, now)
 
     def headers(self, now: float, wall: float) -> Headers:
-        """Tell limit, remaining and reset (time until full, as a Go duration) for each bucket."""
-        families = ((b"requests", self._requests), (b"tokens", self._tokens))
-        return tuple(part for name, held in families if held for part in _family(name, held, now))
+        """Return limit, remaining and reset (time until full, as a Go duration) of each bucket."""
+        headers: list[tuple[bytes, bytes]] = []
+        for name, held in ((b"requests", self._requests), (b"tokens", self._tokens)):
+            if held:
+                headers.extend(_family(name, held, now))
+        return tuple(headers)
 
 
 def _limited(model: str, kind: str, held: Bucket, need: int, now: float) -> Problem:

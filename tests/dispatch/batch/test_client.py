@@ -708,7 +708,7 @@ async def test_half_a_line_is_not_accepted(tmp_path: Path, rest: bytes) -> None:
     server = Files(b'{"a":1}\n' + rest)
     begun = anyio.current_time()
 
-    with pytest.raises(TryLaterError, match="amid a line"):
+    with pytest.raises(TryLaterError, match="in the middle of a line"):
         await client(OPENAI, download=server.download).fetch("f", tmp_path / "r")
 
     assert (tmp_path / "r").read_bytes() == b'{"a":1}\n'

@@ -34,7 +34,7 @@ def test_shares_of_a_limit_are_shown_as_the_whole() -> None:
         cooldown_s=4.0,
         allowances=(Allowance(kind="requests", per_minute=300.0, used=1.0, source="told"),),
     )
-    total = statistics.statistics({"attempts": 10, "dropped": 1}, [SENDER, replace(SENDER, queues=[other])])
+    total = statistics.combined({"attempts": 10, "dropped": 1}, [SENDER, replace(SENDER, queues=[other])])
 
     (lane,) = total.queues
     assert (total.attempts, total.billed, total.dropped, total.in_flight) == (20, 8, 1, 6)
@@ -47,4 +47,4 @@ def test_models_stay_apart() -> None:
     """What is one provider's model is not another's."""
     other = replace(LANE, provider="vllm")
 
-    assert len(statistics.statistics({}, [SENDER, replace(SENDER, queues=[other])]).queues) == 2
+    assert len(statistics.combined({}, [SENDER, replace(SENDER, queues=[other])]).queues) == 2
