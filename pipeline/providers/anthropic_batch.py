@@ -7,9 +7,8 @@ our local id. A batch whose creation was not confirmed is recognized by its resu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
 import orjson
@@ -18,14 +17,12 @@ from pipeline.core.config import Endpoint
 from pipeline.core.errors import AnthropicAPIError, LineError, ProviderError
 from pipeline.core.types import CHAT, HttpRequest, HttpResponse, OutputFormat, Protocol, Result
 from pipeline.providers import batch as batches
-from pipeline.providers import output, responses
+from pipeline.providers import output
 from pipeline.providers.anthropic import RULES
 from pipeline.providers.base import Headers
-from pipeline.providers.batch import Batch, Ending, Outcome, Problem
+from pipeline.providers.batch import Batch, Ending, Outcome, Problem, RestCalls
 from pipeline.providers.error_mapping import member, status_of
 from pipeline.providers.responses import Malformed
-
-T = TypeVar("T")
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _PAGE = 1_000
@@ -34,7 +31,7 @@ _ENDINGS: Mapping[str, Ending] = {"canceled": "cancelled", "expired": "expired"}
 _COUNTS = ("processing", "succeeded", "errored", "canceled", "expired")
 
 
-class AnthropicBatches:
+class AnthropicBatches(RestCalls):
     """`BatchCodec` for endpoints that speak Anthropic's protocol."""
 
     # The guide allows 100,000 requests and 256 MB per batch. We stay below, because the text around them counts too.
@@ -42,6 +39,8 @@ class AnthropicBatches:
     max_bytes = 255_999_000
     is_for_one_model = False
     has_tags = False
+    error = AnthropicAPIError
+    rules = RULES
     separator = b","
 
     def name(self, local_id: str, custom_id: str, digest: str) -> str:
@@ -59,33 +58,26 @@ class AnthropicBatches:
     def uploaded(self, response: HttpResponse) -> str:
         raise NotImplementedError("Anthropic batches have no separate upload")
 
+    def collection_url(self, endpoint: Endpoint) -> str:
+        return f"{endpoint.url}/batches"
+
+    def to_batch(self, value: Any) -> Batch:
+        return _batch(value)
+
     def create(self, endpoint: Endpoint, headers: Headers, local_id: str, file_id: str | None) -> HttpRequest:
-        return HttpRequest(method="POST", url=_url(endpoint), headers=headers, body=b'{"requests":[', tail=b"]}")
-
-    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
-        return HttpRequest(method="GET", url=_url(endpoint, id), headers=headers)
-
-    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
-        return HttpRequest(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
-
-    def batch(self, response: HttpResponse) -> Batch:
-        return _read(response, _batch)
+        return HttpRequest(
+            method="POST", url=self.collection_url(endpoint), headers=headers, body=b'{"requests":[', tail=b"]}"
+        )
 
     def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> HttpRequest:
-        url = f"{_url(endpoint)}?limit={_PAGE}"
+        url = f"{self.collection_url(endpoint)}?limit={_PAGE}"
         if after:
             url += f"&after_id={quote(after, safe='')}"
         return HttpRequest(method="GET", url=url, headers=headers)
 
-    def listed(self, response: HttpResponse) -> tuple[Sequence[Batch], bool]:
-        return _read(response, partial(batches.page, _batch))
-
     def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest:
         """Ask for results at the endpoint's own address: `results_url` could send the key to any host."""
-        return HttpRequest(method="GET", url=f"{_url(endpoint)}/{file}", headers=headers)
-
-    def refusal(self, response: HttpResponse) -> ProviderError:
-        return responses.refusal(response, AnthropicAPIError, RULES)
+        return HttpRequest(method="GET", url=f"{self.collection_url(endpoint)}/{file}", headers=headers)
 
     def outcome(self, line: bytes) -> Outcome:
         """Read `{"custom_id", "result": {"type", "message"?, "error"?}}`."""
@@ -159,17 +151,6 @@ def _error_response(error: Any) -> HttpResponse:
     status = status_of(None, str(member(inner, "type")))
     body = batches.encoded({"type": "error", "error": inner, "request_id": member(error, "request_id")})
     return HttpResponse(status=status, body=body)
-
-
-def _url(endpoint: Endpoint, id: str | None = None) -> str:
-    url = f"{endpoint.url}/batches"
-    if id:
-        url += f"/{quote(id, safe='')}"
-    return url
-
-
-def _read(response: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
-    return batches.read(response, reader, AnthropicAPIError, RULES)
 
 
 def _batch(value: Any) -> Batch:

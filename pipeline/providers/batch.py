@@ -6,11 +6,14 @@ between the APIs are in `anthropic_batch` and `openai_batch`. `dispatch.batch` d
 
 from __future__ import annotations
 
+import abc
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import orjson
 
@@ -143,23 +146,56 @@ class BatchCodec(typing.Protocol):
         ...
 
 
+class RestCalls(abc.ABC):
+    """The calls that are the same in both batch APIs: a collection of batches, each with an address of its own.
+
+    `error` and `rules` make errors of responses that are not a 200.
+    """
+
+    error: type[ProviderError]
+    rules: Sequence[Rule]
+
+    @abc.abstractmethod
+    def collection_url(self, endpoint: Endpoint) -> str:
+        """Return the address of the collection."""
+
+    @abc.abstractmethod
+    def to_batch(self, value: Any) -> Batch:
+        """Read a batch object. Raises `Malformed`."""
+
+    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
+        return HttpRequest(method="GET", url=self._url(endpoint, id), headers=headers)
+
+    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
+        return HttpRequest(method="POST", url=f"{self._url(endpoint, id)}/cancel", headers=headers)
+
+    def batch(self, response: HttpResponse) -> Batch:
+        return self.read(response, self.to_batch)
+
+    def listed(self, response: HttpResponse) -> tuple[Sequence[Batch], bool]:
+        return self.read(response, partial(page, self.to_batch))
+
+    def refusal(self, response: HttpResponse) -> ProviderError:
+        return responses.refusal(response, self.error, self.rules)
+
+    def read(self, response: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
+        """Read the object of a 200. Raises `error` for everything else."""
+        value, _ = responses.accepted(response, self.error, self.rules)
+        try:
+            return reader(value)
+        except Malformed as exc:
+            raise responses.invalid_response(response, self.error, str(exc)) from exc
+
+    def _url(self, endpoint: Endpoint, id: str) -> str:
+        return f"{self.collection_url(endpoint)}/{quote(id, safe='')}"
+
+
 # ── shared by the codecs ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def address(endpoint: Endpoint, path: str) -> str:
     """Return an address below the endpoint's base URL."""
     return f"{endpoint.base_url.rstrip('/')}/{path.lstrip('/')}"
-
-
-def read(
-    response: HttpResponse, reader: Callable[[Mapping[str, Any]], T], error: type[ProviderError], rules: Sequence[Rule]
-) -> T:
-    """Read the object of a 200. Raises `error` for everything else."""
-    value, _ = responses.accepted(response, error, rules)
-    try:
-        return reader(value)
-    except Malformed as exc:
-        raise responses.invalid_response(response, error, str(exc)) from exc
 
 
 def page(reader: Callable[[Any], Batch], value: Mapping[str, Any]) -> tuple[Sequence[Batch], bool]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
 import orjson
@@ -22,12 +21,10 @@ from pipeline.core.types import HttpRequest, HttpResponse, OutputFormat, Protoco
 from pipeline.providers import batch as batches
 from pipeline.providers import output, responses
 from pipeline.providers.base import Headers
-from pipeline.providers.batch import Batch, Ending, Outcome, Problem
+from pipeline.providers.batch import Batch, Ending, Outcome, Problem, RestCalls
 from pipeline.providers.error_mapping import member
 from pipeline.providers.openai import RULES
 from pipeline.providers.responses import Malformed
-
-T = TypeVar("T")
 
 TAG = "pipeline_chunk"
 _ENDPOINT = "/v1/chat/completions"
@@ -47,7 +44,7 @@ _QUEUE_LIMIT = re.compile(r"Limit: ([0-9,]{1,20}) enqueued tokens")
 _WAITS = ("token_limit_exceeded", "too_many_batches", "rate_limit_exceeded")
 
 
-class OpenAIBatches:
+class OpenAIBatches(RestCalls):
     """`BatchCodec` for endpoints that speak OpenAI's protocol."""
 
     # The guide allows 50,000 requests and 200 MB per file. We stay below, because the form around the file counts too.
@@ -55,6 +52,8 @@ class OpenAIBatches:
     max_bytes = 199_999_000
     is_for_one_model = True
     has_tags = True
+    error = OpenAIAPIError
+    rules = RULES
     separator = b"\n"
 
     def name(self, local_id: str, custom_id: str, digest: str) -> str:
@@ -81,7 +80,13 @@ class OpenAIBatches:
         )
 
     def uploaded(self, response: HttpResponse) -> str:
-        return _read(response, lambda file: batches.named(file, "id"))
+        return self.read(response, lambda file: batches.named(file, "id"))
+
+    def collection_url(self, endpoint: Endpoint) -> str:
+        return batches.address(endpoint, "batches")
+
+    def to_batch(self, value: Any) -> Batch:
+        return _batch(value)
 
     def create(self, endpoint: Endpoint, headers: Headers, local_id: str, file_id: str | None) -> HttpRequest:
         wanted = {
@@ -90,33 +95,16 @@ class OpenAIBatches:
             "completion_window": "24h",
             "metadata": {TAG: local_id},
         }
-        return HttpRequest(
-            method="POST", url=batches.address(endpoint, "batches"), headers=headers, body=orjson.dumps(wanted)
-        )
-
-    def poll(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
-        return HttpRequest(method="GET", url=_url(endpoint, id), headers=headers)
-
-    def cancel(self, endpoint: Endpoint, headers: Headers, id: str) -> HttpRequest:
-        return HttpRequest(method="POST", url=f"{_url(endpoint, id)}/cancel", headers=headers)
-
-    def batch(self, response: HttpResponse) -> Batch:
-        return _read(response, _batch)
+        return HttpRequest(method="POST", url=self.collection_url(endpoint), headers=headers, body=orjson.dumps(wanted))
 
     def list(self, endpoint: Endpoint, headers: Headers, after: str | None) -> HttpRequest:
-        url = f"{batches.address(endpoint, 'batches')}?limit={_PAGE}"
+        url = f"{self.collection_url(endpoint)}?limit={_PAGE}"
         if after:
             url += f"&after={quote(after, safe='')}"
         return HttpRequest(method="GET", url=url, headers=headers)
 
-    def listed(self, response: HttpResponse) -> tuple[Sequence[Batch], bool]:
-        return _read(response, partial(batches.page, _batch))
-
     def download(self, endpoint: Endpoint, headers: Headers, file: str) -> HttpRequest:
         return HttpRequest(method="GET", url=batches.address(endpoint, file), headers=headers)
-
-    def refusal(self, response: HttpResponse) -> ProviderError:
-        return responses.refusal(response, OpenAIAPIError, RULES)
 
     def outcome(self, line: bytes) -> Outcome:
         """Read `{"custom_id", "response": {"status_code", "request_id", "body"} | null, "error": {"code"…} | null}`."""
@@ -208,14 +196,6 @@ class OpenAILines:
         if line["error"] is not None or response.get("status_code") != 200 or "error" in body:
             return False, None
         return True, body.get("model")
-
-
-def _url(endpoint: Endpoint, id: str) -> str:
-    return batches.address(endpoint, f"batches/{quote(id, safe='')}")
-
-
-def _read(response: HttpResponse, reader: Callable[[Mapping[str, Any]], T]) -> T:
-    return batches.read(response, reader, OpenAIAPIError, RULES)
 
 
 def _batch(value: Any) -> Batch:
