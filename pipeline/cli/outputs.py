@@ -85,9 +85,7 @@ def results_path(output: str | None) -> str | Path | None:
     """Return the file, or the folder in an object store, that an output names."""
     if not output:
         return None
-    if object_store.is_url(output):
-        return object_store_writer.folder_of(output)
-    return Path(output)
+    return object_store_writer.output_place(output)
 
 
 @contextmanager

@@ -52,6 +52,14 @@ def folder_of(url: str) -> str:
     return f"{root}{key.removesuffix('/').removesuffix('.jsonl')}/" if key else root
 
 
+def output_place(output: str | os.PathLike[str]) -> str | Path:
+    """Return where results go: a file, or the URL of a folder at an object store."""
+    text = os.fspath(output)
+    if object_store.is_url(text):
+        return folder_of(text)
+    return Path(text)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """A part as this machine knows it: its state at the store, and how much of the spool it is."""

@@ -31,11 +31,12 @@ from pipeline.dispatch.live.sender import Sender
 from pipeline.dispatch.live.shared_limits import QuotaSync
 from pipeline.inputs import reader
 from pipeline.results import codec
+from pipeline.results.object_store_writer import output_place
 from pipeline.runner import factory, rehearsal
 from pipeline.runner.context import RunContext
 from pipeline.runner.executor import ExecutorStatistics, Task, WorkPhase
 from pipeline.runner.options import Ended, Options
-from pipeline.runner.run import Run, Watch, check, place_of
+from pipeline.runner.run import Run, Watch, check
 from pipeline.runner.summary import Summary
 
 _COUNT_REST_SECONDS = 5.0
@@ -62,7 +63,7 @@ async def run_batch(
     options = options or Options()
     config = config or config_file.load()
     with rehearsal.settings_for(config, options) as settings:
-        place = place_of(output)
+        place = output_place(output)
         sources = reader.sources([os.fspath(item) for item in inputs], but=place)
         ledger = RunLedger(environment.ledger_path(config))
         possible = with_possible_concurrency(settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from pipeline.accounting import ledger
 from pipeline.accounting.budget import Budget, budget_of
 from pipeline.accounting.pricing import LanePricing
 from pipeline.accounting.run_ledger import RUNNING
-from pipeline.core import environment, errors, files, object_store
+from pipeline.core import environment, errors, files
 from pipeline.core.config import Config
 from pipeline.core.errors import (
     BudgetReachedError,
@@ -32,7 +31,7 @@ from pipeline.core.errors import (
 from pipeline.dispatch.batch.store import BatchRecord
 from pipeline.dispatch.live.sender import Statistics
 from pipeline.inputs import reader
-from pipeline.results import object_store_writer, staging, writer
+from pipeline.results import staging, writer
 from pipeline.results.attempt_log import LoggedCall
 from pipeline.results.totals import Totals
 from pipeline.runner.context import RunContext
@@ -55,12 +54,6 @@ class Progress:
 
 
 Watch = Callable[[Callable[[], Progress]], Coroutine[Any, Any, None]]
-
-
-def place_of(output: str | os.PathLike[str]) -> str | Path:
-    """Return where results go: a file, or the folder at an object store that a URL means."""
-    text = os.fspath(output)
-    return object_store_writer.folder_of(text) if object_store.is_url(text) else Path(text)
 
 
 def check(context: RunContext) -> list[str]:

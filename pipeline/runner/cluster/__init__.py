@@ -22,12 +22,13 @@ from pipeline.core.config import Config
 from pipeline.core.errors import UsageError
 from pipeline.inputs import reader
 from pipeline.inputs.sources import can_be_read_again
+from pipeline.results.object_store_writer import output_place
 from pipeline.runner import rehearsal
 from pipeline.runner.cluster.driver import Driver
 from pipeline.runner.cluster.ray import LOCAL, Session
 from pipeline.runner.context import RunContext
 from pipeline.runner.options import Options
-from pipeline.runner.run import Run, Watch, check, place_of
+from pipeline.runner.run import Run, Watch, check
 from pipeline.runner.summary import Summary
 
 __all__ = ["Session", "run_batch"]
@@ -55,7 +56,7 @@ async def run_batch(
     config = config or config_file.load()
     session = ray if isinstance(ray, Session) else Session(ray)
     _refuse(config, options, session.address)
-    place = place_of(output)
+    place = output_place(output)
     place = place if isinstance(place, str) else place.absolute()
     sources = _sources([os.fspath(item) for item in inputs], place)
     with rehearsal.settings_for(config, options) as settings:
