@@ -390,7 +390,9 @@ def _explaining(path: Path) -> Iterator[None]:
         if code == sqlite3.SQLITE_BUSY:
             message = f"the ledger {str(path)!r} was in use by others for {_LOCK_SECONDS:.0f} s"
             raise StorageError(message, hint="try again; is a program holding it open?") from exc
-        raise StorageError(f"the ledger {str(path)!r} cannot be used: {exc}") from exc
+        raise StorageError(
+            f"the ledger {str(path)!r} cannot be used: {exc}; --ledger FILE or PIPELINE_LEDGER names another"
+        ) from exc
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────

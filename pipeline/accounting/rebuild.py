@@ -107,7 +107,7 @@ def _read(main: Path, found: dict[str, _RunSums], seen: FingerprintSet, *, may_b
             if seen.add(fingerprint(line.decode())):
                 _add(orjson.loads(line), record, path, main, found)
         if path is main and not count and not may_be_empty:
-            raise UsageError(f"{str(path)!r} has no results")
+            raise UsageError(f"{str(path)!r} has no results; give files that `pipeline run` wrote")
     return damaged
 
 

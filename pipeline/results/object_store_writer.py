@@ -266,7 +266,7 @@ class ObjectStoreWriter(ResultWriter):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as exc:
-            raise UsageError(f"cannot make the spool {str(self.path.parent)!r}: {exc.strerror}") from exc
+            raise UsageError(f"cannot create the spool {str(self.path.parent)!r}: {exc.strerror}") from exc
         try:
             self._lock = files.open_locked(self.path.with_name("lock"))
         except TryLaterError as exc:

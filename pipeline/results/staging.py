@@ -236,7 +236,7 @@ class StagingDir:
         try:
             self.place.mkdir(mode=0o700, exist_ok=True)
         except OSError as exc:
-            raise StorageError(f"cannot make the folder {str(self.place)!r}: {exc.strerror}") from exc
+            raise StorageError(f"cannot create the folder {str(self.place)!r}: {exc.strerror}") from exc
         files.write_file(self.place / _TOKEN, token.encode())
         return token
 

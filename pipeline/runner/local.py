@@ -54,11 +54,12 @@ async def run_batch(
 ) -> Summary:
     """Answer every line of the inputs into one results file and return the summary.
 
-    An output at an object store is a folder (`parts`). Repeating a call finishes what is missing. `watch` runs beside
-    the work and may ask for the progress at any time; `say` gets sentences for people. Raises `UsageError` before
-    anything is sent, `TryLaterError` when another run holds the output, `StorageError` when results or ledger cannot
-    be stored. What providers answer raises nothing: it is in the results and the summary. So is what keeps results
-    from an object store, as they are safe on this machine.
+    An output at an object store is a folder. Repeating a call finishes what is missing. `watch` runs beside the work
+    and may ask for the progress at any time; `say` is called with messages for people.
+
+    Raises `UsageError` before anything is sent, `TryLaterError` if another run holds the output, and `StorageError` if
+    results or ledger cannot be stored. Errors of providers are in the results and the summary. So are errors of an
+    object store: the results are safe on this machine.
     """
     options = options or Options()
     config = config or config_file.load()
@@ -264,7 +265,7 @@ class LocalExecutor:
         text = f"finishing {self.sender.statistics().in_flight} request(s) in flight"
         if self.batches:
             self.batches.stop()
-            text += ", leaving batches to go on at their providers"
+            text += ", leaving batches to run at their providers"
         return text
 
     def statistics(self) -> ExecutorStatistics:

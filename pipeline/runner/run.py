@@ -307,7 +307,8 @@ class Run:
         if self.phase.signal and is_unfinished:
             return 130 if self.phase.signal is signal.SIGINT else 143
         done = self.executor.statistics()
-        if reasons := done.reasons if is_unfinished else done.end_reasons:
+        reasons = done.reasons if is_unfinished else done.end_reasons
+        if reasons:
             return _exit_code(reasons[0], has_sent=self._attempts().total > 0)
         if self.damaged:
             return 6
@@ -318,7 +319,7 @@ class Run:
 
 
 def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
-    """Refuse an output that is an input under any name (path, symlink, hard link, stdin), or whose side files are."""
+    """Refuse an output that is an input under any name (path, symlink, hard link, stdin), or that has one beside it."""
     try:
         str(output).encode()
     except UnicodeEncodeError as exc:
@@ -326,16 +327,21 @@ def _refuse_overwriting_input(output: Path, sources: Sequence[str]) -> None:
     if output.is_dir():
         raise UsageError(f"the output {str(output)!r} is a directory; name a file, or use -d for one file per input")
     if not output.parent.is_dir():
-        raise UsageError(f"the output's directory {str(output.parent)!r} does not exist")
+        raise UsageError(
+            f"the output's directory {str(output.parent)!r} does not exist", hint="create it, or choose another -o"
+        )
     for name in (output, *(files.beside(output, suffix) for suffix in writer.SIDE_FILES)):
         if name.exists() and any(reader.is_file_of(source, name) for source in sources):
-            raise UsageError(f"the output {str(name)!r} is also an input; results would overwrite requests")
+            raise UsageError(
+                f"the output {str(name)!r} is also an input; results would overwrite requests", hint="choose another -o"
+            )
 
 
 def _refuse_parts(folder: str, sources: Sequence[str], settings: Config) -> None:
-    """Refuse an output at a store that cannot be: one that is an input, or that is to be in the order of the input."""
-    if part := next((source for source in sources if reader.is_part_of(source, folder)), None):
-        raise UsageError(f"the output {folder!r} contains the input {part!r}; choose another -o")
+    """Refuse an object store output that contains an input, or that should be sorted into input order."""
+    for source in sources:
+        if reader.is_part_of(source, folder):
+            raise UsageError(f"the output {folder!r} contains the input {source!r}", hint="choose another -o")
     if settings.output.ordered:
         raise UsageError(
             "--ordered requires a file: results are stored as they arrive and cannot be reordered later",

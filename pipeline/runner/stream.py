@@ -46,7 +46,7 @@ async def stream(
     options = options or Options()
     config = config or config_file.load()
     if config.lane != LIVE:
-        raise UsageError(f"a stream sends live only, not with lane {config.lane}: batches require files")
+        raise UsageError(f"a stream sends live only, not with lane {config.lane}; for batches use run_batch")
     outgoing, incoming = anyio.create_memory_object_stream[Result](_WAITING_RESULTS)
     with rehearsal.settings_for(config, options) as settings:
         planner = factory.planner(settings, options)

@@ -112,8 +112,8 @@ def test_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
     [
         pytest.param(["run", "absent.jsonl", "-o", "o.jsonl"], {}, "'absent.jsonl' does not exist", id="no input"),
         pytest.param(["run", "in.jsonl", "-o", "o.jsonl"], {}, "OPENAI_API_KEY", id="no key"),
-        pytest.param(["run", "in.jsonl", "-o", "no/dir/o", "--simulate"], {}, "does not exist", id="no directory"),
-        pytest.param(["run", "in.jsonl", "-o", "in.jsonl", "--simulate"], {}, "also an input", id="overwrite"),
+        pytest.param(["run", "in.jsonl", "-o", "no/dir/o", "--simulate"], {}, "create it", id="no directory"),
+        pytest.param(["run", "in.jsonl", "-o", "in.jsonl", "--simulate"], {}, "another -o", id="overwrite"),
         pytest.param(["run", "in.jsonl", "--simulate", "-c", "bad.yaml"], {}, "did you mean 'concurrency'", id="typo"),
         pytest.param(["run", "in.jsonl", "--simulate", "--timeout", "-1"], {}, "sending.timeout", id="bad value"),
         pytest.param(["run", "in.jsonl", "--simulate", "--provider", "nobody"], {}, "'nobody'", id="no such provider"),

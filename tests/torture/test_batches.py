@@ -116,7 +116,7 @@ def test_a_signal_leaves_batches_to_go_on(
         os.kill(process.pid, number)
 
         assert job.end(process) == exit_code
-        assert "leaving batches to go on at their providers" in job.errors()
+        assert "leaving batches to run at their providers" in job.errors()
         assert whole_lines(job.output) == []
         assert judge(job, kills=1, exit_code=job.finish()).is_good
 

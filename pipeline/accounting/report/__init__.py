@@ -34,7 +34,9 @@ def load(
     by = by.encode("utf-8", "backslashreplace").decode()  # as the ledger holds tags that are not UTF-8
     key_of(by)
     if form == "prometheus" and (since or until):
-        raise UsageError("metrics count from the beginning: --since and --until would make counters fall")
+        raise UsageError(
+            "metrics count from the beginning, and --since or --until would make counters fall; leave them out"
+        )
     if not path.exists():
         hint = "runs write it; another one is named by --ledger or PIPELINE_LEDGER; --rebuild makes it from results"
         raise UsageError(f"there is no ledger at {str(path)!r}: nothing was recorded yet", hint=hint)
@@ -60,7 +62,7 @@ def render(report: CostReport, form: str, *, width: int, is_colored: bool) -> by
 def write(path: Path, content: bytes, *, form: str, ledger: Path) -> None:
     """Write a report so that it is there whole or not at all; others may read metrics, as node_exporter must."""
     if path.exists() and (not path.is_file() or (ledger.exists() and path.samefile(ledger))):
-        raise UsageError(f"-o {str(path)!r} is not a file that a report may replace")
+        raise UsageError(f"-o {str(path)!r} is not a file that a report may replace; choose another -o")
     write_file(path, content, mode=0o644 if form == "prometheus" else 0o600)
 
 

@@ -311,7 +311,7 @@ def batch_client(settings: Config, client: http.Client, notify: Callable[[str], 
     """Return the client of a provider's batch API: address, headers with the key, codecs."""
     endpoint = settings.providers.get(name)
     if endpoint is None:
-        raise UsageError(f"a batch was made with the provider {name!r}, which is not configured any more")
+        raise UsageError(f"a batch was created with the provider {name!r}, which is not in the settings; add it again")
     protocol = config.protocol(endpoint)
     codec = providers.codec(protocol)
     key = environment.api_key(name, endpoint)

@@ -357,7 +357,7 @@ class BatchStore:
             self.directory.chmod(_DIRECTORY_MODE)
             files.sync_directory(self.directory.parent)
         except OSError as exc:
-            raise StorageError(f"cannot make {str(self.directory)!r}: {exc.strerror}") from exc
+            raise StorageError(f"cannot create {str(self.directory)!r}: {exc.strerror}") from exc
 
 
 def _items(path: Path) -> Iterator[tuple[int, BatchItem]]:

@@ -348,7 +348,8 @@ class Driver:
         is_whole = outcome.sender is not None and not (outcome.stopped or outcome.ended or outcome.sender.dropped)
         if is_whole and not self._is_draining and len(collected.keys) < shard.wanted:
             missing = shard.wanted - len(collected.keys)
-            self._end(StorageError(f"{missing:,} results that were reported as done are not in {str(output)!r}"))
+            problem = f"{missing:,} results that were reported as done are not in {str(output)!r}"
+            self._end(StorageError(problem, hint="repeat the command: it sends them again"))
 
     def _look_at_losses(self, shard: Shard) -> None:
         """End the run when a part kills whoever does it: it may be paid for each time."""

@@ -240,7 +240,7 @@ async def test_a_batch_that_its_provider_does_not_know_is_an_error(desk: Desk, p
 
 
 @pytest.mark.parametrize(
-    ("provider", "message"), [("gone", "not configured any more"), ("openai", "OPENAI_API_KEY")], ids=["gone", "no key"]
+    ("provider", "message"), [("gone", "not in the settings"), ("openai", "OPENAI_API_KEY")], ids=["gone", "no key"]
 )
 async def test_a_provider_that_cannot_be_asked(desk: Desk, provider: str, message: str) -> None:
     """A provider that is not configured any more, or has no key, is the user's to put right."""
